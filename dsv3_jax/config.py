@@ -1,0 +1,398 @@
+"""The configuration: one typed, frozen tree.
+
+Precedence: dataclass default, YAML preset, `key=value` overrides. `load_config` merges raw values, pydantic checks names
+and types against the dataclasses, and each section's `__post_init__` checks the fields it owns. Model keys carry the names
+of Hugging Face's `DeepseekV3Config`. Nothing here imports JAX.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from dsv3_jax.errors import UserError
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}={value} must be positive")
+
+
+def _not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{section}.{name}={value} must not be negative")
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding; the fields of Hugging Face's `rope_parameters`. YaRN is arXiv 2309.00071."""
+
+    __pydantic_config__ = _STRICT
+    rope_theta: float = 10000.0
+    rope_type: Literal["default", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    # None: derived from factor, mscale and mscale_all_dim (see model/rope.py)
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("model.rope_parameters", self, "rope_theta", "original_max_position_embeddings")
+        _require(
+            self.factor >= 1,
+            f"model.rope_parameters.factor={self.factor} must be at least 1 (1 leaves the context as it is)",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture (arXiv 2412.19437, section 2). Names and meanings are those of `DeepseekV3Config`."""
+
+    __pydantic_config__ = _STRICT
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    moe_intermediate_size: int = 96
+    num_hidden_layers: int = 4
+    first_k_dense_replace: int = 1
+    num_nextn_predict_layers: int = 1
+    num_attention_heads: int = 4
+    q_lora_rank: int | None = 64
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    n_routed_experts: int = 16
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 4
+    n_group: int = 4
+    topk_group: int = 2
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 4096
+    rope_interleave: bool = True
+    rope_parameters: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model", self, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
+            "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+            "v_head_dim", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+            "max_position_embeddings", "rms_norm_eps", "initializer_range", "routed_scaling_factor",
+        )  # fmt: skip
+        _not_negative("model", self, "num_nextn_predict_layers", "first_k_dense_replace")
+        if self.q_lora_rank is not None:
+            _positive("model", self, "q_lora_rank")
+        experts, groups = self.n_routed_experts, self.n_group
+        _require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs",
+        )
+        _require(
+            experts % groups == 0,
+            f"model.n_group={groups} does not divide model.n_routed_experts={experts}; use one of {divisors(experts)}",
+        )
+        _require(
+            experts // groups >= 2,
+            f"model.n_group={groups} leaves {experts // groups} expert a group; a group's score is the sum of its "
+            f"best 2, so use at most {experts // 2} groups",
+        )
+        _require(
+            self.topk_group <= groups,
+            f"model.topk_group={self.topk_group} exceeds model.n_group={groups}; use 1 to {groups}",
+        )
+        reachable = experts // groups * self.topk_group
+        _require(
+            self.num_experts_per_tok <= reachable,
+            f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts that "
+            f"model.topk_group={self.topk_group} groups hold; use 1 to {reachable}",
+        )
+
+    @property
+    def num_dense_layers(self) -> int:
+        return min(self.first_k_dense_replace, self.num_hidden_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut. `path=None` is the source text of Python's standard library."""
+
+    __pydantic_config__ = _STRICT
+    path: str | None = None  # a file or glob of .txt, .jsonl or .parquet; several separated by commas
+    text_field: str = "text"  # the field of .jsonl and the column of .parquet
+    tokenizer: str | None = None  # a tokenizer.json; None trains a byte-level BPE of model.vocab_size once
+    seq_len: int = 256
+    batch_size: int = 16  # global, in sequences
+    validation_fraction: float = 0.05  # of documents, chosen by hash
+    cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "seq_len", "batch_size")
+        _require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (report, section 4.2). The schedule is in absolute steps, so that a run can be extended."""
+
+    __pydantic_config__ = _STRICT
+    lr: float = 2e-3
+    lr_final: float = 2e-4
+    warmup_steps: int = 20
+    decay_start: int = 300  # constant until here
+    decay_steps: int = 300  # cosine from lr to lr_final over these
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float = 0.0  # 0: no moving average of the parameters
+
+    def __post_init__(self) -> None:
+        _positive("optim", self, "lr", "decay_steps", "eps", "clip_norm")
+        _not_negative("optim", self, "lr_final", "warmup_steps", "weight_decay")
+        _require(
+            self.decay_start >= self.warmup_steps,
+            f"optim.decay_start={self.decay_start} lies before the end of the warm-up at "
+            f"optim.warmup_steps={self.warmup_steps}",
+        )
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, cadence and the loss terms of the report (sections 2.1.2, 2.2 and 4.2)."""
+
+    __pydantic_config__ = _STRICT
+    steps: int = 600
+    seed: int = 0
+    grad_accum_steps: int = 1
+    eval_every: int = 100
+    eval_batches: int = 8
+    mtp_loss_weight: float = 0.3
+    mtp_loss_weight_final: float = 0.1
+    mtp_switch_step: int = 400  # from mtp_loss_weight to mtp_loss_weight_final
+    bias_update_speed: float = 0.001  # gamma of the auxiliary-loss-free balancing
+    sequence_balance_alpha: float = 1e-4  # weight of the sequence-wise balance loss
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "steps", "grad_accum_steps", "eval_every", "eval_batches")
+        _not_negative(
+            "train", self, "seed", "mtp_loss_weight", "mtp_loss_weight_final", "mtp_switch_step",
+            "bias_update_speed", "sequence_balance_alpha",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the mesh axes, from slow to fast links."""
+
+    __pydantic_config__ = _STRICT
+    data: int = 1
+    pipe: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in dataclasses.fields(self):
+            value = getattr(self, axis.name)
+            _require(value == 1, f"parallel.{axis.name}={value}: this version trains on one device; use 1")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """`float32`: everything. `bf16`: matmuls and activations in bfloat16, master weights and router in float32."""
+
+    __pydantic_config__ = _STRICT
+    recipe: Literal["float32", "bf16"] = "float32"
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass recomputes.
+
+    `none`: nothing. `selective`: norms, rotations, MLA up-projections and SwiGLU (report, section 3.2.3), keeping the
+    large products. `full`: each layer from its input.
+    """
+
+    __pydantic_config__ = _STRICT
+    policy: Literal["none", "selective", "full"] = "selective"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save: whichever comes first. The last step is always saved."""
+
+    __pydantic_config__ = _STRICT
+    every_minutes: float = 10.0
+    every_steps: int | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "every_minutes", "keep")
+        if self.every_steps is not None:
+            _positive("checkpoint", self, "every_steps")
+
+
+@dataclass(frozen=True)
+class Config:
+    __pydantic_config__ = _STRICT
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    remat: RematConfig = field(default_factory=RematConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
+            f"name={self.name!r} names the run's folder; use letters, digits, '.', '_' and '-'",
+        )
+        _require(
+            self.data.seq_len <= self.model.max_position_embeddings,
+            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings="
+            f"{self.model.max_position_embeddings}",
+        )
+        accum, batch = self.train.grad_accum_steps, self.data.batch_size
+        _require(
+            batch % accum == 0,
+            f"train.grad_accum_steps={accum} does not divide data.batch_size={batch}; use one of {divisors(batch)}",
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as a string; here it is a float, as everybody expects. Duplicate keys are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (_Loader is a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _merge(base: dict, key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        base = base.setdefault(section, {})
+        if not isinstance(base, dict):
+            raise UserError(f"{key}: {section} is a value, not a section")
+    base[leaf] = value
+
+
+def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(cls):
+        nested = isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
+        keys += _leaf_keys(f.type, f"{prefix}{f.name}.") if nested else [f"{prefix}{f.name}"]  # type: ignore[arg-type]
+    return keys
+
+
+def _explain(error: pydantic.ValidationError, source: str) -> str:
+    """One line for the first problem: key, value, what is accepted; for an unknown key the nearest valid name."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        valid = _leaf_keys(Config)
+        # compare whole keys and last parts, so that both a typo and a misplaced key find their match
+        by_leaf = {k.rsplit(".", 1)[-1]: k for k in valid}
+        near = difflib.get_close_matches(key, valid, 1, 0.5)
+        near_leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, 1, 0.8)
+        best = by_leaf[near_leaf[0]] if near_leaf else (near[0] if near else None)
+        hint = f"did you mean {best}?" if best else "valid sections: " + ", ".join(f.name for f in dataclasses.fields(Config))
+        return f"{source}: unknown key {key}; {hint}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{source}: {key}={first['input']!r}: {message}"
+
+
+def config_from_dict(raw: dict, source: str = "config") -> Config:
+    """Check a nested dict against the tree. Raises `UserError` naming the key, the value and what would be valid."""
+    try:
+        # JSON mode: strict about leaf types ("four" is no int), while sections may still be plain mappings
+        return pydantic.TypeAdapter(Config).validate_json(json.dumps(raw, default=str))
+    except pydantic.ValidationError as error:
+        raise UserError(_explain(error, source)) from None
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML preset and apply `key=value` overrides (values are YAML: `1e-3`, `null`, `true`, `text`)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from None
+    raw = _parse_yaml(text, str(path)) or {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected sections such as `model:`, found {type(raw).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not key=value, e.g. train.steps=100")
+        _merge(raw, key, _parse_yaml(value, override))
+    return config_from_dict(raw, str(path))
+
+
+def config_to_dict(config: Any) -> dict:
+    return dataclasses.asdict(config)
+
+
+def config_to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)

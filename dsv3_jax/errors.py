@@ -1,0 +1,5 @@
+"""The one exception that users are meant to see: the command line prints it as one line and exits with code 2."""
+
+
+class UserError(Exception):
+    """Bad input: names the field or file, the value, and what would be accepted or done next."""

@@ -1,0 +1,105 @@
+"""Multi-head latent attention, MLA (arXiv 2412.19437, section 2.1.1, equations 1-11).
+
+Unusual against plain attention: queries, and keys with values, pass through low-rank latents; position lives in R extra
+dimensions, whose key is one for all heads; only the latent c_kv and that key need caching. Training expands the latents
+to heads. Decoding absorbs the expansion into the query and the output instead (section 2.1.1 of arXiv 2405.04434), so
+that attention runs over the cached latents themselves.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import NORM_EPS_LATENT, RMSNorm, constant, weight
+from dsv3_jax.model.rope import attention_scale, rotate
+from pallas_kernels import causal_attention
+
+RopeTable = tuple[Array, Array]
+LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, H, C, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        N, U, X, Q = config.qk_nope_head_dim, config.v_head_dim, config.qk_head_dim, config.q_lora_rank
+        std = config.initializer_range
+        if Q is None:
+            self.w_q_DHX = weight(rngs, std, embed=D, heads=H, qk_head=X)
+        else:
+            self.w_q_a_DQ = weight(rngs, std, embed=D, q_lora=Q)
+            self.q_a_norm = RMSNorm(Q, NORM_EPS_LATENT)
+            self.w_q_b_QHX = weight(rngs, std, q_lora=Q, heads=H, qk_head=X)
+        self.w_kv_a_DX = weight(rngs, std, embed=D, kv_lora_rope=C + R)
+        self.kv_a_norm = RMSNorm(C, NORM_EPS_LATENT)
+        self.w_kv_b_CHX = weight(rngs, std, kv_lora=C, heads=H, kv_head=N + U)
+        self.w_o_HUD = weight(rngs, std, heads=H, v_head=U, embed=D)
+        if config.attention_bias:
+            if Q is not None:
+                self.b_q_a_Q = constant(0.0, q_lora=Q)
+            self.b_kv_a_X = constant(0.0, kv_lora_rope=C + R)
+            self.b_o_D = constant(0.0, embed=D)
+
+    def queries(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H R"]]:
+        """Equations 6-9: the part without and the part with position."""
+        dtype = x_BLD.dtype
+        if self.config.q_lora_rank is None:
+            q_BLHX = jnp.einsum("bld,dhx->blhx", x_BLD, self.w_q_DHX.astype(dtype))
+        else:
+            c_q_BLQ = jnp.einsum("bld,dq->blq", x_BLD, self.w_q_a_DQ.astype(dtype))
+            if self.config.attention_bias:
+                c_q_BLQ += self.b_q_a_Q.astype(dtype)
+            c_q_BLQ = checkpoint_name(c_q_BLQ, LATENTS)
+            q_BLHX = jnp.einsum("blq,qhx->blhx", self.q_a_norm(c_q_BLQ), self.w_q_b_QHX.astype(dtype))
+        q_nope_BLHN, q_rope_BLHR = jnp.split(q_BLHX, [self.config.qk_nope_head_dim], axis=-1)
+        return q_nope_BLHN, rotate(q_rope_BLHR, rope)
+
+    def latents(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
+        """Equations 1 and 3: all that decoding has to cache."""
+        c_BLX = jnp.einsum("bld,dx->blx", x_BLD, self.w_kv_a_DX.astype(x_BLD.dtype))
+        if self.config.attention_bias:
+            c_BLX += self.b_kv_a_X.astype(x_BLD.dtype)
+        c_BLX = checkpoint_name(c_BLX, LATENTS)
+        c_kv_BLC, k_rope_BLR = jnp.split(c_BLX, [self.config.kv_lora_rank], axis=-1)
+        return self.kv_a_norm(c_kv_BLC), rotate(k_rope_BLR, rope)
+
+    def output(self, out_BLHU: Array) -> Float[Array, "B L D"]:
+        """Equation 11."""
+        u_BLD = jnp.einsum("blhu,hud->bld", out_BLHU, self.w_o_HUD.astype(out_BLHU.dtype))
+        return u_BLD + self.b_o_D.astype(u_BLD.dtype) if self.config.attention_bias else u_BLD
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable
+    ) -> Float[Array, "B L D"]:
+        """Attention of a whole sequence, causal within each segment."""
+        q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
+        c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)
+        kv_BLHX = jnp.einsum("blc,chx->blhx", c_kv_BLC, self.w_kv_b_CHX.astype(x_BLD.dtype))
+        k_nope_BLHN, v_BLHU = jnp.split(kv_BLHX, [self.config.qk_nope_head_dim], axis=-1)
+        k_rope_BLHR = jnp.broadcast_to(k_rope_BLR[:, :, None], q_rope_BLHR.shape)
+        q_BLHX = jnp.concatenate([q_nope_BLHN, q_rope_BLHR], axis=-1)
+        k_BLHX = jnp.concatenate([k_nope_BLHN, k_rope_BLHR], axis=-1)
+        return self.output(causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config)))
+
+    def decode(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        rope: RopeTable,
+        c_kv_BSC: Float[Array, "B S C"],
+        k_rope_BSR: Float[Array, "B S R"],
+        visible_BLS: Bool[Array, "B L S"],
+    ) -> Float[Array, "B L D"]:
+        """Attention of L new tokens over the cached latents, with the up-projections absorbed."""
+        q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
+        w_kv_b_CHX = self.w_kv_b_CHX.astype(x_BLD.dtype)
+        w_k_CHN, w_v_CHU = jnp.split(w_kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
+        q_latent_BLHC = jnp.einsum("blhn,chn->blhc", q_nope_BLHN, w_k_CHN)
+        scores_BHLS = jnp.einsum("blhc,bsc->bhls", q_latent_BLHC, c_kv_BSC, preferred_element_type=jnp.float32)
+        scores_BHLS += jnp.einsum("blhr,bsr->bhls", q_rope_BLHR, k_rope_BSR, preferred_element_type=jnp.float32)
+        scores_BHLS = jnp.where(visible_BLS[:, None], scores_BHLS * attention_scale(self.config), -jnp.inf)
+        probs_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(x_BLD.dtype)
+        out_latent_BLHC = jnp.einsum("bhls,bsc->blhc", probs_BHLS, c_kv_BSC)
+        return self.output(jnp.einsum("blhc,chu->blhu", out_latent_BLHC, w_v_CHU))

@@ -1,0 +1,145 @@
+"""The DeepSeek-V3 decoder (arXiv 2412.19437, section 2): embedding, dense layers, MoE layers, head, MTP modules.
+
+Layers of a kind are one module whose parameters carry a leading layer axis, applied by `jax.lax.scan`: the compiled
+program, and the time to compile it, do not grow with depth.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import LATENTS, Attention, RopeTable
+from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, weight
+from dsv3_jax.model.moe import ROUTING, MoE, RouterStats
+from dsv3_jax.model.rope import rope_table
+from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
+from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
+
+MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
+# What `selective` keeps of a layer besides its input. Norms, rotations, MLA up-projections and SwiGLU are recomputed
+# (section 3.2.3): they cost little, and their results are most of the bytes.
+_SELECTIVE = jax.checkpoint_policies.save_only_these_names(LATENTS, ATTENTION, MIDDLE, ROUTING, FFN_GATE_UP, EXPERTS)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: MLA, then a dense or an MoE feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = MoE(config, rngs) if moe else SwiGLU(config, config.intermediate_size, rngs)
+
+    def __call__(self, x_BLD: Array, segment_BL: Array, rope: RopeTable) -> tuple[Array, RouterStats | None]:
+        with jax.named_scope("attention"):
+            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), segment_BL, rope)
+            x_BLD = checkpoint_name(x_BLD, MIDDLE)
+        with jax.named_scope("ffn"):
+            y_BLD = self.ffn(self.ffn_norm(x_BLD))
+            y_BLD, stats = y_BLD if isinstance(self.ffn, MoE) else (y_BLD, None)
+            return x_BLD + y_BLD, stats
+
+
+def stacked_blocks(config: ModelConfig, moe: bool, layers: int, rngs: nnx.Rngs) -> Block | None:
+    """`layers` blocks in one module with a leading layer axis on every parameter, or None for no layers."""
+    if layers == 0:
+        return None
+    make = nnx.vmap(lambda rngs: Block(config, moe, rngs), axis_size=layers)
+    return nnx.split_rngs(splits=layers)(make)(rngs)
+
+
+class MTPModule(nnx.Module):
+    """One multi-token-prediction module (section 2.2, equations 21-23); embedding and head are the main model's."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.embed_norm = RMSNorm(D, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(D, config.rms_norm_eps)
+        self.w_XD = weight(rngs, config.initializer_range, embed_and_hidden=2 * D, embed=D)
+        self.block = Block(config, True, rngs)
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+
+    def __call__(
+        self, hidden_BLD: Array, embedding_BLD: Array, segment_BL: Array, rope: RopeTable
+    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        """The hidden states of depth k, normalised for the head, from those of depth k-1 and the embeddings of t_{i+k}."""
+        joined_BLX = jnp.concatenate([self.embed_norm(embedding_BLD), self.hidden_norm(hidden_BLD)], axis=-1)
+        x_BLD, stats = self.block(joined_BLX @ self.w_XD.astype(joined_BLX.dtype), segment_BL, rope)
+        return self.norm(x_BLD), stats
+
+
+def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Index of each token within its segment."""
+    index_L = jnp.arange(segment_BL.shape[1])
+    begins_BL = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)))
+    return index_L - jax.lax.cummax(jnp.where(begins_BL, index_L, 0), axis=1)
+
+
+class Transformer(nnx.Module):
+    """`dtype` is that of activations and matmuls; parameters are float32. `remat` wraps a layer's body (see RematConfig)."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: jnp.dtype = jnp.dtype("float32"), remat: str = "none", rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
+        self.embed_VD = weight(rngs, std, vocab=V, embed=D)
+        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, rngs)
+        self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, rngs)
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head_DV = weight(rngs, std, embed=D, vocab=V)
+        self.mtp = nnx.List([MTPModule(config, rngs) for _ in range(config.num_nextn_predict_layers)])
+
+    def embed(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.embed_VD[...][token_BL].astype(self.dtype)
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        head_DV = self.embed_VD[...].T if self.config.tie_word_embeddings else self.head_DV[...]
+        return head_DV.astype(self.dtype)
+
+    def hidden(
+        self, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], list[RouterStats]]:
+        """Final hidden states, normalised for the head, and router statistics with a leading layer axis."""
+        rope = rope_table(self.config, positions(segment_BL))
+        x_BLD, stats = self.embed(token_BL), []
+        for blocks in (self.dense_blocks, self.moe_blocks):
+            if blocks is None:
+                continue
+            x_BLD, layer_stats = self._scan(blocks, x_BLD, segment_BL, rope)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x_BLD), stats
+
+    def mtp_hidden(
+        self, depth: int, hidden_BLD: Array, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], RouterStats]:
+        """Hidden states of MTP module `depth` (from 0); `token_BL` holds t_{i+depth+1} at place i, `segment_BL` that of i."""
+        rope = rope_table(self.config, positions(segment_BL))
+        body = self._rematerialised(lambda module, *args: module(*args))
+        x_BLD, stats = body(self.mtp[depth], hidden_BLD, self.embed(token_BL), segment_BL, rope)
+        return x_BLD, jax.tree.map(lambda a: a[None], stats)
+
+    def __call__(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Next-token logits, float32; every row is one segment."""
+        x_BLD, _ = self.hidden(token_BL, jnp.zeros_like(token_BL))
+        return jnp.dot(x_BLD, self.head_weight(), preferred_element_type=jnp.float32)
+
+    def _scan(self, blocks: Block, x_BLD: Array, segment_BL: Array, rope: RopeTable):
+        graph, layers = nnx.split(blocks)
+
+        def body(x_BLD, layer):
+            return nnx.merge(graph, layer)(x_BLD, segment_BL, rope)
+
+        return jax.lax.scan(self._rematerialised(body), x_BLD, layers)
+
+    def _rematerialised(self, body: Callable) -> Callable:
+        if self.remat == "none":
+            return body
+        return jax.checkpoint(body, policy=_SELECTIVE if self.remat == "selective" else None)

@@ -1,0 +1,77 @@
+"""The training loss (arXiv 2412.19437): cross-entropy, multi-token prediction (eq. 24-25), sequence-wise balance (eq. 17).
+
+A batch is {"tokens": i32[B, L+1+depth], "segments": i32[B, L+1+depth]}: the inputs, and the tokens ahead that the next-token
+and MTP targets need. A target counts when it lies in the same document as its input.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.model.transformer import Transformer
+from pallas_kernels import linear_cross_entropy
+
+Batch = dict[str, Array]
+
+
+class LossWeights(NamedTuple):
+    mtp: Float[Array, ""] | float
+    balance: float
+
+
+class Metrics(NamedTuple):
+    """Means over the batch's targets or sequences; `load` is a sum over its tokens."""
+
+    loss: Float[Array, ""]  # what is minimised
+    cross_entropy: Float[Array, ""]  # nats per token, next-token only
+    accuracy: Float[Array, ""]
+    mtp_cross_entropy: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    load: tuple[Float[Array, "layers E"], ...]  # tokens per expert: stacked MoE layers, then each MTP module
+
+
+def target_counts(segment_BX: Int[Array, "B X"], depth: int) -> list[Float[Array, ""]]:
+    """Number of counting targets at each lookahead: next token, then each MTP depth."""
+    L = segment_BX.shape[1] - 1 - depth
+    return [
+        jnp.sum(segment_BX[:, :L] == segment_BX[:, k : k + L], dtype=jnp.float32) for k in range(1, depth + 2)
+    ]
+
+
+def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, count):
+    """Mean nll of the tokens `ahead` places on, over `count` targets, and accuracy."""
+    L = hidden_BLD.shape[1]
+    target_BL = batch["tokens"][:, ahead : ahead + L]
+    counts_BL = batch["segments"][:, :L] == batch["segments"][:, ahead : ahead + L]
+    weight_T = counts_BL.reshape(-1).astype(jnp.float32) / jnp.maximum(count, 1)
+    return linear_cross_entropy(
+        hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.head_weight(), target_BL.reshape(-1), weight_T
+    )
+
+
+def objective(
+    model: Transformer, batch: Batch, weights: LossWeights, counts: list[Array], sequences: int
+) -> tuple[Float[Array, ""], Metrics]:
+    """Loss and metrics of a (micro)batch as its share of a batch with `counts` targets and `sequences` sequences."""
+    depth = len(model.mtp)
+    L = batch["tokens"].shape[1] - 1 - depth
+    segment_BL = batch["segments"][:, :L]
+    hidden_BLD, stats = model.hidden(batch["tokens"][:, :L], segment_BL)
+    with jax.named_scope("head"):
+        cross_entropy, accuracy = _cross_entropy(model, hidden_BLD, batch, 1, counts[0])
+
+    mtp_cross_entropy = jnp.float32(0)
+    for k in range(depth):
+        ahead_BL = batch["tokens"][:, k + 1 : k + 1 + L]
+        hidden_BLD, layer_stats = model.mtp_hidden(k, hidden_BLD, ahead_BL, segment_BL)
+        stats.append(layer_stats)
+        with jax.named_scope("mtp_head"):
+            mtp_cross_entropy += _cross_entropy(model, hidden_BLD, batch, k + 2, counts[k + 1])[0] / depth
+
+    share = batch["tokens"].shape[0] / sequences
+    balance_loss = sum((s.balance_loss.sum() for s in stats), jnp.float32(0)) * share
+    loss = cross_entropy + weights.mtp * mtp_cross_entropy + weights.balance * balance_loss
+    load = tuple(s.load_E for s in stats)
+    return loss, Metrics(loss, cross_entropy, accuracy, mtp_cross_entropy, balance_loss, load)

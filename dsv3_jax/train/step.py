@@ -1,0 +1,105 @@
+"""The training step: a pure function (state, batch) -> (state, metrics), and the evaluation step beside it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsv3_jax.config import Config
+from dsv3_jax.optim.adamw import adamw, learning_rate
+from dsv3_jax.train.objective import Batch, LossWeights, Metrics, objective, target_counts
+from dsv3_jax.train.state import TrainState, abstract_model
+
+
+class StepMetrics(NamedTuple):
+    objective: Metrics
+    grad_norm: jax.Array  # before clipping
+    lr: jax.Array
+    max_load: jax.Array  # busiest expert's load over the mean, worst layer
+
+
+def _gradients(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
+    """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches."""
+    train, accum = config.train, config.train.grad_accum_steps
+    counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
+    sequences = batch["tokens"].shape[0]
+    mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
+    weights = LossWeights(mtp, train.sequence_balance_alpha)
+
+    def loss(params, microbatch):
+        model = nnx.merge(graph, params, state.router_bias)
+        return objective(model, microbatch, weights, counts, sequences)
+
+    grad = jax.grad(loss, has_aux=True)
+    if accum == 1:
+        return grad(state.params, batch)
+    microbatches = jax.tree.map(lambda a: a.reshape(accum, -1, *a.shape[1:]), batch)
+    first = jax.tree.map(lambda a: a[0], microbatches)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, state.params, first))
+
+    def add(total, microbatch):
+        return jax.tree.map(jnp.add, total, grad(state.params, microbatch)), None
+
+    return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def update_router_bias(router_bias: nnx.State, load: tuple[jax.Array, ...], speed: float) -> nnx.State:
+    """Raise the bias of experts below the mean load by `speed`, lower that of those above (section 2.1.2).
+
+    `load` comes in the order in which layers run, stacked MoE layers first and MTP modules after, which is also the
+    order of the leaves of `router_bias`.
+    """
+    leaves, treedef = jax.tree.flatten(router_bias)
+    loads = [a.reshape(b.shape) for a, b in zip(load, leaves, strict=True)]
+    moved = [b + speed * jnp.sign(a.mean(-1, keepdims=True) - a) for a, b in zip(loads, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def max_load_ratio(load: tuple[jax.Array, ...]) -> jax.Array:
+    """Busiest expert's load over the mean load, worst layer; 1 is perfect balance."""
+    ratios = [(a.max(-1) / a.mean(-1)).max() for a in load]
+    return jnp.stack(ratios).max() if ratios else jnp.float32(1)
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The jitted step; it takes over the state's buffers."""
+    graph, _, _ = abstract_model(config)
+    optimizer, schedule = adamw(config.optim), learning_rate(config.optim)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        grads, metrics = _gradients(config, graph, state, batch)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.global_norm(grads)
+            clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
+            updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        ema: Any = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
+        bias = update_router_bias(state.router_bias, metrics.load, config.train.bias_update_speed)
+        new_state = TrainState(state.step + 1, params, bias, opt_state, ema)
+        return new_state, StepMetrics(metrics, grad_norm, schedule(state.step), max_load_ratio(metrics.load))
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: Config) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
+    """Jitted (params, router_bias, batch) -> sums over the batch: nll in nats, correct, targets; and expert loads."""
+    graph, _, _ = abstract_model(config)
+    depth = config.model.num_nextn_predict_layers
+
+    def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
+        model = nnx.merge(graph, params, router_bias)
+        count = target_counts(batch["segments"], depth)[0]
+        L = batch["tokens"].shape[1] - 1 - depth
+        main = {name: a[:, : L + 1] for name, a in batch.items()}
+        model.mtp = nnx.List([])  # evaluation is of the next token only
+        _, metrics = objective(model, main, LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])
+        return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load
+
+    return jax.jit(eval_step)
+
+

@@ -1,0 +1,26 @@
+"""Causal attention within segments: the core of MLA once q, k and v are expanded (arXiv 2412.19437, equation 10)."""
+
+from typing import Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.causal_attention import blockwise, reference
+
+_IMPLEMENTATIONS = {"reference": reference.causal_attention, "blockwise": blockwise.causal_attention}
+
+
+def causal_attention(
+    q_BLHX: Float[Array, "B L H X"],
+    k_BLHX: Float[Array, "B L H X"],
+    v_BLHU: Float[Array, "B L H U"],
+    segment_BL: Int[Array, "B L"],
+    scale: float,
+    implementation: Literal["auto", "blockwise", "reference"] = "auto",
+) -> Float[Array, "B L H U"]:
+    """softmax(scale * q k^T) v over keys at or before the query and in its segment. Differentiable in q, k, v.
+
+    Key and value head sizes may differ. `blockwise` (what "auto" takes) never holds more than one block of scores a head,
+    forward or backward.
+    """
+    chosen = "blockwise" if implementation == "auto" else implementation
+    return _IMPLEMENTATIONS[chosen](q_BLHX, k_BLHX, v_BLHU, segment_BL, scale)

@@ -1,0 +1,38 @@
+"""Grouped SwiGLU: the routed experts of a DeepSeekMoE layer (arXiv 2412.19437, equations 12-13), dropless."""
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_swiglu import blocked, ragged, reference
+
+_IMPLEMENTATIONS = {
+    "reference": reference.grouped_swiglu,
+    "blocked": blocked.grouped_swiglu,
+    "ragged": ragged.grouped_swiglu,
+}
+
+
+def grouped_swiglu(
+    x_TD: Float[Array, "T D"],
+    w_gate_up_ED2M: Float[Array, "E D 2 M"],
+    w_down_EMD: Float[Array, "E M D"],
+    expert_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
+    implementation: Literal["auto", "blocked", "ragged", "reference"] = "auto",
+) -> Float[Array, "T D"]:
+    """y_t = sum_k weight_tk * swiglu_{expert_tk}(x_t), with swiglu_e(x) = (silu(x W_gate) * (x W_up)) W_down.
+
+    No token is dropped, whatever the load of an expert. Weights have x's dtype; `weight_TK` is float32. Differentiable in
+    everything but `expert_TK`, whose entries must lie in [0, E).
+
+    `blocked` cuts each expert's tokens into blocks and loops over those that exist: the fast path on CPU, where
+    `ragged_dot` is lowered to a masked dense product. `ragged` is `jax.lax.ragged_dot`. "auto" takes `blocked` on CPU.
+    """
+    if implementation == "auto":
+        return jax.lax.platform_dependent(
+            x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK,
+            cpu=_IMPLEMENTATIONS["blocked"], default=_IMPLEMENTATIONS["ragged"],
+        )  # fmt: skip
+    return _IMPLEMENTATIONS[implementation](x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)

@@ -1,0 +1,81 @@
+"""The peer of bench_train.py and bench_decode.py: transformers' DeepSeek-V3 on torch, in an environment of its own.
+
+Run by those scripts with another interpreter, never imported. Reads a JSON request on the command line, prints one
+JSON line: {"task": "train"|"decode", "config": {DeepseekV3Config fields}, ...}.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(request: dict) -> dict:
+    """Whole training steps (forward, backward, clipping, AdamW) at batch x seq_len; the median of the timed ones."""
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**request["config"])).to(getattr(torch, request["dtype"]))
+    model.train()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    forward = torch.compile(model) if request["compile"] else model
+    batch, seq_len = request["batch_size"], request["seq_len"]
+
+    def step() -> float:
+        ids = torch.randint(0, request["config"]["vocab_size"], (batch, seq_len))
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    start = time.perf_counter()
+    step()
+    first = time.perf_counter() - start
+    step()  # the second step still allocates the optimiser's scratch
+    times = []
+    for _ in range(request["steps"]):
+        start = time.perf_counter()
+        loss = step()
+        times.append(time.perf_counter() - start)
+    return {"first_step_s": first, "step_s": statistics.median(times), "loss": loss}
+
+
+def decode(request: dict) -> dict:
+    """Greedy decoding with the cache; seconds per call of `generate`, prompt of `prompt_len` included."""
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**request["config"])).eval()
+    result = {}
+    for batch in request["batch_sizes"]:
+        ids = torch.randint(2, request["config"]["vocab_size"], (batch, request["prompt_len"]))
+
+        def call(n: int, ids=ids) -> float:
+            start = time.perf_counter()
+            with torch.no_grad():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                                     do_sample=False, pad_token_id=0)
+            assert out.shape[1] == ids.shape[1] + n
+            return time.perf_counter() - start
+
+        call(8)
+        result[str(batch)] = statistics.median(call(request["new_tokens"]) for _ in range(request["repeats"]))
+    return {"seconds": result}
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    result = {"train": train, "decode": decode}[request["task"]](request)
+    print(json.dumps(result | {"peak_gb": peak_gb(), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
