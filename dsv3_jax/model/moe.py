@@ -90,13 +90,19 @@ class MoE(nnx.Module):
         )
         return y_TD.reshape(B, L, D) + self.shared(x_BLD), stats
 
-    def decode(self, x_BLD: Array, w_gate_up_ND2M: Array, w_down_NMD: Array, first_expert: Int[Array, ""]) -> Array:
-        """As `__call__`, with this layer's experts at [first_expert, first_expert + E) of arrays that hold all layers'.
+    def decode(self, x_BLD: Float[Array, "B L D"], layer: Int[Array, ""]) -> Float[Array, "B L D"]:
+        """As `__call__` for one layer of a stack whose expert weights still carry the layer axis.
 
-        A scan over layers would copy each layer's experts out of the stack to use a few of them; the grouped kernel
-        reads only those that are chosen, in place.
+        A scan over layers would copy every expert of a layer out of the stack to use a few of them; all layers' experts
+        as one long list let the grouped kernel read only those that are chosen, in place.
         """
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         expert_TK, weight_TK = self.router.choose(self.router.scores(x_TD))
-        y_TD = grouped_swiglu(x_TD, w_gate_up_ND2M, w_down_NMD, expert_TK + first_expert, weight_TK)
+        y_TD = grouped_swiglu(
+            x_TD,
+            self.w_gate_up_ED2M.reshape(-1, *self.w_gate_up_ED2M.shape[2:]).astype(x_TD.dtype),
+            self.w_down_EMD.reshape(-1, *self.w_down_EMD.shape[2:]).astype(x_TD.dtype),
+            expert_TK + layer * self.config.n_routed_experts,
+            weight_TK,
+        )
         return y_TD.reshape(x_BLD.shape) + self.shared(x_BLD)

@@ -4,6 +4,7 @@ Layers of a kind are one module whose parameters carry a leading layer axis, app
 program, and the time to compile it, do not grow with depth.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -127,9 +128,9 @@ class Transformer(nnx.Module):
         return x_BLD, jax.tree.map(lambda a: a[None], stats)
 
     def __call__(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L V"]:
-        """Next-token logits, float32; every row is one segment."""
-        x_BLD, _ = self.hidden(token_BL, jnp.zeros_like(token_BL))
-        return jnp.dot(x_BLD, self.head_weight(), preferred_element_type=jnp.float32)
+        """Next-token logits, float32; every row is one segment. Compiled once per shape."""
+        graph, state = nnx.split(self)
+        return _logits(graph, state, jnp.asarray(token_BL))
 
     def _scan(self, blocks: Block, x_BLD: Array, segment_BL: Array, rope: RopeTable):
         graph, layers = nnx.split(blocks)
@@ -143,3 +144,10 @@ class Transformer(nnx.Module):
         if self.remat == "none":
             return body
         return jax.checkpoint(body, policy=_SELECTIVE if self.remat == "selective" else None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef[Transformer], state: nnx.State, token_BL: Array) -> Array:
+    model = nnx.merge(graph, state)
+    x_BLD, _ = model.hidden(token_BL, jnp.zeros_like(token_BL))
+    return jnp.dot(x_BLD, model.head_weight(), preferred_element_type=jnp.float32)

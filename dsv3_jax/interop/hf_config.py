@@ -1,0 +1,84 @@
+"""Hugging Face's `DeepseekV3Config` (config.json) to `ModelConfig`: every field is honoured, checked, or refused by name."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import ModelConfig, RopeConfig, config_from_dict
+from dsv3_jax.errors import UserError
+
+# Fields that say nothing about the computation, or repeat what others say.
+_IGNORED = {
+    "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "ep_size", "head_dim", "id2label", "is_encoder_decoder", "label2id", "model_type", "num_key_value_heads",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+    "problem_type", "qk_head_dim", "return_dict", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+# Fields that the architecture fixes: any other value is another model.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+_RENAMED = {"num_mtp_layers": "num_nextn_predict_layers"}
+
+
+def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older files, DeepSeek's own)."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise UserError(f"config.json: rope_type={rope['rope_type']!r} is not supported; use default or yarn")
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor is not supported; the whole rope head is rotated")
+    if "rope_theta" in raw:
+        rope.setdefault("rope_theta", raw["rope_theta"])
+    known = {f.name for f in dataclasses.fields(RopeConfig)}
+    unknown = sorted(set(rope) - known)
+    if unknown:
+        raise UserError(f"config.json: rope parameter {unknown[0]!r} is unknown; known: {', '.join(sorted(known))}")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if rope["rope_type"] == "yarn" and "factor" not in rope:
+        rope["factor"] = raw["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    floats = {f.name for f in dataclasses.fields(RopeConfig) if f.type is float}
+    return {key: float(value) if key in floats else value for key, value in rope.items()}
+
+
+def read_hf_config(directory: str | Path) -> ModelConfig:
+    """Parse `directory/config.json`. Raises `UserError` naming a field that is unknown, unsupported or impossible."""
+    path = Path(directory) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(raw, dict) or raw.get("model_type") != "deepseek_v3":
+        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{path}: model_type={found!r}; only 'deepseek_v3' can be loaded")
+    if raw.get("quantization_config"):
+        raise UserError(f"{path}: quantization_config is not supported yet; load a float32 or bfloat16 checkpoint")
+    for name, value in _FIXED.items():
+        if raw.get(name, value) != value:
+            raise UserError(f"{path}: {name}={raw[name]!r} is not supported; only {value!r} is")
+    heads = raw.get("num_attention_heads")
+    if raw.get("num_key_value_heads", heads) not in (heads, None):
+        raise UserError(f"{path}: num_key_value_heads={raw['num_key_value_heads']} must equal num_attention_heads={heads}")
+
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    model = {_RENAMED.get(key, key): value for key, value in raw.items()}
+    rope = _rope(model)
+    unknown = sorted(set(model) - known - _IGNORED - set(_FIXED) - {"rope_scaling", "rope_theta"})
+    unknown = [key for key in unknown if not key.startswith("_")]
+    if unknown:
+        raise UserError(f"{path}: field {unknown[0]!r} is unknown, so its effect on the model is too")
+    missing = sorted(k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if k not in model)
+    if missing:
+        raise UserError(f"{path}: field {missing[0]!r} is missing")
+    sections = {"model": {k: v for k, v in model.items() if k in known} | {"rope_parameters": rope}}
+    # a config of its own defaults, but for the model: seq_len must not trip over a short context
+    sections["data"] = {"seq_len": 1}
+    return config_from_dict(sections, str(path)).model

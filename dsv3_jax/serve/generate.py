@@ -1,0 +1,112 @@
+"""Text generation with the latent cache: one compiled prefill chunk, one compiled decoding loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.serve.cache import LatentCache, empty_cache, extend
+
+_PREFILL_CHUNK = 64  # tokens: bounds the score matrix, and one program serves prompts of every length
+_LENGTH_STEP = 128  # cache lengths are multiples of this, so that few programs are compiled
+
+
+def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
+    return jnp.dot(x_BD, model.head_weight(), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(graph, state, cache: LatentCache, token_BL, start, last):
+    """One chunk of the prompt; logits at its place `last`."""
+    model = nnx.merge(graph, state)
+    x_BLD, cache = extend(model, cache, token_BL, start)
+    return _head(model, jax.lax.dynamic_index_in_dim(x_BLD, last, 1, keepdims=False)), cache
+
+
+def _sample(logits_BV: Array, key: Array, temperature: Array, top_p: Array) -> Int[Array, " B"]:
+    """Greedy at temperature 0; otherwise from the smallest set of tokens whose probability reaches top_p."""
+
+    def draw():
+        scaled_BV = logits_BV / temperature
+        sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
+        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
+        # the most likely token stays whatever top_p
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(scaled_BV >= least_B1, scaled_BV, -jnp.inf))
+
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, key, eos_id):
+    """Fill token_BS[:, begin:end]; rows that reached `eos_id` (-1: none) repeat it, and all rows there end the loop."""
+    model = nnx.merge(graph, state)
+
+    def running(carry):
+        position, _, _, _, done_B = carry
+        return (position < end) & ~done_B.all()
+
+    def step(carry):
+        position, token_BS, logits_BV, cache, done_B = carry
+        token_B = _sample(logits_BV, jax.random.fold_in(key, position), temperature, top_p)
+        token_B = jnp.where(done_B, eos_id, token_B)
+        token_BS = jax.lax.dynamic_update_slice(token_BS, token_B[:, None], (0, position))
+        x_B1D, cache = extend(model, cache, token_B[:, None], position)
+        return position + 1, token_BS, _head(model, x_B1D[:, 0]), cache, done_B | (token_B == eos_id)
+
+    done_B = jnp.zeros(token_BS.shape[0], bool)
+    position, token_BS, _, _, done_B = jax.lax.while_loop(running, step, (begin, token_BS, logits_BV, cache, done_B))
+    after = (jnp.arange(token_BS.shape[1]) >= position) & (jnp.arange(token_BS.shape[1]) < end)
+    return jnp.where(after, eos_id, token_BS)
+
+
+def generate(
+    model: Transformer,
+    prompt_ids: Int[Array, "B T"] | np.ndarray | list[list[int]],
+    max_new_tokens: int = 24,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> Int[Array, "B T+N"]:
+    """The prompts, each followed by `max_new_tokens` tokens; greedy unless a temperature is given.
+
+    With `eos_id`, a row that produced it repeats it to the end. Raises `UserError` for an empty prompt, an id outside the
+    vocabulary, a length beyond `max_position_embeddings`, or a temperature or top_p that makes no sense.
+    """
+    config = model.config
+    prompt_BT = np.asarray(prompt_ids)
+    if prompt_BT.ndim != 2 or prompt_BT.size == 0 or not np.issubdtype(prompt_BT.dtype, np.integer):
+        raise UserError(f"prompt_ids has shape {prompt_BT.shape} and dtype {prompt_BT.dtype}; expected integers [B, T]")
+    if prompt_BT.min() < 0 or prompt_BT.max() >= config.vocab_size:
+        raise UserError(f"prompt_ids holds ids outside [0, {config.vocab_size}): {prompt_BT.min()}..{prompt_BT.max()}")
+    B, T = prompt_BT.shape
+    if max_new_tokens < 1 or T + max_new_tokens > config.max_position_embeddings:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {T}: use 1 to {config.max_position_embeddings - T} "
+            f"(model.max_position_embeddings={config.max_position_embeddings})"
+        )
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
+
+    graph, state = nnx.split(model)
+    length = -(-(T + max_new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
+    cache = empty_cache(config, B, length, model.dtype)
+    token_BS = np.zeros((B, length), np.int32)
+    token_BS[:, :T] = prompt_BT
+    logits_BV = None
+    for start in range(0, T, _PREFILL_CHUNK):
+        last = min(T - start, _PREFILL_CHUNK) - 1
+        chunk = jnp.asarray(token_BS[:, start : start + _PREFILL_CHUNK])
+        logits_BV, cache = _prefill(graph, state, cache, chunk, jnp.int32(start), jnp.int32(last))
+    out_BS = _decode(
+        graph, state, cache, jnp.asarray(token_BS), logits_BV, jnp.int32(T), jnp.int32(T + max_new_tokens),
+        jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), jnp.int32(-1 if eos_id is None else eos_id),
+    )  # fmt: skip
+    return out_BS[:, : T + max_new_tokens]
