@@ -1,14 +1,14 @@
 """The training loss (arXiv 2412.19437): cross-entropy, multi-token prediction (eq. 24-25), sequence-wise balance (eq. 17).
 
 A batch is {"tokens": i32[B, L+1+depth], "segments": i32[B, L+1+depth]}: the inputs, and the tokens ahead that the next-token
-and MTP targets need. A target counts when it lies in the same document as its input.
+and MTP targets need. A target counts when it lies in the same document as its input; segment -1 is padding.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.model.transformer import Transformer
 from pallas_kernels import linear_cross_entropy
@@ -32,20 +32,24 @@ class Metrics(NamedTuple):
     load: tuple[Float[Array, "layers E"], ...]  # tokens per expert: stacked MoE layers, then each MTP module
 
 
+def _counting(segment_BX: Int[Array, "B X"], L: int, ahead: int) -> Bool[Array, "B L"]:
+    """Which of the first L places have a target `ahead` places on."""
+    segment_BL = segment_BX[:, :L]
+    return (segment_BL == segment_BX[:, ahead : ahead + L]) & (segment_BL >= 0)
+
+
 def target_counts(segment_BX: Int[Array, "B X"], depth: int) -> list[Float[Array, ""]]:
-    """Number of counting targets at each lookahead: next token, then each MTP depth."""
+    """Number of targets at each lookahead: next token, then each MTP depth."""
     L = segment_BX.shape[1] - 1 - depth
-    return [
-        jnp.sum(segment_BX[:, :L] == segment_BX[:, k : k + L], dtype=jnp.float32) for k in range(1, depth + 2)
-    ]
+    return [jnp.sum(_counting(segment_BX, L, k), dtype=jnp.float32) for k in range(1, depth + 2)]
 
 
 def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, count):
     """Mean nll of the tokens `ahead` places on, over `count` targets, and accuracy."""
     L = hidden_BLD.shape[1]
     target_BL = batch["tokens"][:, ahead : ahead + L]
-    counts_BL = batch["segments"][:, :L] == batch["segments"][:, ahead : ahead + L]
-    weight_T = counts_BL.reshape(-1).astype(jnp.float32) / jnp.maximum(count, 1)
+    counting_T = _counting(batch["segments"], L, ahead).reshape(-1)
+    weight_T = counting_T.astype(jnp.float32) / jnp.maximum(count, 1)
     return linear_cross_entropy(
         hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.head_weight(), target_BL.reshape(-1), weight_T
     )

@@ -87,17 +87,14 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
 
 
 def make_eval_step(config: Config) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
-    """Jitted (params, router_bias, batch) -> sums over the batch: nll in nats, correct, targets; and expert loads."""
+    """Jitted (params, router_bias, batch of L+1 tokens) -> sums: nll in nats, correct, targets; and expert loads."""
     graph, _, _ = abstract_model(config)
-    depth = config.model.num_nextn_predict_layers
 
     def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
         model = nnx.merge(graph, params, router_bias)
-        count = target_counts(batch["segments"], depth)[0]
-        L = batch["tokens"].shape[1] - 1 - depth
-        main = {name: a[:, : L + 1] for name, a in batch.items()}
         model.mtp = nnx.List([])  # evaluation is of the next token only
-        _, metrics = objective(model, main, LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])
+        count = target_counts(batch["segments"], 0)[0]
+        _, metrics = objective(model, batch, LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])
         return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load
 
     return jax.jit(eval_step)

@@ -1,0 +1,191 @@
+"""Checkpoints on Orbax: what is in one, when one is whole, and errors that say which and why.
+
+A checkpoint is `checkpoints/STEP/` with three sets of arrays (`weights`, `optimizer`, and `ema` where it is kept), by flat
+name, and JSON metadata (config, data position). After Orbax has committed it, a manifest with every file's size and sha256
+is written; only directories with a manifest count, and a manifest is verified before loading, because damaged array files
+can load silently.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.train.state import TrainState
+
+_MANIFEST = "manifest.json"
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """{path: array} with paths such as params/moe_blocks/attention/w_o_HUD."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _unflat(template: Any, flat: dict[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(template), [flat[name] for name in _flat(template)])
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    parts = {
+        "weights": {"params": state.params, "router_bias": state.router_bias},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return parts if state.ema is None else parts | {"ema": {"ema": state.ema}}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
+
+
+def _write_manifest(directory: Path) -> None:
+    listing = {str(p.relative_to(directory)): [p.stat().st_size, _digest(p)] for p in _files(directory)}
+    scratch = directory / f"{_MANIFEST}.tmp"
+    scratch.write_text(json.dumps(listing, indent=1))
+    scratch.rename(directory / _MANIFEST)
+
+
+def verify(directory: Path) -> None:
+    """Raise `UserError` unless `directory` is a whole checkpoint of this project."""
+    try:
+        listing = json.loads((directory / _MANIFEST).read_text())
+        expected = {name: (size, digest) for name, (size, digest) in listing.items()}
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {_MANIFEST})") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{directory}: damaged {_MANIFEST}: {error}") from None
+    for name, (size, digest) in expected.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
+            raise UserError(f"checkpoint {directory} is damaged: {name} should have {size} bytes, found {found}")
+        if _digest(path) != digest:
+            raise UserError(f"checkpoint {directory} is damaged: the contents of {name} do not match their sha256")
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """The JSON saved beside the arrays: {"config": ..., "data": ...}."""
+    metadata = ocp.metadata(directory).custom_metadata
+    if not isinstance(metadata, dict) or "config" not in metadata:
+        raise UserError(f"{directory} is not a checkpoint of dsv3_jax: it holds no config")
+    return metadata
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Steps of the whole checkpoints under `directory`, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / _MANIFEST).is_file())
+
+
+def resolve(run_or_checkpoint: str | Path) -> Path:
+    """The checkpoint directory that a run directory (its latest), a `checkpoints` directory or a checkpoint names."""
+    path = Path(run_or_checkpoint)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run (runs/NAME) or a checkpoint (runs/NAME/checkpoints/STEP)")
+    for directory in (path / "checkpoints", path):
+        steps = complete_steps(directory)
+        if steps:
+            return directory / str(steps[-1])
+    if (path / "checkpoints").is_dir() or path.name == "checkpoints":
+        raise UserError(f"{path} holds no complete checkpoint yet")
+    verify(path)
+    return path
+
+
+class CheckpointManager:
+    """Saves and restores the training state of one run."""
+
+    def __init__(self, directory: Path, keep: int):
+        self._directory = directory
+        self._keep = keep
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def latest(self) -> int | None:
+        steps = complete_steps(self._directory)
+        return steps[-1] if steps else None
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> Path:
+        """Write the checkpoint of `state.step`; older ones beyond `keep` go once it is whole."""
+        step = int(state.step)
+        target = self._directory / str(step)
+        if target.exists():  # whole: nothing to do; cut off: start over
+            if step in complete_steps(self._directory):
+                return target
+            shutil.rmtree(target)
+        parts = {name: _flat(tree) for name, tree in _parts(state).items()}
+        try:
+            ocp.save_checkpointables(target, parts, custom_metadata=metadata)
+            _write_manifest(target)
+        except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
+            with contextlib.suppress(OSError):
+                shutil.rmtree(target, ignore_errors=True)
+                for leftover in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            latest = self.latest()
+            kept = f"the checkpoint of step {latest} is intact" if latest is not None else "there is no earlier one"
+            raise UserError(f"cannot save the checkpoint of step {step}: {_reason(error)}; {kept}") from error
+        for old in complete_steps(self._directory)[: -self._keep]:
+            shutil.rmtree(self._directory / str(old), ignore_errors=True)
+        return target
+
+    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The latest checkpoint in the shapes of `template` (see `jax.eval_shape`), and its metadata."""
+        step = self.latest()
+        assert step is not None
+        directory = self._directory / str(step)
+        verify(directory)
+        loaded = _load(directory, _parts(template))
+        optimizer, weights = loaded["optimizer"], loaded["weights"]
+        state = replace(
+            template,
+            step=optimizer["step"],
+            opt_state=optimizer["opt_state"],
+            params=weights["params"],
+            router_bias=weights["router_bias"],
+            ema=loaded["ema"]["ema"] if "ema" in loaded else None,
+        )
+        return state, read_metadata(directory)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "no space left on the device" if "No space left" in text or "ENOSPC" in text else text[:300]
+
+
+def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of the named parts, each in the structure of its template of shapes, on the default device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(shape):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    abstract = {name: jax.tree.map(place, _flat(tree)) for name, tree in templates.items()}
+    try:
+        flat = ocp.load_checkpointables(directory, abstract)
+    except Exception as error:  # the same: whatever tensorstore or Orbax raise, the file is at fault
+        raise UserError(f"cannot load checkpoint {directory}: {_reason(error)}") from error
+    return {name: _unflat(templates[name], flat[name]) for name in templates}
+
+
+def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, Any]:
+    """Only what a model needs, verified, in the structure of the given shapes."""
+    verify(directory)
+    weights = _load(directory, {"weights": {"params": params, "router_bias": router_bias}})["weights"]
+    return weights["params"], weights["router_bias"]

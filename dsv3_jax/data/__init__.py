@@ -1,0 +1,1 @@
+"""Corpus -> tokenizer -> packed, shuffled, resumable batches."""

@@ -1,0 +1,195 @@
+"""The training loop: the only place that touches clock, disk, log and signals."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.data.batches import PackedWindows, batch_windows, train_batches
+from dsv3_jax.data.store import Corpus, load_corpus
+from dsv3_jax.errors import UserError
+from dsv3_jax.model.counts import training_flops_per_token
+from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.progress import ProgressReporter
+from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
+from dsv3_jax.train.state import TrainState, init_state
+from dsv3_jax.train.step import StepMetrics, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run: RunDirectory
+    state: TrainState
+    corpus: Corpus
+    interrupted: bool  # by a signal, after saving
+
+
+@dataclass
+class _StopRequest:
+    """Set by the first SIGINT or SIGTERM; the loop then ends after the current step. A second one is not caught."""
+
+    signal: int | None = None
+    _old: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> "_StopRequest":
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers (a notebook's worker may not)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, _frame) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old.clear()
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+
+def _check_health(config: Config, source: PackedWindows, step: int, metrics: StepMetrics, manager: CheckpointManager) -> None:
+    """Stop a run whose loss or gradient is not finite, or whose loss is twice that of knowing nothing."""
+    loss, norm = float(metrics.objective.cross_entropy), float(metrics.grad_norm)
+    uniform = math.log(config.model.vocab_size)
+    if math.isfinite(float(metrics.objective.loss)) and math.isfinite(norm) and loss < 2 * uniform:
+        return
+    windows = batch_windows(config.data.batch_size, step - 1)
+    names = list(dict.fromkeys(name for w in windows for name in source.document_ids(w)))
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    latest = manager.latest()
+    good = f"last good checkpoint: step {latest}" if latest is not None else "no checkpoint yet"
+    raise UserError(
+        f"training diverged at step {step}: cross-entropy {loss:.4g} (uniform guessing gives {uniform:.4g}), gradient norm "
+        f"{norm:.4g}; documents of the batch: {shown}; {good}; lower optim.lr or look at these documents"
+    )
+
+
+def _row(config: Config, step: int, metrics: StepMetrics, seconds: float) -> dict[str, float]:
+    """One line of metrics.jsonl."""
+    o = metrics.objective
+    per_step = config.data.batch_size * config.data.seq_len
+    return {
+        "step": step,
+        "loss": float(o.loss),
+        "cross_entropy": float(o.cross_entropy),
+        "accuracy": float(o.accuracy),
+        "mtp_cross_entropy": float(o.mtp_cross_entropy),
+        "balance_loss": float(o.balance_loss),
+        "max_load": float(metrics.max_load),
+        "grad_norm": float(metrics.grad_norm),
+        "lr": float(metrics.lr),
+        "tokens": step * per_step,
+        "tokens_per_s": per_step / seconds,
+        "step_time_s": seconds,
+    }
+
+
+class _SaveClock:
+    """Says when a checkpoint is due: by time, by step."""
+
+    def __init__(self, config: Config):
+        self._config = config.checkpoint
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        by_step = self._config.every_steps is not None and step % self._config.every_steps == 0
+        return by_step or time.monotonic() - self._last >= 60 * self._config.every_minutes
+
+    def saved(self) -> None:
+        self._last = time.monotonic()
+
+
+def _evaluate(config: Config, eval_step, state: TrainState, corpus: Corpus) -> dict[str, float]:
+    data = config.data
+    limit = config.train.eval_batches
+
+    def run(params):
+        return evaluate(eval_step, params, state.router_bias, corpus.validation, data.seq_len, data.batch_size, limit)
+
+    result = run(state.params)
+    row = {"eval_loss": result.loss, "eval_accuracy": result.accuracy, "eval_max_load": result.max_load}
+    return row if state.ema is None else row | {"eval_loss_ema": run(state.ema).loss}
+
+
+def _start(config: Config, manager: CheckpointManager, source: PackedWindows) -> tuple[TrainState, Iterator]:
+    """A fresh state, or that of the latest checkpoint with the data where it left them."""
+    batches = train_batches(source, config.data.batch_size)
+    if manager.latest() is None:
+        return jax.jit(partial(init_state, config))(), batches
+    state, metadata = manager.restore(jax.eval_shape(partial(init_state, config)))
+    batches.set_state(metadata["data"])
+    return state, batches
+
+
+def train(config: Config, root: Path = Path("runs")) -> TrainResult:
+    """Train to `train.steps`, going on from the run's latest checkpoint if it has one.
+
+    Raises `UserError` for bad input, a directory of another run, divergence (with the last good checkpoint named), and a
+    checkpoint that cannot be written.
+    """
+    run = run_directory(config, root)
+    run.check_belongs_to(config)
+    corpus = load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True))
+    ahead = 1 + config.model.num_nextn_predict_layers
+    source = PackedWindows(corpus.train, config.data.seq_len, ahead, config.train.seed, shuffle=True)
+    run.create(config, corpus.tokenizer)
+    manager = CheckpointManager(run.checkpoints, config.checkpoint.keep)
+    state, batches = _start(config, manager, source)
+    done = int(state.step)
+    with ProgressReporter(config.train.steps, done) as progress, _StopRequest() as stop:
+        if done:
+            progress.say(f"resuming {run.path} at step {done}")
+        writer = MetricsWriter(run, done)
+        try:
+            state = _steps(config, state, batches, source, corpus, manager, writer, progress, stop)
+        finally:
+            writer.close()
+        if stop.signal is not None:
+            progress.say(f"stopped by {signal.Signals(stop.signal).name}; saved step {int(state.step)}; run again to go on")
+    return TrainResult(run, state, corpus, stop.signal is not None)
+
+
+def _steps(
+    config: Config, state: TrainState, batches: Any, source: PackedWindows, corpus: Corpus, manager: CheckpointManager,
+    writer: MetricsWriter, progress: ProgressReporter, stop: _StopRequest,
+) -> TrainState:  # fmt: skip
+    train_step, eval_step = make_train_step(config), make_eval_step(config)
+    flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+    clock = _SaveClock(config)
+
+    def save() -> None:
+        manager.save(state, {"config": config_to_dict(config), "data": batches.get_state()})
+        clock.saved()
+
+    step, last = int(state.step), config.train.steps
+    while step < last and stop.signal is None:
+        began = time.perf_counter()
+        state, metrics = train_step(state, jax.tree.map(np.asarray, next(batches)))
+        step += 1
+        metrics = jax.device_get(metrics)
+        row = _row(config, step, metrics, time.perf_counter() - began)
+        _check_health(config, source, step, metrics, manager)
+        assert train_step._cache_size() == 1, "the training step was compiled twice"
+        if step % config.train.eval_every == 0 or step == last:
+            row |= _evaluate(config, eval_step, state, corpus)
+            progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
+        writer.write(row)
+        progress.update(step, row, flops_per_token * row["tokens_per_s"])
+        if clock.due(step) and step < last:
+            save()
+    if step > (manager.latest() or 0):
+        save()
+    return state

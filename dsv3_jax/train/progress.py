@@ -1,0 +1,60 @@
+"""What a person sees while training: a live bar on a terminal, plain lines in a pipe."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 5.0
+
+
+def human(x: float, unit: str = "") -> str:
+    """1234567 -> '1.23M'."""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{suffix}{unit}"
+    return f"{x:.3g}{unit}"
+
+
+class ProgressReporter:
+    """Use as a context manager; `update` after every step, `say` for everything else."""
+
+    def __init__(self, steps: int, done: int):
+        self._steps = steps
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._last_line = 0.0
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]train"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"), TextColumn("ETA"), TimeRemainingColumn(),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._live.add_task("train", total=steps, completed=done, status="compiling")
+
+    def __enter__(self) -> "ProgressReporter":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def update(self, step: int, row: dict[str, float], flops_per_s: float) -> None:
+        status = (
+            f"loss {row['loss']:.4f}  {human(row['tokens_per_s'])} tokens/s  {human(flops_per_s, 'FLOP/s')}  "
+            f"expert load {row['max_load']:.2f}"
+        )
+        if self._live:
+            self._live.update(self._task, completed=step, status=status)
+            return
+        now = time.monotonic()
+        if step == 1 or step == self._steps or now - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
+            left = (self._steps - step) * row["step_time_s"]
+            self.say(f"step {step}/{self._steps}  {status}  ETA {left:.0f} s")

@@ -1,0 +1,110 @@
+"""A run's directory: runs/NAME/{config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, ...}."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tokenizers import Tokenizer
+
+from dsv3_jax.checkpoint.manager import complete_steps
+from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
+from dsv3_jax.errors import UserError
+
+# Keys that may change when a run goes on: they decide how long and how often, never what a step computes.
+_MAY_CHANGE = {"train.steps", "train.eval_every", "train.eval_batches", "data.cache_dir"}
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def check_belongs_to(self, config: Config) -> None:
+        """Raise `UserError` if the directory holds a run of another configuration, or something else."""
+        if not self.path.exists():
+            return
+        if not self.config_file.exists():
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                return
+            raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
+        old = _leaves(config_to_dict(load_config(self.config_file)))
+        for key, value in _leaves(config_to_dict(config)).items():
+            free = key in _MAY_CHANGE or key.startswith("checkpoint.")
+            if old.get(key) != value and not free:
+                raise UserError(
+                    f"{self.path} belongs to another config: {key} was {old.get(key)!r}, now {value!r}; "
+                    f"choose another name=... or remove the directory"
+                )
+
+    def create(self, config: Config, tokenizer: Tokenizer) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.tokenizer_file.write_text(tokenizer.to_str())
+            self.config_file.write_text(config_to_yaml(config))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def has_checkpoint(self) -> bool:
+        return bool(complete_steps(self.checkpoints))
+
+
+def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:
+    return RunDirectory(root / config.name)
+
+
+class MetricsWriter:
+    """metrics.jsonl (one object a step) and TensorBoard; a resumed run drops what lies beyond its checkpoint."""
+
+    def __init__(self, run: RunDirectory, resumed_step: int):
+        rows = [row for row in read_metrics(run.metrics_file) if row["step"] <= resumed_step]
+        scratch = run.metrics_file.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scratch.rename(run.metrics_file)
+        self._file = open(run.metrics_file, "a", buffering=1)  # noqa: SIM115  (lives as long as the run)
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def write(self, row: dict[str, float]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                self._board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics.jsonl; a last line that was cut off is dropped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
