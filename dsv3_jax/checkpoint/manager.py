@@ -96,7 +96,7 @@ def complete_steps(directory: Path) -> list[int]:
 
 def resolve(run_or_checkpoint: str | Path) -> Path:
     """The checkpoint directory that a run directory (its latest), a `checkpoints` directory or a checkpoint names."""
-    path = Path(run_or_checkpoint)
+    path = Path(run_or_checkpoint).absolute()  # Orbax takes no other
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run (runs/NAME) or a checkpoint (runs/NAME/checkpoints/STEP)")
     for directory in (path / "checkpoints", path):
@@ -113,7 +113,7 @@ class CheckpointManager:
     """Saves and restores the training state of one run."""
 
     def __init__(self, directory: Path, keep: int):
-        self._directory = directory
+        self._directory = directory.absolute()  # Orbax takes no other
         self._keep = keep
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -165,6 +165,8 @@ class CheckpointManager:
 
 
 def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax wraps what went wrong
+        error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
     return "no space left on the device" if "No space left" in text or "ENOSPC" in text else text[:300]
 

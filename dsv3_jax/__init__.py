@@ -1,0 +1,47 @@
+"""dsv3_jax: the DeepSeek-V3 stack in JAX.
+
+>>> import dsv3_jax as dsv3
+>>> model = dsv3.load_hf("dir")              # or dsv3.load("runs/tiny"): a flax.nnx module
+>>> logits = model(tokens)                   # i32[B, T] -> f32[B, T, V]
+>>> ids = dsv3.generate(model, prompt_ids)   # greedy unless a temperature is given; i32[B, T + N]
+
+Names are imported on first use, so that importing the package is quick and touches no device.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv3_jax.checkpoint.load import load as load
+    from dsv3_jax.config import Config as Config
+    from dsv3_jax.config import ModelConfig as ModelConfig
+    from dsv3_jax.config import load_config as load_config
+    from dsv3_jax.errors import UserError as UserError
+    from dsv3_jax.interop.hf_weights import load_hf as load_hf
+    from dsv3_jax.model.transformer import Transformer as Transformer
+    from dsv3_jax.serve.generate import generate as generate
+
+_HOME = {
+    "Config": "config",
+    "ModelConfig": "config",
+    "load_config": "config",
+    "UserError": "errors",
+    "load_hf": "interop.hf_weights",
+    "load": "checkpoint.load",
+    "Transformer": "model.transformer",
+    "generate": "serve.generate",
+}
+
+__all__ = ["Config", "ModelConfig", "Transformer", "UserError", "generate", "load", "load_config", "load_hf"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsv3_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dsv3_jax.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,171 @@
+"""The `dsv3` command: one thin function a verb. Bad input gets one line on stderr and exit code 2."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dsv3_jax.config import load_config
+from dsv3_jax.errors import UserError
+
+Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
+ConfigPath = Annotated[Path, tyro.conf.Positional]
+RunPath = Annotated[Path, tyro.conf.Positional]
+
+
+def train(config: ConfigPath, overrides: Overrides = ()) -> None:
+    """Train a configuration, going on from the run's latest checkpoint if it has one.
+
+    Writes runs/NAME/: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, and at the end report.json, loss.png and
+    sample.txt. Ctrl-C saves; the same command goes on.
+
+    Example: dsv3 train configs/tiny.yaml train.steps=100 name=short
+
+    Args:
+        config: A YAML file such as configs/tiny.yaml.
+        overrides: key=value, e.g. train.steps=100 optim.lr=1e-3 data.path="texts/*.txt".
+    """
+    checked = load_config(config, overrides)  # before anything heavy is imported
+    from dsv3_jax.train.loop import train as run
+    from dsv3_jax.train.report import finish
+
+    result = run(checked)
+    if result.interrupted:
+        raise SystemExit(130)
+    finish(checked, result)
+
+
+def resume(run: RunPath, overrides: Overrides = ()) -> None:
+    """Go on with a run from its latest checkpoint, with its own config.
+
+    Example: dsv3 resume runs/tiny train.steps=1000
+
+    Args:
+        run: The run's directory.
+        overrides: key=value for what may change: train.steps, train.eval_every, checkpoint.*.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml")
+    checked = load_config(run / "config.yaml", [*overrides, f"name={run.name}"])
+    from dsv3_jax.train.loop import train as go_on
+    from dsv3_jax.train.report import finish
+
+    result = go_on(checked, run.resolve().parent)
+    if result.interrupted:
+        raise SystemExit(130)
+    finish(checked, result)
+
+
+def evaluate(run: RunPath, data: str | None = None) -> None:
+    """Evaluate a run or checkpoint on its held-out documents, or on other text; prints one JSON line.
+
+    Example: dsv3 eval runs/tiny --data notes.txt
+
+    Args:
+        run: A run (its latest checkpoint) or a checkpoint directory.
+        data: A file or glob of .txt, .jsonl or .parquet; the run's held-out documents if not given.
+    """
+    import dataclasses
+
+    from flax import nnx
+
+    from dsv3_jax.checkpoint.load import load_with_config
+    from dsv3_jax.data.store import load_corpus, read_documents
+    from dsv3_jax.model.layers import RouterBias
+    from dsv3_jax.train.evaluate import evaluate as run_evaluation
+    from dsv3_jax.train.step import make_eval_step
+
+    loaded = load_with_config(run)
+    config = loaded.config
+    if data is None:
+        store = load_corpus(config.data, config.model.vocab_size).validation
+    else:
+        store = read_documents(dataclasses.replace(config.data, path=data), loaded.tokenizer())
+    _, params, router_bias = nnx.split(loaded.model, nnx.Param, RouterBias)
+    result = run_evaluation(
+        make_eval_step(config), params, router_bias, store, config.data.seq_len, config.data.batch_size
+    )
+    print(
+        json.dumps({
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "accuracy": result.accuracy,
+            "tokens": int(result.tokens),
+            "bits_per_byte": result.bits_per_byte(int(store.text_bytes.sum())),
+            "max_load": result.max_load,
+        })
+    )  # fmt: skip
+
+
+def generate(
+    run: RunPath, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+) -> None:
+    """Continue a text with a run or checkpoint; prints prompt and continuation.
+
+    Example: dsv3 generate runs/tiny --prompt "def main(" --max-new-tokens 50 --temperature 0.8
+
+    Args:
+        run: A run (its latest checkpoint) or a checkpoint directory.
+        prompt: The text to continue.
+        max_new_tokens: How many tokens to add at most.
+        temperature: 0 is greedy.
+        top_p: Sample from the smallest set of tokens with this probability.
+        seed: Of the sampling.
+    """
+    import numpy as np
+
+    from dsv3_jax.checkpoint.load import load_with_config
+    from dsv3_jax.data.tokenizer import special_ids
+    from dsv3_jax.serve.generate import generate as run_generation
+
+    loaded = load_with_config(run)
+    tokenizer = loaded.tokenizer()
+    bos, eos = special_ids(tokenizer)
+    ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    out = run_generation(
+        loaded.model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=eos
+    )
+    print(tokenizer.decode(np.asarray(out[0]).tolist()))
+
+
+def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
+    """Print a configuration's parameters, bytes, cache and FLOPs. Allocates nothing.
+
+    Example: dsv3 describe configs/v3_671b.yaml
+
+    Args:
+        config: A YAML file.
+        overrides: key=value, e.g. model.num_hidden_layers=30.
+    """
+    checked = load_config(config, overrides)
+    from rich.console import Console
+
+    from dsv3_jax.describe import describe as show
+
+    show(checked, Console(highlight=False))
+
+
+_VERBS = {"train": train, "resume": resume, "eval": evaluate, "generate": generate, "describe": describe}
+
+
+def main(args: list[str] | None = None) -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict(_VERBS, prog="dsv3", description=__doc__, args=args)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"no space left on the device while writing {error.filename or 'the run'}; earlier checkpoints are intact")
+
+
+def _fail(message: str) -> None:
+    print(f"dsv3: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`dsv3 describe`: what a configuration amounts to, as tables."""
+
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
+from dsv3_jax.train.progress import human
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
+
+
+def describe(config: Config, console: Console) -> None:
+    """Print parameters by component, bytes by dtype, cache bytes per token and training FLOPs per token."""
+    counts = count_parameters(config.model)
+    depth = config.model.num_nextn_predict_layers
+    table = Table("component", "parameters", "", title=f"{config.name}: parameters")
+    for name, size in counts.main.items():
+        table.add_row(name, f"{size:,}", f"{size / counts.total:.1%}")
+    table.add_section()
+    table.add_row("total", f"{counts.total:,}", human(counts.total))
+    table.add_row("activated per token (without the embedding)", f"{counts.activated:,}", human(counts.activated))
+    table.add_row(f"MTP modules ({depth}), without the shared embedding and head", f"{counts.mtp:,}", human(counts.mtp))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+
+    stored = counts.total + counts.mtp
+    table = Table("dtype", "weights", "latent cache per token", title="bytes (weights with MTP modules)")
+    for dtype, size in _BYTES.items():
+        table.add_row(dtype, human(stored * size, "B"), human(cache_numbers_per_token(config.model) * size, "B"))
+    console.print(table)
+    flops = training_flops_per_token(config.model, config.data.seq_len)
+    console.print(
+        f"training: {human(flops, 'FLOP')} per token at sequence length {config.data.seq_len} "
+        f"(forward and backward, MTP included, nothing recomputed), {human(flops * config.data.batch_size * config.data.seq_len, 'FLOP')} per step"
+    )
