@@ -7,6 +7,11 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
 from dsv3_jax.train.progress import human
 
+def _billions(parameters: int) -> str:
+    """As papers write it: 671B, 36.6B, 3.34M."""
+    return human(parameters).replace("G", "B")
+
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 
 
@@ -18,9 +23,9 @@ def describe(config: Config, console: Console) -> None:
     for name, size in counts.main.items():
         table.add_row(name, f"{size:,}", f"{size / counts.total:.1%}")
     table.add_section()
-    table.add_row("total", f"{counts.total:,}", human(counts.total))
-    table.add_row("activated per token (without the embedding)", f"{counts.activated:,}", human(counts.activated))
-    table.add_row(f"MTP modules ({depth}), without the shared embedding and head", f"{counts.mtp:,}", human(counts.mtp))
+    table.add_row("total", f"{counts.total:,}", _billions(counts.total))
+    table.add_row("activated per token (without the embedding)", f"{counts.activated:,}", _billions(counts.activated))
+    table.add_row(f"MTP modules ({depth}), without the shared embedding and head", f"{counts.mtp:,}", _billions(counts.mtp))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)

@@ -1,4 +1,5 @@
-"""Packed batches: documents shuffled per epoch, laid end to end, cut into windows; any window can be made from its index.
+"""Packed batches: documents shuffled per epoch, laid end to end, cut into windows, and the windows shuffled again (a
+document's windows would otherwise fill whole batches); any window can be made from its index.
 
 Window w covers tokens [w*L, w*L + L + ahead) of the epoch's stream: L inputs, and the tokens ahead that next-token and MTP
 targets need (they are inputs of the next window, so that every token is a target exactly once). Because a window is a pure
@@ -51,9 +52,17 @@ class PackedWindows:
         return 2**62 if self.shuffle else self.windows_per_epoch
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        epoch, window = divmod(index, self.windows_per_epoch)
+        epoch, window = self._place(index)
         tokens, segments = self._window(self._epoch(epoch), window)
         return {"tokens": tokens, "segments": segments}
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Epoch and window of element `index`."""
+        epoch, window = divmod(int(index), self.windows_per_epoch)
+        if self.shuffle and self.windows_per_epoch > 1:
+            seed = int(np.random.default_rng([self.seed, epoch]).integers(2**32))
+            window = grain.experimental.index_shuffle(window, max_index=self.windows_per_epoch - 1, seed=seed, rounds=4)
+        return epoch, window
 
     def _window(self, epoch: Epoch, window: int) -> tuple[np.ndarray, np.ndarray]:
         size = self.seq_len + self.ahead
@@ -81,7 +90,7 @@ class PackedWindows:
 
     def document_ids(self, index: int) -> list[str]:
         """Names of the documents that window `index` shows: for error messages."""
-        number, window = divmod(index, self.windows_per_epoch)
+        number, window = self._place(index)
         epoch = self._epoch(number)
         start = window * self.seq_len
         first = int(np.searchsorted(epoch.begin, start, side="right")) - 1

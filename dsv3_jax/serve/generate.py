@@ -42,7 +42,7 @@ def _sample(logits_BV: Array, key: Array, temperature: Array, top_p: Array) -> I
     return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, key, eos_id):
     """Fill token_BS[:, begin:end]; rows that reached `eos_id` (-1: none) repeat it, and all rows there end the loop."""
     model = nnx.merge(graph, state)

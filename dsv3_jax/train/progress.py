@@ -11,7 +11,7 @@ _LINE_EVERY_S = 5.0
 
 def human(x: float, unit: str = "") -> str:
     """1234567 -> '1.23M'."""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:.3g}{suffix}{unit}"
     return f"{x:.3g}{unit}"

@@ -1,0 +1,36 @@
+"""Shared fixtures. Compiled programs are kept between runs of the suite, in pytest's own cache directory."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_configure(config):
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.rootpath) / ".pytest_cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory) -> Path:
+    """A few hundred short documents with words that repeat, enough to learn something from."""
+    root = tmp_path_factory.mktemp("corpus")
+    words = "the quick brown fox jumps over a lazy dog while seven wizards quietly judge my vow".split()
+    for i in range(200):
+        text = " ".join(words[(i * 7 + j * (1 + i % 5)) % len(words)] for j in range(30 + i % 40))
+        (root / f"{i:03d}.txt").write_text(f"document {i}: {text}.\n")
+    return root
+
+
+@pytest.fixture
+def micro_overrides(corpus_dir, tmp_path) -> list[str]:
+    """Overrides of configs/tiny.yaml that train in seconds."""
+    return [
+        "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48", "model.moe_intermediate_size=16",
+        "model.num_hidden_layers=3", "model.num_attention_heads=2", "model.q_lora_rank=16", "model.kv_lora_rank=16",
+        "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8", "model.n_routed_experts=8",
+        "data.seq_len=32", "data.batch_size=4", f"data.path={corpus_dir}/*.txt", f"data.cache_dir={tmp_path}/cache",
+        "train.steps=6", "train.eval_every=3", "train.eval_batches=2", "optim.warmup_steps=2",
+    ]  # fmt: skip

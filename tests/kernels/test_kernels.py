@@ -1,0 +1,135 @@
+"""Every implementation of every kernel against its reference: values and gradients, over shapes people use, odd ones too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import causal_attention, grouped_swiglu, linear_cross_entropy
+
+# float32 with sums of up to a few thousand terms in another order
+F32 = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def assert_same(f, g, args, argnums, tolerance=None):
+    """Same values and same gradients of a scalar of them, relative to each array's largest entry."""
+    tolerance = tolerance or F32
+    # under jit: the kernels' own use, and quicker than op by op
+    for ours, theirs in zip(
+        [jax.jit(f)(*args), *jax.jit(jax.grad(lambda *a: jnp.sin(f(*a).astype(jnp.float32)).sum(), argnums))(*args)],
+        [g(*args), *jax.grad(lambda *a: jnp.sin(g(*a).astype(jnp.float32)).sum(), argnums)(*args)],
+        strict=True,
+    ):
+        theirs = np.asarray(theirs, np.float32)
+        scale = max(np.abs(theirs).max(), 0.01)  # inputs are of order 1: below, only rounding is left
+        np.testing.assert_allclose(np.asarray(ours, np.float32) / scale, theirs / scale, **tolerance)
+
+
+def experts_case(T, D, M, E, K, skew, seed, dtype=jnp.float32):
+    """Inputs whose experts' loads range from even (skew 0) to everything on the last K."""
+    choice = jax.lax.top_k(normal(seed + 4, T, E) + skew * jnp.arange(E), K)[1]
+    args = (
+        normal(seed, T, D, dtype=dtype), normal(seed + 1, E, D, 2, M, dtype=dtype), normal(seed + 2, E, M, D, dtype=dtype),
+        jax.random.uniform(jax.random.key(seed + 3), (T, K)),
+    )  # fmt: skip
+    return choice, args
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    T=st.sampled_from([1, 2, 7, 64, 130]), D=st.sampled_from([3, 8, 16]), M=st.sampled_from([1, 5, 16]),
+    E=st.sampled_from([2, 5, 8]), K=st.integers(1, 2), skew=st.sampled_from([0.0, 100.0]),
+    implementation=st.sampled_from(["blocked", "ragged"]),
+)  # fmt: skip
+def test_grouped_swiglu_equals_its_reference(T, D, M, E, K, skew, implementation):
+    choice, args = experts_case(T, D, M, E, K, skew, seed=T + D)
+
+    def run(which):
+        return lambda x, w1, w2, weight: grouped_swiglu(x, w1, w2, choice, weight, implementation=which)
+
+    assert_same(run(implementation), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize(("T", "E", "K"), [(700, 4, 2), (2048, 3, 2), (2100, 2, 2), (513, 2, 1)])
+def test_grouped_swiglu_with_blocks_of_all_sizes(T, E, K, skew):
+    """Shares that fill the large blocks, with loads that leave every kind of rest; a hot expert drops no token."""
+    choice, args = experts_case(T, 8, 8, E, K, skew, seed=1)
+
+    def run(which):
+        return lambda x, w1, w2, weight: grouped_swiglu(x, w1, w2, choice, weight, implementation=which)
+
+    assert_same(run("blocked"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
+
+
+def test_grouped_swiglu_in_bfloat16():
+    choice, args = experts_case(256, 16, 16, 4, 2, 0.0, seed=5, dtype=jnp.bfloat16)
+    ours = grouped_swiglu(*args[:3], choice, args[3], implementation="blocked")
+    wide = grouped_swiglu(*(a.astype(jnp.float32) for a in args[:3]), choice, args[3], implementation="reference")
+    assert ours.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(ours, np.float32) - wide) / np.linalg.norm(wide)
+    assert error < 0.01  # a few roundings of 2^-9 each
+
+
+def test_cpu_runs_the_blocked_experts():
+    choice, args = experts_case(64, 8, 8, 4, 2, 0.0, seed=0)
+    f = jax.jit(lambda x, w1, w2, weight: grouped_swiglu(x, w1, w2, choice, weight))
+    assert "grouped_swiglu_blocked" in f.lower(*args).as_text(debug_info=True)
+    assert "ragged_dot" not in f.lower(*args).as_text()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    L=st.sampled_from([1, 5, 8, 127, 128, 129, 300]), H=st.integers(1, 3), X=st.sampled_from([3, 24]),
+    U=st.sampled_from([5, 16]), segments=st.integers(1, 4),
+)  # fmt: skip
+def test_blockwise_attention_equals_its_reference(L, H, X, U, segments):
+    q, k, v = normal(L, 2, L, H, X), normal(L + 1, 2, L, H, X), normal(L + 2, 2, L, H, U)
+    segment_BL = jnp.sort(jax.random.randint(jax.random.key(L), (2, L), 0, segments), axis=1)
+
+    def run(which):
+        return lambda q, k, v: causal_attention(q, k, v, segment_BL, 0.2, implementation=which)
+
+    assert_same(run("blockwise"), run("reference"), (q, k, v), (0, 1, 2))
+
+
+def test_attention_never_holds_the_square_of_scores():
+    L = 2048
+    shape = jax.ShapeDtypeStruct((1, L, 2, 16), jnp.float32)
+    segment = jax.ShapeDtypeStruct((1, L), jnp.int32)
+
+    def loss(implementation):
+        return jax.grad(
+            lambda q, k, v, s: causal_attention(q, k, v, s, 1.0, implementation=implementation).sum(), argnums=(0, 1, 2)
+        )
+
+    text = jax.jit(loss("blockwise")).lower(shape, shape, shape, segment).compile().as_text()
+    assert f"{L},{L}" not in text
+    assert f"{L},{L}" in jax.jit(loss("reference")).lower(shape, shape, shape, segment).compile().as_text()
+
+
+@settings(max_examples=10, deadline=None)
+@given(T=st.sampled_from([1, 6, 511, 512, 513, 1100]), D=st.sampled_from([4, 17]), V=st.sampled_from([2, 33, 257]))
+def test_chunked_cross_entropy_equals_its_reference(T, D, V):
+    x, w = normal(T, T, D), normal(V, D, V)
+    target = jax.random.randint(jax.random.key(1), (T,), 0, V)
+    weight = jax.random.bernoulli(jax.random.key(2), 0.8, (T,)) / T
+
+    def run(which):
+        return lambda x, w: linear_cross_entropy(x, w, target, weight, implementation=which)[0]
+
+    assert_same(run("chunked"), run("reference"), (x, w), (0, 1))
+    ours, theirs = (linear_cross_entropy(x, w, target, weight, implementation=i)[1] for i in ("chunked", "reference"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "arguments"), [(grouped_swiglu, 5), (causal_attention, 5), (linear_cross_entropy, 4)])
+def test_an_unknown_implementation_is_an_error(kernel, arguments):
+    with pytest.raises(KeyError):
+        kernel(*[jnp.zeros((2, 2))] * arguments, implementation="fastest")
