@@ -99,9 +99,7 @@ def evaluate(run: RunPath, data: str | None = None) -> None:
     else:
         store = read_documents(dataclasses.replace(config.data, path=data), loaded.tokenizer())
     _, params, router_bias = nnx.split(loaded.model, nnx.Param, RouterBias)
-    result = run_evaluation(
-        make_eval_step(config), params, router_bias, store, config.data.seq_len, config.data.batch_size
-    )
+    result = run_evaluation(make_eval_step(config), params, router_bias, store, config.data.seq_len, config.data.batch_size)
     print(
         json.dumps({
             "loss": result.loss,
@@ -139,9 +137,7 @@ def generate(
     tokenizer = loaded.tokenizer()
     bos, eos = special_ids(tokenizer)
     ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    out = run_generation(
-        loaded.model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=eos
-    )
+    out = run_generation(loaded.model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=eos)
     print(tokenizer.decode(np.asarray(out[0]).tolist()))
 
 

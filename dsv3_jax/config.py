@@ -297,8 +297,7 @@ class Config:
         )
         _require(
             self.data.seq_len <= self.model.max_position_embeddings,
-            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings="
-            f"{self.model.max_position_embeddings}",
+            f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
         )
         accum, batch = self.train.grad_accum_steps, self.data.batch_size
         _require(
@@ -325,7 +324,7 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (_Loader is a SafeLoader)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 

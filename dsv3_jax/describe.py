@@ -7,6 +7,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
 from dsv3_jax.train.progress import human
 
+
 def _billions(parameters: int) -> str:
     """As papers write it: 671B, 36.6B, 3.34M."""
     return human(parameters).replace("G", "B")
@@ -36,7 +37,8 @@ def describe(config: Config, console: Console) -> None:
         table.add_row(dtype, human(stored * size, "B"), human(cache_numbers_per_token(config.model) * size, "B"))
     console.print(table)
     flops = training_flops_per_token(config.model, config.data.seq_len)
+    step = human(flops * config.data.batch_size * config.data.seq_len, "FLOP")
     console.print(
         f"training: {human(flops, 'FLOP')} per token at sequence length {config.data.seq_len} "
-        f"(forward and backward, MTP included, nothing recomputed), {human(flops * config.data.batch_size * config.data.seq_len, 'FLOP')} per step"
+        f"(forward and backward, MTP included, nothing recomputed), {step} per step"
     )

@@ -60,8 +60,14 @@ def decode(request: dict) -> dict:
         def call(n: int, ids=ids) -> float:
             start = time.perf_counter()
             with torch.no_grad():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
-                                     do_sample=False, pad_token_id=0)
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=n,
+                    min_new_tokens=n,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
             assert out.shape[1] == ids.shape[1] + n
             return time.perf_counter() - start
 

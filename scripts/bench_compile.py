@@ -22,9 +22,7 @@ _LAYERS = (6, 30)
 
 def compile_seconds(layers: int) -> float:
     """Tracing, lowering and compiling the step with `layers` layers; nothing is allocated or run."""
-    config = load_config(
-        Path(__file__).parents[1] / "configs" / "small.yaml", [f"model.num_hidden_layers={layers}"]
-    )
+    config = load_config(Path(__file__).parents[1] / "configs" / "small.yaml", [f"model.num_hidden_layers={layers}"])
     state = jax.eval_shape(partial(init_state, config))
     shape = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len + 1), jnp.int32)
     jax.clear_caches()

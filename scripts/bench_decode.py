@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import sys
+from pathlib import Path
 
 from _peer import ROOT, ask, hf_fields, peer_python
 
@@ -26,11 +27,11 @@ def main() -> None:
         "task": "decode", "preset": "small.yaml", "config": hf_fields(config.model), "batch_sizes": [1, 8],
         "prompt_len": 16, "new_tokens": _NEW_TOKENS, "repeats": 3, "threads": os.cpu_count(),
     }  # fmt: skip
-    sides = {"dsv3_jax": (sys.executable, "_ours.py"), "torch": (peer_python(), "_peer_torch.py")}
+    sides = {"dsv3_jax": (Path(sys.executable), "_ours.py"), "torch": (peer_python(), "_peer_torch.py")}
     results = {name: [] for name in sides}
     for _ in range(args.rounds):
-        for name, side in sides.items():
-            results[name].append(ask(*side, request, False))
+        for name, (python, script) in sides.items():
+            results[name].append(ask(python, script, request, False))
     summary, ratios = {}, {}
     print("batch  " + "".join(f"{name:>12s}" for name in sides) + "   ratio   (tokens/s)")
     for batch in ("1", "8"):

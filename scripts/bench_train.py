@@ -54,9 +54,7 @@ def main() -> None:
         first = statistics.median(r["first_step_s"] for r in runs)
         print(f"{name:22s} {tokens / step:8.0f}  {first:8.1f} s  {summary[name]['peak_gb']:8.2f} GB")
     ours = max(v["tokens_per_s"] for k, v in summary.items() if k.startswith("dsv3"))
-    ratios = {
-        "against torch": ours / max(summary["torch"]["tokens_per_s"], summary["torch, huge pages"]["tokens_per_s"])
-    }
+    ratios = {"against torch": ours / max(summary["torch"]["tokens_per_s"], summary["torch, huge pages"]["tokens_per_s"])}
     if args.compiled:
         ratios["against torch.compile"] = ours / summary["torch.compile"]["tokens_per_s"]
     for name, ratio in ratios.items():

@@ -17,7 +17,24 @@ def pytest_configure(config):
 def corpus_dir(tmp_path_factory) -> Path:
     """A few hundred short documents with words that repeat, enough to learn something from."""
     root = tmp_path_factory.mktemp("corpus")
-    words = "the quick brown fox jumps over a lazy dog while seven wizards quietly judge my vow".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "quietly",
+        "judge",
+        "my",
+        "vow",
+    ]
     for i in range(200):
         text = " ".join(words[(i * 7 + j * (1 + i % 5)) % len(words)] for j in range(30 + i % 40))
         (root / f"{i:03d}.txt").write_text(f"document {i}: {text}.\n")

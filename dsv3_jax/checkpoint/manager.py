@@ -28,8 +28,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save an
 def _flat(tree: Any) -> dict[str, Any]:
     """{path: array} with paths such as params/moe_blocks/attention/w_o_HUD."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -81,7 +80,7 @@ def verify(directory: Path) -> None:
 
 def read_metadata(directory: Path) -> dict[str, Any]:
     """The JSON saved beside the arrays: {"config": ..., "data": ...}."""
-    metadata = ocp.metadata(directory).custom_metadata
+    metadata = ocp.metadata(str(directory)).custom_metadata
     if not isinstance(metadata, dict) or "config" not in metadata:
         raise UserError(f"{directory} is not a checkpoint of dsv3_jax: it holds no config")
     return metadata
@@ -131,7 +130,7 @@ class CheckpointManager:
             shutil.rmtree(target)
         parts = {name: _flat(tree) for name, tree in _parts(state).items()}
         try:
-            ocp.save_checkpointables(target, parts, custom_metadata=metadata)
+            ocp.save_checkpointables(str(target), parts, custom_metadata=metadata)
             _write_manifest(target)
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
             with contextlib.suppress(OSError):
@@ -180,7 +179,7 @@ def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
 
     abstract = {name: jax.tree.map(place, _flat(tree)) for name, tree in templates.items()}
     try:
-        flat = ocp.load_checkpointables(directory, abstract)
+        flat = ocp.load_checkpointables(str(directory), abstract)
     except Exception as error:  # the same: whatever tensorstore or Orbax raise, the file is at fault
         raise UserError(f"cannot load checkpoint {directory}: {_reason(error)}") from error
     return {name: _unflat(templates[name], flat[name]) for name in templates}

@@ -69,7 +69,7 @@ def read_hf_config(directory: str | Path) -> ModelConfig:
         raise UserError(f"{path}: num_key_value_heads={raw['num_key_value_heads']} must equal num_attention_heads={heads}")
 
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    model = {_RENAMED.get(key, key): value for key, value in raw.items()}
+    model: dict[str, Any] = {_RENAMED.get(str(key), str(key)): value for key, value in raw.items()}
     rope = _rope(model)
     unknown = sorted(set(model) - known - _IGNORED - set(_FIXED) - {"rope_scaling", "rope_theta"})
     unknown = [key for key in unknown if not key.startswith("_")]

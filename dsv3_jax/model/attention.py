@@ -71,9 +71,7 @@ class Attention(nnx.Module):
         u_BLD = jnp.einsum("blhu,hud->bld", out_BLHU, self.w_o_HUD.astype(out_BLHU.dtype))
         return u_BLD + self.b_o_D.astype(u_BLD.dtype) if self.config.attention_bias else u_BLD
 
-    def __call__(
-        self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable
-    ) -> Float[Array, "B L D"]:
+    def __call__(self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable) -> Float[Array, "B L D"]:
         """Attention of a whole sequence, causal within each segment."""
         q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)

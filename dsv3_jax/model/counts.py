@@ -58,7 +58,8 @@ def _used(config: ModelConfig, component: str, size: int) -> int:
 
 def count_parameters(config: ModelConfig) -> Counts:
     state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))))
-    main, mtp, activated, mtp_activated = dict.fromkeys(COMPONENTS, 0), 0, 0, 0
+    main: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
+    mtp = activated = mtp_activated = 0
     for path, array in jax.tree_util.tree_leaves_with_path(state):
         names = tuple(str(getattr(key, "key", key)) for key in path)
         component, size = _component(names), int(np.prod(array.shape))

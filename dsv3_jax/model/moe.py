@@ -12,7 +12,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, SwiGLU, weight
 from pallas_kernels import grouped_swiglu
 
-
 ROUTING = "routing"  # checkpoint_name of scores and choices
 
 
@@ -69,7 +68,12 @@ def sequence_balance_loss(score_BLE: Float[Array, "B L E"], top_k: int) -> Float
 class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        D, E, M, std = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size, config.initializer_range
+        D, E, M, std = (
+            config.hidden_size,
+            config.n_routed_experts,
+            config.moe_intermediate_size,
+            config.initializer_range,
+        )
         self.router = Router(config, rngs)
         self.w_gate_up_ED2M = weight(rngs, std, experts=E, embed=D, gate_up=2, moe_ffn=M)
         self.w_down_EMD = weight(rngs, std, experts=E, moe_ffn=M, embed=D)

@@ -25,8 +25,8 @@ def _inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
 
     def correction_dim(rotations: float) -> float:
         """The dimension that turns `rotations` times over the original context."""
-        return dim * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi)) / (
-            2 * math.log(rope.rope_theta)
+        return (
+            dim * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
         )
 
     low, high = correction_dim(rope.beta_fast), correction_dim(rope.beta_slow)

@@ -21,6 +21,7 @@ from dsv3_jax.model.rope import rope_table
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
 
+FLOAT32 = jnp.dtype("float32")
 MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
 # What `selective` keeps of a layer besides its input. Norms, rotations, MLA up-projections and SwiGLU are recomputed
 # (section 3.2.3): they cost little, and their results are most of the bytes.
@@ -41,9 +42,11 @@ class Block(nnx.Module):
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), segment_BL, rope)
             x_BLD = checkpoint_name(x_BLD, MIDDLE)
         with jax.named_scope("ffn"):
-            y_BLD = self.ffn(self.ffn_norm(x_BLD))
-            y_BLD, stats = y_BLD if isinstance(self.ffn, MoE) else (y_BLD, None)
-            return x_BLD + y_BLD, stats
+            normed_BLD = self.ffn_norm(x_BLD)
+            if isinstance(self.ffn, MoE):
+                y_BLD, stats = self.ffn(normed_BLD)
+                return x_BLD + y_BLD, stats
+            return x_BLD + self.ffn(normed_BLD), None
 
 
 def stacked_blocks(config: ModelConfig, moe: bool, layers: int, rngs: nnx.Rngs) -> Block | None:
@@ -84,9 +87,7 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 class Transformer(nnx.Module):
     """`dtype` is that of activations and matmuls; parameters are float32. `remat` wraps a layer's body (see RematConfig)."""
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: jnp.dtype = jnp.dtype("float32"), remat: str = "none", rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = FLOAT32, remat: str = "none", rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, dtype, remat
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.embed_VD = weight(rngs, std, vocab=V, embed=D)

@@ -14,7 +14,9 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     # step 0 already learns: warm-up reaches lr at its last step rather than one after
     return optax.join_schedules(
         [
-            optax.linear_schedule(config.lr / warmup, config.lr, warmup - 1) if warmup > 1 else optax.constant_schedule(config.lr),
+            optax.linear_schedule(config.lr / warmup, config.lr, warmup - 1)
+            if warmup > 1
+            else optax.constant_schedule(config.lr),
             optax.constant_schedule(config.lr),
             optax.cosine_decay_schedule(config.lr, config.decay_steps, alpha=config.lr_final / config.lr),
         ],
@@ -32,7 +34,7 @@ def store_moments_as(inner: optax.GradientTransformation, dtype: jnp.dtype) -> o
         return cast(inner.init(params), dtype)
 
     def update(updates, state, params=None):
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        updates, state = inner.update(updates, cast(state, jnp.dtype("float32")), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
@@ -49,7 +51,7 @@ def adamw(config: OptimConfig) -> optax.GradientTransformation:
     """AdamW without clipping (the step clips, because it reports the norm); decay on matrices only."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     if config.moment_dtype == "bfloat16":
-        adam = store_moments_as(adam, jnp.bfloat16)
+        adam = store_moments_as(adam, jnp.dtype("bfloat16"))
     return optax.chain(
         adam,
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),

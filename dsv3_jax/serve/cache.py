@@ -25,9 +25,7 @@ class LatentCache(NamedTuple):
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
     shape = (config.num_hidden_layers, batch, length)
-    return LatentCache(
-        jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype)
-    )
+    return LatentCache(jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype))
 
 
 def extend(
@@ -50,9 +48,7 @@ def extend(
             jax.lax.dynamic_update_slice(cache.c_kv_NBSC, c_kv_BLC[None], (layer, 0, start, 0)),
             jax.lax.dynamic_update_slice(cache.k_rope_NBSR, k_rope_BLR[None], (layer, 0, start, 0)),
         )
-        x_BLD = x_BLD + block.attention.decode(
-            normed_BLD, rope, cache.c_kv_NBSC[layer], cache.k_rope_NBSR[layer], visible_BLS
-        )
+        x_BLD = x_BLD + block.attention.decode(normed_BLD, rope, cache.c_kv_NBSC[layer], cache.k_rope_NBSR[layer], visible_BLS)
         normed_BLD = block.ffn_norm(x_BLD)
         ffn = block.ffn
         y_BLD = ffn.decode(normed_BLD, layer_in_stack) if isinstance(ffn, MoE) else ffn(normed_BLD)

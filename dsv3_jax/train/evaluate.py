@@ -62,4 +62,5 @@ def evaluate(
         sums += np.array([float(v) for v in values])
         batch_load = [np.asarray(a) for a in batch_load]
         load = [a + b for a, b in zip(load, batch_load, strict=True)] if load else batch_load
-    return Evaluation(*sums.tolist(), load)
+    nll, correct, tokens = sums.tolist()
+    return Evaluation(nll, correct, tokens, load)

@@ -91,7 +91,7 @@ class MetricsWriter:
         self._file.write(json.dumps(row) + "\n")
         for key, value in row.items():
             if key != "step" and value is not None:
-                self._board.add_scalar(key, value, row["step"])
+                self._board.add_scalar(key, value, int(row["step"]))
 
     def close(self) -> None:
         self._file.close()

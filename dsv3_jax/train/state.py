@@ -39,7 +39,8 @@ def make_model(config: Config, rngs: nnx.Rngs) -> Transformer:
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Graph definition, and the shapes of parameters and router biases; allocates nothing."""
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
-    return nnx.split(model, nnx.Param, RouterBias)
+    graph, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
+    return graph, params, router_bias
 
 
 def init_state(config: Config) -> TrainState:

@@ -75,18 +75,20 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             grad_norm = optax.global_norm(grads)
             clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
             updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
         ema: Any = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
         bias = update_router_bias(state.router_bias, metrics.load, config.train.bias_update_speed)
         new_state = TrainState(state.step + 1, params, bias, opt_state, ema)
-        return new_state, StepMetrics(metrics, grad_norm, schedule(state.step), max_load_ratio(metrics.load))
+        return new_state, StepMetrics(metrics, grad_norm, jnp.asarray(schedule(state.step)), max_load_ratio(metrics.load))
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: Config) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
+def make_eval_step(
+    config: Config,
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
     """Jitted (params, router_bias, batch of L+1 tokens) -> sums: nll in nats, correct, targets; and expert loads."""
     graph, _, _ = abstract_model(config)
 
@@ -98,5 +100,3 @@ def make_eval_step(config: Config) -> Callable[[nnx.State, nnx.State, Batch], tu
         return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load
 
     return jax.jit(eval_step)
-
-

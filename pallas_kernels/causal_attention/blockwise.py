@@ -103,7 +103,8 @@ def _attention_fwd(q_NLX, k_NLX, v_NLU, segment_NL, scale, b):
 
 
 def _attention_bwd(scale, b, residuals, dout_NLU):
-    return (*_backward(*residuals, dout_NLU, scale, b), None)
+    q_NLX, k_NLX, v_NLU, segment_NL, out_NLU, lse_NL = residuals
+    return *_backward(q_NLX, k_NLX, v_NLU, segment_NL, out_NLU, lse_NL, dout_NLU, scale, b), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -177,10 +177,15 @@ def _swiglu(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
 
 def _swiglu_fwd(*args):
     y_TD, gate_up_RX = _forward(*args)
-    return y_TD, (*args, checkpoint_name(gate_up_RX, RESIDUALS))
+    return y_TD, (args, checkpoint_name(gate_up_RX, RESIDUALS))
 
 
-_swiglu.defvjp(_swiglu_fwd, lambda residuals, dy_TD: _backward(*residuals, dy_TD))
+def _swiglu_bwd(residuals, dy_TD):
+    args, gate_up_RX = residuals
+    return _backward(*args, gate_up_RX=gate_up_RX, dy_TD=dy_TD)
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 @functools.partial(jax.named_call, name="grouped_swiglu_blocked")

@@ -1,0 +1,165 @@
+"""Parity with transformers on checkpoints it wrote: logits, loss, gradients, greedy tokens, MTP, and refusals by name."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import dsv3_jax as dsv3
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop.hf_weights import sources
+from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.train.objective import LossWeights, objective, target_counts
+from tests.conftest import FIXTURES
+
+NAMES = sorted(p.name for p in FIXTURES.iterdir())
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    directory = FIXTURES / request.param
+    return dsv3.load_hf(directory), np.load(directory / "reference.npz")
+
+
+def test_logits(case):
+    model, reference = case
+    logits = model(reference["input_ids_0"])
+    assert logits.dtype == jnp.float32
+    assert np.abs(np.asarray(logits) - reference["logits_0"]).max() <= 2e-4
+
+
+def test_greedy_tokens_with_the_cache(case):
+    model, reference = case
+    new = reference["greedy_ids"].shape[1] - reference["prompt_ids"].shape[1]
+    np.testing.assert_array_equal(dsv3.generate(model, reference["prompt_ids"], new), reference["greedy_ids"])
+
+
+def gradients(model, ids):
+    """Loss and gradients of the mean next-token cross-entropy, without balance and MTP terms."""
+    model.mtp = nnx.List([])
+    batch = {"tokens": jnp.asarray(ids, jnp.int32), "segments": jnp.zeros(ids.shape, jnp.int32)}
+    graph, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    counts = target_counts(batch["segments"], 0)
+
+    def loss(params):
+        return objective(nnx.merge(graph, params, bias), batch, LossWeights(0.0, 0.0), counts, ids.shape[0])[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    return float(value), nnx.to_pure_dict(grads)
+
+
+def test_loss_and_gradients(case):
+    model, reference = case
+    loss, grads = gradients(nnx.clone(model), reference["train_ids"])
+    assert abs(loss - float(reference["train_loss"])) <= 1e-5
+    # the layout conversions are linear, so that they also turn theirs into our gradients
+    theirs = {name.removeprefix("grad:"): reference[name] for name in reference.files if name.startswith("grad:")}
+    compared = 0
+    for source in sources(model.config):
+        if not all(name in theirs for name in source.names):
+            continue
+        ours = grads
+        for key in source.path:
+            ours = ours[key]
+        ours = np.asarray(ours if source.layer is None else ours[source.layer])
+        expected = source.convert(*(theirs[name] for name in source.names))
+        assert np.abs(ours - expected).max() <= 1e-4 * max(np.abs(expected).max(), 1e-6), source.names[0]
+        compared += 1
+    assert compared >= 4
+
+
+def test_mtp_module_equals_transformers():
+    model = dsv3.load_hf(FIXTURES / "options_b")
+    reference = np.load(FIXTURES / "options_b" / "reference.npz")
+    ids = jnp.asarray(reference["mtp_ids"])
+    segment_BL = jnp.zeros((2, ids.shape[1] - 1), jnp.int32)
+    hidden_BLD, _ = model.hidden(ids[:, :-1], segment_BL)
+    hidden_BLD, _ = model.mtp_hidden(0, hidden_BLD, ids[:, 1:], segment_BL)
+    assert np.abs(np.asarray(hidden_BLD @ model.head_weight()) - reference["mtp_logits"]).max() <= 2e-4
+
+
+def test_a_wrong_rope_layout_would_be_noticed(tmp_path):
+    """The control: the same weights read with the other pairing give other logits."""
+    shutil.copytree(FIXTURES / "v3_tiny", tmp_path / "m")
+    edit_config(tmp_path / "m", rope_interleave=False)
+    reference = np.load(FIXTURES / "v3_tiny" / "reference.npz")
+    logits = dsv3.load_hf(tmp_path / "m")(reference["input_ids_0"])
+    assert np.abs(np.asarray(logits) - reference["logits_0"]).max() > 1e-2
+
+
+def test_bfloat16_checkpoint(tmp_path):
+    import ml_dtypes
+
+    shutil.copytree(FIXTURES / "v3_tiny", tmp_path / "m")
+    tensors = {k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(tmp_path / "m/model.safetensors").items()}
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    model = dsv3.load_hf(tmp_path / "m")
+    np.testing.assert_array_equal(np.asarray(model.embed_VD[...]), tensors["model.embed_tokens.weight"].astype(np.float32))
+
+
+def test_sharded_checkpoint_with_an_index(tmp_path):
+    shutil.copytree(FIXTURES / "v3_tiny", tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: tensors[n] for n in part}, tmp_path / f"m/model-{i}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "m/model.safetensors").unlink()
+    ids = np.load(FIXTURES / "v3_tiny/reference.npz")["input_ids_0"]
+    np.testing.assert_array_equal(dsv3.load_hf(tmp_path / "m")(ids), dsv3.load_hf(FIXTURES / "v3_tiny")(ids))
+
+
+def edit_config(directory, **fields):
+    raw = json.loads((directory / "config.json").read_text())
+    raw |= fields
+    (directory / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"a_new_switch": True}, "a_new_switch"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
+        ({"hidden_size": 72}, "model.embed_tokens.weight"),
+        ({"n_routed_experts": 12, "n_group": 3}, "mlp.experts.8"),
+        ({"num_hidden_layers": 2}, "model.layers.2"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, fields, expected):
+    shutil.copytree(FIXTURES / "v3_tiny", tmp_path / "m")
+    edit_config(tmp_path / "m", **fields)
+    with pytest.raises(UserError) as error:
+        dsv3.load_hf(tmp_path / "m")
+    assert expected in str(error.value)
+
+
+def test_missing_unexpected_and_truncated_tensors(tmp_path):
+    shutil.copytree(FIXTURES / "v3_tiny", tmp_path / "m")
+    path = tmp_path / "m/model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, path)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is missing"):
+        dsv3.load_hf(tmp_path / "m")
+    save_file(tensors | {"model.extra": np.zeros(1, np.float32)}, path)
+    with pytest.raises(UserError, match=r"model\.extra is unexpected"):
+        dsv3.load_hf(tmp_path / "m")
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        dsv3.load_hf(tmp_path / "m")
+    path.unlink()
+    with pytest.raises(UserError, match="neither"):
+        dsv3.load_hf(tmp_path / "m")

@@ -1,0 +1,163 @@
+"""The model's own promises: causality, segments, routing, balance, MTP, compile-time and remat."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.model.moe import Router, sequence_balance_loss
+from dsv3_jax.model.transformer import Transformer, positions
+from dsv3_jax.train.objective import LossWeights, objective, target_counts
+
+MICRO = ModelConfig(
+    vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=3,
+    num_attention_heads=2, q_lora_rank=10, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+    n_routed_experts=8, num_experts_per_tok=3, num_nextn_predict_layers=2, initializer_range=0.2,
+)  # fmt: skip
+
+
+def make(config: ModelConfig = MICRO, **options) -> Transformer:
+    return nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))()
+
+
+def tokens(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, MICRO.vocab_size)
+
+
+def test_later_tokens_change_nothing_earlier():
+    model, ids = make(), tokens(2, 20)
+    before, after = model(ids), model(ids.at[:, 12].set(0))
+    np.testing.assert_allclose(before[:, :12], after[:, :12], atol=1e-5)
+    assert jnp.abs(before[:, 12:] - after[:, 12:]).max() > 1e-2
+
+
+def test_packed_documents_equal_separate_ones():
+    """Hidden states of a packed row are those of its documents alone: attention and positions respect boundaries."""
+    model, ids = make(), tokens(1, 31)
+    segment_BL = jnp.asarray([[0] * 9 + [1] * 15 + [2] * 7])
+    packed, _ = jax.jit(lambda i, s: model.hidden(i, s))(ids, segment_BL)
+    for start, end in ((0, 9), (9, 24), (24, 31)):
+        alone, _ = model.hidden(ids[:, start:end], jnp.zeros((1, end - start), jnp.int32))
+        np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
+
+
+def test_positions_count_within_segments():
+    assert positions(jnp.asarray([[3, 3, 4, 4, 4, 7]])).tolist() == [[0, 1, 0, 1, 2, 0]]
+
+
+def naive_choice(score, bias, config):
+    """Group-limited top-k for one token, by sorting."""
+    biased = score + bias
+    groups = biased.reshape(config.n_group, -1)
+    best = np.argsort(-np.sort(groups, axis=1)[:, -2:].sum(1), kind="stable")[: config.topk_group]
+    allowed = np.full_like(biased, -np.inf).reshape(groups.shape)
+    allowed[best] = groups[best]
+    chosen = np.argsort(-allowed.reshape(-1), kind="stable")[: config.num_experts_per_tok]
+    weight = score[chosen] / score[chosen].sum() if config.norm_topk_prob else score[chosen]
+    return set(chosen.tolist()), weight.sum() * config.routed_scaling_factor
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_group": 1, "topk_group": 1}, {"norm_topk_prob": False}, {"topk_group": 4}])
+def test_router_against_sorting(changes):
+    config = dataclasses.replace(MICRO, **changes)
+    router = Router(config, nnx.Rngs(0))
+    router.bias_E[...] = jax.random.normal(jax.random.key(1), (8,)) * 0.3
+    score_TE = jax.nn.sigmoid(jax.random.normal(jax.random.key(2), (50, 8)))
+    expert_TK, weight_TK = router.choose(score_TE)
+    for t in range(50):
+        chosen, total = naive_choice(np.asarray(score_TE[t]), np.asarray(router.bias_E[...]), config)
+        assert set(expert_TK[t].tolist()) == chosen
+        assert float(weight_TK[t].sum()) == pytest.approx(total, rel=1e-5)
+
+
+def test_balance_loss_by_hand():
+    """Even routing gives 1; one sequence whose tokens all prefer the same experts approaches E / K."""
+    E, K = 4, 2
+    even = jnp.tile(jnp.asarray([[0.9, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.9]]), (3, 1))[None]
+    assert float(sequence_balance_loss(even, K)) == pytest.approx(1.0)
+    hot = jnp.tile(jnp.asarray([[1.0, 1.0, 0.0, 0.0]]), (6, 1))[None]
+    assert float(sequence_balance_loss(hot, K)) == pytest.approx(E / K)
+
+
+def test_router_bias_gets_no_gradient_and_changes_no_weight():
+    router = Router(MICRO, nnx.Rngs(0))
+    score_TE = jax.nn.sigmoid(jax.random.normal(jax.random.key(2), (20, 8)))
+    before_TK, weight_TK = router.choose(score_TE)
+    router.bias_E[...] = router.bias_E[...] + 5.0  # the same for all: choices stay, and so must their weights
+    after_TK, weight_after_TK = router.choose(score_TE)
+    np.testing.assert_array_equal(jnp.sort(before_TK), jnp.sort(after_TK))
+    np.testing.assert_allclose(jnp.sort(weight_TK), jnp.sort(weight_after_TK), rtol=1e-6)
+
+
+def loss_of(model: Transformer, ids, segments, mtp=1.0):
+    counts = target_counts(segments, len(model.mtp))
+    return objective(model, {"tokens": ids, "segments": segments}, LossWeights(mtp, 1e-3), counts, ids.shape[0])
+
+
+def test_mtp_targets_are_further_ahead():
+    """With depth 2, the last lookahead token is only a target of the second module; changing it moves only its loss."""
+    model, ids = make(), tokens(2, 12 + 3)
+    segments = jnp.zeros_like(ids)
+    _, before = loss_of(model, ids, segments)
+    _, after = loss_of(model, ids.at[:, -1].add(1), segments)
+    assert float(before.cross_entropy) == float(after.cross_entropy)
+    assert float(before.mtp_cross_entropy) != float(after.mtp_cross_entropy)
+    assert [tuple(load.shape) for load in before.load] == [(2, 8), (1, 8), (1, 8)]
+    assert all(float(load.sum()) == load.shape[0] * 2 * 12 * 3 for load in before.load)
+
+
+def test_targets_of_other_documents_do_not_count():
+    segments = jnp.asarray([[0, 0, 0, 1, 1, -1, -1]])
+    assert [float(c) for c in target_counts(segments, 1)] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_remat_changes_no_gradient(remat):
+    ids = tokens(2, 19)
+
+    def gradients(policy):
+        graph, params, bias = nnx.split(make(remat=policy), nnx.Param, RouterBias)
+        return jax.jit(jax.grad(lambda p: loss_of(nnx.merge(graph, p, bias), ids, jnp.zeros_like(ids))[0]))(params)
+
+    for ours, theirs in zip(jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("none")), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_against_finite_differences():
+    """The whole loss, custom gradients included, along a random direction of all parameters (float32: 1% is rounding)."""
+    ids = tokens(2, 19)
+    graph, params, bias = nnx.split(make(dataclasses.replace(MICRO, initializer_range=0.1)), nnx.Param, RouterBias)
+
+    @jax.jit
+    def f(p):
+        return loss_of(nnx.merge(graph, p, bias), ids, jnp.zeros_like(ids))[0]
+
+    leaves, tree = jax.tree.flatten(jax.grad(f)(params))
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in leaves))
+    eps = 2e-3
+    move = jax.tree.unflatten(tree, [eps * g / norm for g in leaves])
+    up, down = f(jax.tree.map(jnp.add, params, move)), f(jax.tree.map(jnp.subtract, params, move))
+    assert float(up - down) / (2 * eps) == pytest.approx(float(norm), rel=1e-2)
+
+
+def test_program_does_not_grow_with_depth():
+    def program(layers: int) -> str:
+        config = dataclasses.replace(MICRO, num_hidden_layers=layers, num_nextn_predict_layers=0)
+        graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        shape = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        return jax.jit(lambda s, t: nnx.merge(graph, s)(t)).lower(state, shape).as_text()
+
+    assert len(program(30).splitlines()) == len(program(6).splitlines())
+
+
+def test_bfloat16_stays_close():
+    ids = tokens(1, 16)
+    exact, rounded = make()(ids), make(dtype=jnp.dtype("bfloat16"))(ids)
+    assert rounded.dtype == jnp.float32
+    cosine = jnp.vdot(exact, rounded) / (jnp.linalg.norm(exact) * jnp.linalg.norm(rounded))
+    assert float(cosine) > 0.99  # near-ties in routing may fall the other way

@@ -1,0 +1,78 @@
+"""Generation: the cached path against the uncached model, sampling, ends, and refusals."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv3_jax as dsv3
+from dsv3_jax.errors import UserError
+from dsv3_jax.serve.cache import empty_cache, extend
+from tests.conftest import FIXTURES
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsv3.load_hf(FIXTURES / "v3_tiny")
+
+
+def test_cached_hidden_states_equal_uncached(model):
+    """Token by token and in uneven pieces, past where the cache was padded."""
+    ids = np.load(FIXTURES / "v3_tiny" / "reference.npz")["input_ids_0"]
+    expected, _ = model.hidden(jnp.asarray(ids), jnp.zeros(ids.shape, jnp.int32))
+    cache = empty_cache(model.config, ids.shape[0], 80, jnp.dtype("float32"))
+    start = 0
+    for size in (5, 1, 1, 17, 1, 20):
+        hidden, cache = extend(model, cache, jnp.asarray(ids[:, start : start + size]), jnp.int32(start))
+        np.testing.assert_allclose(hidden, expected[:, start : start + size], atol=1e-4)
+        start += size
+
+
+def test_prompts_longer_than_a_prefill_chunk(model):
+    prompt = np.random.default_rng(0).integers(0, 256, (2, 131))
+    out = np.asarray(dsv3.generate(model, prompt, 5))
+    logits = np.asarray(model(out))
+    np.testing.assert_array_equal(out[:, 131:], logits[:, 130:-1].argmax(-1))
+
+
+def test_sampling_depends_on_the_seed_and_top_p(model):
+    def draw(**options):
+        return np.asarray(dsv3.generate(model, [[1, 2, 3]], 20, **options))
+
+    assert (draw(temperature=1.0, seed=1) == draw(temperature=1.0, seed=1)).all()
+    assert (draw(temperature=1.0, seed=1) != draw(temperature=1.0, seed=2)).any()
+    np.testing.assert_array_equal(draw(temperature=1.0, top_p=1e-6), draw())
+
+
+def test_sampling_frequencies_follow_the_model(model):
+    out = np.asarray(dsv3.generate(model, np.full((4000, 1), 7), 1, temperature=1.0))[:, 1]
+    logits = np.asarray(model(np.array([[7]])))[0, 0]
+    expected = np.exp(logits - logits.max())
+    expected /= expected.sum()
+    observed = np.bincount(out, minlength=256) / 4000
+    assert np.abs(observed - expected).max() < 4 * np.sqrt(expected.max() / 4000)
+
+
+def test_rows_repeat_the_end_token(model):
+    free = np.asarray(dsv3.generate(model, [[5, 6], [9, 1]], 12))
+    eos = int(free[0, 4])
+    out = np.asarray(dsv3.generate(model, [[5, 6], [9, 1]], 12, eos_id=eos))
+    first = int(np.argmax(out[0, 2:] == eos)) + 2
+    np.testing.assert_array_equal(out[0, :first], free[0, :first])
+    assert (out[0, first:] == eos).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "expected"),
+    [
+        ([[]], {}, "prompt_ids"),
+        ([1, 2], {}, "prompt_ids"),
+        ([[999]], {}, "outside"),
+        ([[1]], {"max_new_tokens": 0}, "use 1 to 255"),
+        ([[1]], {"max_new_tokens": 256}, "use 1 to 255"),
+        ([[1]], {"temperature": -1.0}, "temperature"),
+        ([[1]], {"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_impossible_requests_are_refused(model, prompt, options, expected):
+    with pytest.raises(UserError, match=expected):
+        dsv3.generate(model, prompt, **options)

@@ -1,0 +1,210 @@
+"""Whole runs: exact resume, signals, divergence, foreign directories, damaged checkpoints, full disks, reports."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dsv3_jax as dsv3
+from dsv3_jax.checkpoint import manager
+from dsv3_jax.config import load_config
+from dsv3_jax.errors import UserError
+from dsv3_jax.train.loop import train
+from dsv3_jax.train.report import finish
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+COMMAND = str(Path(sys.executable).with_name("dsv3"))
+REQUIRED = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s"}
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "step_time_s")} for row in rows]
+
+
+def assert_same_state(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def config_with(micro_overrides):
+    return lambda *extra: load_config(TINY, [*micro_overrides, *extra])
+
+
+def test_a_run_and_its_bit_for_bit_resume(config_with, tmp_path, capsys):
+    whole = train(config_with("name=whole", "optim.ema_decay=0.9", "train.grad_accum_steps=2"), tmp_path)
+    rows = rows_of(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]) >= REQUIRED
+    assert [row["tokens"] for row in rows[:2]] == [128, 256]
+    assert "eval_loss" in rows[2]
+    assert "eval_loss_ema" in rows[5]
+
+    options = ("name=parts", "optim.ema_decay=0.9", "train.grad_accum_steps=2", "train.eval_every=3")
+    train(config_with(*options, "train.steps=3"), tmp_path)
+    parts = train(config_with(*options), tmp_path)
+    assert "resuming" in capsys.readouterr().out
+    assert_same_state(whole.state, parts.state)
+    assert without_clock(rows_of(tmp_path / "parts")) == without_clock(rows)
+
+    finish(config_with("name=whole", "optim.ema_decay=0.9", "train.grad_accum_steps=2"), whole)
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert 0 < report["gzip_9_bits_per_byte"] < 8
+    assert report["bits_per_byte"] > 0
+    assert (tmp_path / "whole" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "whole" / "sample.txt").read_text()
+    assert list((tmp_path / "whole" / "tensorboard").iterdir())
+
+    model = dsv3.load(tmp_path / "whole")
+    ids = np.arange(10)[None]
+    np.testing.assert_array_equal(model(ids), dsv3.load(tmp_path / "whole" / "checkpoints" / "6")(ids))
+
+
+def test_another_config_or_a_foreign_directory_is_refused(config_with, tmp_path):
+    train(config_with("train.steps=1", "name=a"), tmp_path)
+    before = sorted(p for p in (tmp_path / "a").rglob("*"))
+    with pytest.raises(UserError, match=r"belongs to another config: optim\.lr was 0\.003, now 0\.5"):
+        train(config_with("name=a", "optim.lr=0.5"), tmp_path)
+    assert sorted(p for p in (tmp_path / "a").rglob("*")) == before
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="is no run"):
+        train(config_with("name=b"), tmp_path)
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.tex"]
+
+
+def test_divergence_names_step_documents_and_checkpoint(config_with, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(config_with("name=a", "optim.lr=300", "optim.warmup_steps=0", "checkpoint.every_steps=1"), tmp_path)
+    text = str(error.value)
+    assert "diverged at step" in text
+    assert ".txt" in text
+    assert "last good checkpoint: step" in text or "no checkpoint yet" in text
+    for step in manager.complete_steps(tmp_path / "a" / "checkpoints"):
+        assert all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves(dsv3.load(tmp_path / "a/checkpoints" / str(step)).embed_VD)
+        )
+
+
+def test_checkpoints_by_step_are_kept_and_dropped(config_with, tmp_path):
+    train(config_with("name=a", "checkpoint.every_steps=2", "checkpoint.keep=2"), tmp_path)
+    assert manager.complete_steps(tmp_path / "a" / "checkpoints") == [4, 6]
+
+
+@pytest.fixture
+def finished_run(config_with, tmp_path):
+    train(config_with("name=a", "train.steps=2", "checkpoint.every_steps=1"), tmp_path)
+    return tmp_path / "a"
+
+
+def largest_file(directory: Path) -> Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_damaged_checkpoints_are_refused(finished_run):
+    checkpoint = finished_run / "checkpoints" / "2"
+    victim = largest_file(checkpoint)
+    content = victim.read_bytes()
+
+    victim.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        dsv3.load(finished_run)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(flipped))
+    with pytest.raises(UserError, match="sha256"):
+        dsv3.load(finished_run)
+    victim.unlink()
+    with pytest.raises(UserError, match="found nothing"):
+        dsv3.load(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(UserError, match="cut off"):
+        dsv3.load(checkpoint)
+    dsv3.load(finished_run)  # a run's latest whole checkpoint is the one before
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="not a checkpoint of dsv3_jax"):
+        dsv3.load(tmp_path / "other")
+    with pytest.raises(UserError, match="does not exist"):
+        dsv3.load(tmp_path / "nothing")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(config_with, tmp_path, monkeypatch):
+    """With a real small filesystem where the system lets us mount one, else with the error that it would give."""
+    config = config_with("name=a", "train.steps=4", "checkpoint.every_steps=2", "model.hidden_size=64")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and shutil.which("mount") is not None
+        and (subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)], check=False).returncode == 0)
+    )
+    if not mounted:
+        real, saved = manager.ocp.save_checkpointables, []
+
+        def save(path, *args, **kwargs):
+            if saved:
+                raise OSError(28, "No space left on device")
+            saved.append(path)
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(manager.ocp, "save_checkpointables", save)
+    try:
+        with pytest.raises(UserError, match=r"step 4: no space left on the device; the checkpoint of step 2 is intact"):
+            train(config, disk)
+        assert manager.complete_steps(disk / "a" / "checkpoints") == [2]
+        assert [p.name for p in (disk / "a" / "checkpoints").iterdir()] == ["2"]
+        dsv3.load(disk / "a")
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(micro_overrides, tmp_path):
+    command = [COMMAND, "train", str(TINY), *micro_overrides, "name=a", "train.steps=100000", "train.eval_every=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 3):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "stopped by SIGINT; saved step" in out
+    (step,) = manager.complete_steps(tmp_path / "runs" / "a" / "checkpoints")
+    assert step == rows_of(tmp_path / "runs" / "a")[-1]["step"]
+
+    done = subprocess.run(
+        [COMMAND, "resume", "runs/a", f"train.steps={step + 2}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resuming runs/a at step {step}" in done.stdout.replace(str(tmp_path) + "/", "")
+    assert "\x1b" not in done.stdout  # plain lines in a pipe
+    assert [row["step"] for row in rows_of(tmp_path / "runs" / "a")] == list(range(1, step + 3))
+
+    evaluated = subprocess.run([COMMAND, "eval", "runs/a"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert {"loss", "perplexity", "accuracy", "tokens"} <= set(json.loads(evaluated.stdout))
+    generated = subprocess.run(
+        [COMMAND, "generate", "runs/a", "--prompt", "the quick", "--max-new-tokens", "5"],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    assert generated.stdout.startswith("the quick")

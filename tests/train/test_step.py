@@ -1,0 +1,84 @@
+"""The training step: it learns, accumulates exactly, balances, and compiles once."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import load_config
+from dsv3_jax.train.state import init_state
+from dsv3_jax.train.step import make_train_step, update_router_bias
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def batch_of(config, seed=0):
+    random = np.random.default_rng(seed)
+    shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
+    segments = np.sort(random.integers(0, 3, shape).astype(np.int32), axis=1)
+    return {"tokens": random.integers(0, config.model.vocab_size, shape).astype(np.int32), "segments": segments}
+
+
+def run(overrides, steps, same_batch=True):
+    config = load_config(TINY, overrides)
+    state, step = jax.jit(partial(init_state, config))(), make_train_step(config)
+    rows = []
+    for i in range(steps):
+        state, metrics = step(state, batch_of(config, 0 if same_batch else i))
+        rows.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
+    return state, rows
+
+
+def test_overfits_one_batch(micro_overrides):
+    _, rows = run([*micro_overrides, "optim.lr=1e-2"], 80)
+    assert float(rows[0].objective.cross_entropy) == pytest.approx(np.log(300), rel=0.02)
+    assert float(rows[-1].objective.cross_entropy) < 1.0
+    assert float(rows[-1].objective.mtp_cross_entropy) < 2.0
+
+
+def test_accumulation_equals_the_whole_batch(micro_overrides):
+    """The same loss, gradient norm and loads; parameters to rounding, which Adam's first steps blow up to its lr."""
+    whole, a = run(micro_overrides, 2)
+    parts, b = run([*micro_overrides, "train.grad_accum_steps=4"], 2)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x.objective.loss, y.objective.loss, rtol=2e-5)
+        np.testing.assert_allclose(x.grad_norm, y.grad_norm, rtol=1e-3)
+    for x, y in zip(a[0].objective.load, b[0].objective.load, strict=True):
+        np.testing.assert_array_equal(x, y)
+    for x, y in zip(jax.tree.leaves(whole.router_bias), jax.tree.leaves(parts.router_bias), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_mtp_weight_switches_without_recompilation(micro_overrides):
+    _, rows = run([*micro_overrides, "train.mtp_switch_step=2", "train.sequence_balance_alpha=0"], 4, same_batch=False)
+    weights = [
+        (float(r.objective.loss) - float(r.objective.cross_entropy)) / float(r.objective.mtp_cross_entropy) for r in rows
+    ]
+    np.testing.assert_allclose(weights, [0.3, 0.3, 0.1, 0.1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("extra", ["precision.recipe=bf16", "optim.moment_dtype=bfloat16", "remat.policy=full"])
+def test_options_learn_as_well(micro_overrides, extra):
+    _, rows = run([*micro_overrides, "optim.lr=1e-2", extra], 40)
+    assert float(rows[-1].objective.cross_entropy) < 3.5
+
+
+def test_ema_is_the_moving_average(micro_overrides):
+    config = load_config(TINY, [*micro_overrides, "optim.ema_decay=0.9"])
+    state, step = jax.jit(partial(init_state, config))(), make_train_step(config)
+    expected = jax.device_get(jax.tree.leaves(state.params))
+    for i in range(3):
+        state, _ = step(state, batch_of(config, i))
+        leaves = jax.device_get(jax.tree.leaves(state.params))
+        expected = [0.9 * e + 0.1 * p for e, p in zip(expected, leaves, strict=True)]
+    for ours, theirs in zip(jax.tree.leaves(state.ema), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_bias_moves_towards_the_idle_experts():
+    moved = update_router_bias({"a": jnp.zeros((2, 4))}, (jnp.asarray([[4.0, 2, 1, 1], [2, 2, 2, 2]]),), speed=0.01)
+    np.testing.assert_allclose(moved["a"], [[-0.01, 0, 0.01, 0.01], [0, 0, 0, 0]], atol=1e-9)
