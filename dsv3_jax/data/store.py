@@ -146,21 +146,20 @@ def load_corpus(config: DataConfig, vocab_size: int, report: Callable[[str], Non
         for split, validation in (("train", False), ("validation", True)):
             found = (d for d in documents(config) if is_validation(d.text, config.validation_fraction) == validation)
             _write_store(directory / split, _encode(found, tokenizer))
+        _check_not_empty(config, {split: len(_read_store(directory / split)) for split in ("train", "validation")})
 
     key = _key("tokens", corpus_key, tokenizer_hash(tokenizer), str(config.validation_fraction))
     directory = _cached(cache_root(config), key, build)
-    corpus = Corpus(tokenizer, _read_store(directory / "train"), _read_store(directory / "validation"))
-    _check_not_empty(config, corpus)
-    return corpus
+    return Corpus(tokenizer, _read_store(directory / "train"), _read_store(directory / "validation"))
 
 
-def _check_not_empty(config: DataConfig, corpus: Corpus) -> None:
-    found = len(corpus.train) + len(corpus.validation)
+def _check_not_empty(config: DataConfig, documents_in: dict[str, int]) -> None:
+    found = sum(documents_in.values())
     where = config.path or "the standard library's source"
     if not found:
         raise UserError(f"data.path: {where} holds no text")
-    for split in ("train", "validation"):
-        if not len(getattr(corpus, split)):
+    for split, count in documents_in.items():
+        if not count:
             raise UserError(
                 f"data.validation_fraction={config.validation_fraction} leaves no {split} document out of {found} in "
                 f"{where}; add documents or change the fraction"

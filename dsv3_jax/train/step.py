@@ -72,7 +72,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         grads, metrics = _gradients(config, graph, state, batch)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
             updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
