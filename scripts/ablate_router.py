@@ -15,7 +15,6 @@ from dsv3_jax.train.loop import train
 from dsv3_jax.train.step import make_eval_step
 
 _ROOT = Path(__file__).resolve().parents[1]
-# With a few hundred steps gamma has to be larger than the report's 0.001, which has 14.8T tokens to act.
 _VARIANTS = {"balanced": [], "off": ["train.bias_update_speed=0", "train.sequence_balance_alpha=0"]}
 
 

@@ -1,0 +1,40 @@
+"""The README's commands exist, and their overrides are valid."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import dsv3_jax as dsv3
+from dsv3_jax.cli import _VERBS
+from dsv3_jax.config import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands(command):
+    if command[0] == "make":
+        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif command[0] == "dsv3":
+        assert command[1] in _VERBS
+        if command[1] in ("train", "describe"):
+            load_config(ROOT / command[2], command[3:])
+    else:
+        assert command[0] == "python"
+        assert (ROOT / command[1]).is_file()
+
+
+def test_named_functions_and_pictures_exist():
+    for name in re.findall(r"dsv3\.(\w+)\(", README):
+        assert hasattr(dsv3, name)
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file()
