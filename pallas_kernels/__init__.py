@@ -6,6 +6,7 @@ so when the program is lowered for a platform, so that a program compiled on a C
 
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
+from pallas_kernels.grouped_swiglu.dense import dense_is_worthwhile, dense_swiglu
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 
-__all__ = ["causal_attention", "grouped_swiglu", "linear_cross_entropy"]
+__all__ = ["causal_attention", "dense_is_worthwhile", "dense_swiglu", "grouped_swiglu", "linear_cross_entropy"]

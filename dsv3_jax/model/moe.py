@@ -1,5 +1,6 @@
 """DeepSeekMoE: shared experts, sigmoid router, group-limited top-k, balancing (arXiv 2412.19437, section 2.1.2)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, SwiGLU, weight
 from pallas_kernels import grouped_swiglu
 
+# (x_TD, expert_TK, weight_TK) -> y_TD
+RoutedExperts = Callable[[Array, Array, Array], Array]
 ROUTING = "routing"  # checkpoint_name of scores and choices
 
 
@@ -94,19 +97,8 @@ class MoE(nnx.Module):
         )
         return y_TD.reshape(B, L, D) + self.shared(x_BLD), stats
 
-    def decode(self, x_BLD: Float[Array, "B L D"], layer: Int[Array, ""]) -> Float[Array, "B L D"]:
-        """As `__call__` for one layer of a stack whose expert weights still carry the layer axis.
-
-        A scan over layers would copy every expert of a layer out of the stack to use a few of them; all layers' experts
-        as one long list let the grouped kernel read only those that are chosen, in place.
-        """
+    def decode(self, x_BLD: Float[Array, "B L D"], experts: RoutedExperts) -> Float[Array, "B L D"]:
+        """As `__call__`, with the routed experts given as a function: decoding keeps their weights in its own layout."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        expert_TK, weight_TK = self.router.choose(self.router.scores(x_TD))
-        y_TD = grouped_swiglu(
-            x_TD,
-            self.w_gate_up_ED2M.reshape(-1, *self.w_gate_up_ED2M.shape[2:]).astype(x_TD.dtype),
-            self.w_down_EMD.reshape(-1, *self.w_down_EMD.shape[2:]).astype(x_TD.dtype),
-            expert_TK + layer * self.config.n_routed_experts,
-            weight_TK,
-        )
+        y_TD = experts(x_TD, *self.router.choose(self.router.scores(x_TD)))
         return y_TD.reshape(x_BLD.shape) + self.shared(x_BLD)

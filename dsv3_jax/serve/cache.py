@@ -11,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.moe import MoE, RoutedExperts
 from dsv3_jax.model.rope import rope_table
 from dsv3_jax.model.transformer import Block, Transformer
+from pallas_kernels import dense_is_worthwhile, dense_swiglu, grouped_swiglu
 
 
 class LatentCache(NamedTuple):
@@ -23,13 +24,60 @@ class LatentCache(NamedTuple):
     k_rope_NBSR: Float[Array, "layers B S R"]
 
 
+class Layer(NamedTuple):
+    """One layer, taken out of its stack."""
+
+    block: Block
+    experts: RoutedExperts | None  # None: a dense layer
+
+
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
     shape = (config.num_hidden_layers, batch, length)
     return LatentCache(jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype))
 
 
+def unstack(model: Transformer, tokens: int) -> list[Layer]:
+    """The layers one by one, for steps of `tokens` tokens in all. Call it outside of a decoding loop.
+
+    A scan over layers would copy every layer's weights out of the stack again for every token.
+    """
+    layers = []
+    for blocks in (model.dense_blocks, model.moe_blocks):
+        if blocks is None:
+            continue
+        graph, _, rest = nnx.split(blocks, _is_expert, ...)
+        for i in range(blocks.attention_norm.scale.shape[0]):
+            block = nnx.merge(graph, _without_experts(blocks), jax.tree.map(lambda a, i=i: a[i], rest))
+            experts = _routed_experts(blocks.ffn, i, tokens, model.dtype) if isinstance(blocks.ffn, MoE) else None
+            layers.append(Layer(block, experts))
+    return layers
+
+
+def _is_expert(path: tuple, variable) -> bool:
+    return path[-1] in ("w_gate_up_ED2M", "w_down_EMD")
+
+
+def _without_experts(blocks: Block) -> nnx.State:
+    """Empty arrays in the place of the experts' weights, which `Layer.experts` holds."""
+    return jax.tree.map(lambda a: jnp.zeros(0, a.dtype), nnx.state(blocks, _is_expert))
+
+
+def _routed_experts(stack: MoE, layer: int, tokens: int, dtype: jnp.dtype) -> RoutedExperts:
+    """Layer `layer`'s experts, in the layout that a step of `tokens` tokens reads fastest."""
+    E, K = stack.config.n_routed_experts, stack.config.num_experts_per_tok
+    w_gate_up_NED2M, w_down_NEMD = stack.w_gate_up_ED2M.astype(dtype), stack.w_down_EMD.astype(dtype)
+    if dense_is_worthwhile(tokens, K, E):
+        # the barrier keeps one plain transpose of the whole stack, which is much faster than one fused into each slice
+        w_gate_up_NDE2M = jax.lax.optimization_barrier(jnp.moveaxis(w_gate_up_NED2M, 1, 2))
+        w_gate_up_DE2M, w_down_EMD = w_gate_up_NDE2M[layer], w_down_NEMD[layer]
+        return lambda x_TD, expert_TK, weight_TK: dense_swiglu(x_TD, w_gate_up_DE2M, w_down_EMD, expert_TK, weight_TK)
+    # all layers' experts as one long list: the grouped kernel reads those that are chosen, and nothing is copied
+    w_gate_up, w_down = (w.reshape(-1, *w.shape[2:]) for w in (w_gate_up_NED2M, w_down_NEMD))
+    return lambda x_TD, expert_TK, weight_TK: grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK + layer * E, weight_TK)
+
+
 def extend(
-    model: Transformer, cache: LatentCache, token_BL: Int[Array, "B L"], start: Int[Array, ""]
+    model: Transformer, layers: list[Layer], cache: LatentCache, token_BL: Int[Array, "B L"], start: Int[Array, ""]
 ) -> tuple[Float[Array, "B L D"], LatentCache]:
     """Run L new tokens at positions start.. against the cache; returns final hidden states and the longer cache.
 
@@ -40,37 +88,19 @@ def extend(
     rope = rope_table(model.config, jnp.broadcast_to(position_L, (B, L)))
     visible_LS = jnp.arange(cache.c_kv_NBSC.shape[2]) <= position_L[:, None]
     visible_BLS = jnp.broadcast_to(visible_LS, (B, *visible_LS.shape))
+    c_kv_NBSC, k_rope_NBSR = cache
 
-    def apply(block: Block, layer_in_stack, layer, x_BLD, cache: LatentCache):
+    x_BLD = model.embed(token_BL)
+    for i, (block, experts) in enumerate(layers):
         normed_BLD = block.attention_norm(x_BLD)
         c_kv_BLC, k_rope_BLR = block.attention.latents(normed_BLD, rope)
-        cache = LatentCache(
-            jax.lax.dynamic_update_slice(cache.c_kv_NBSC, c_kv_BLC[None], (layer, 0, start, 0)),
-            jax.lax.dynamic_update_slice(cache.k_rope_NBSR, k_rope_BLR[None], (layer, 0, start, 0)),
-        )
-        x_BLD = x_BLD + block.attention.decode(normed_BLD, rope, cache.c_kv_NBSC[layer], cache.k_rope_NBSR[layer], visible_BLS)
+        c_kv_NBSC = jax.lax.dynamic_update_slice(c_kv_NBSC, c_kv_BLC[None], (i, 0, start, 0))
+        k_rope_NBSR = jax.lax.dynamic_update_slice(k_rope_NBSR, k_rope_BLR[None], (i, 0, start, 0))
+        x_BLD += block.attention.decode(normed_BLD, rope, c_kv_NBSC[i], k_rope_NBSR[i], visible_BLS)
         normed_BLD = block.ffn_norm(x_BLD)
-        ffn = block.ffn
-        y_BLD = ffn.decode(normed_BLD, layer_in_stack) if isinstance(ffn, MoE) else ffn(normed_BLD)
-        return x_BLD + y_BLD, cache
-
-    x_BLD, first = model.embed(token_BL), 0
-    for blocks in (model.dense_blocks, model.moe_blocks):
-        if blocks is None:
-            continue
-        # experts stay whole (see MoE.decode); everything else is scanned
-        graph, experts, layers = nnx.split(blocks, _is_expert, ...)
-        count = blocks.attention_norm.scale.shape[0]
-
-        def body(carry, xs, graph=graph, experts=experts, first=first):
-            layer_in_stack, layer_state = xs
-            block = nnx.merge(graph, experts, layer_state)
-            return apply(block, layer_in_stack, first + layer_in_stack, *carry), None
-
-        (x_BLD, cache), _ = jax.lax.scan(body, (x_BLD, cache), (jnp.arange(count), layers))
-        first += count
-    return model.norm(x_BLD), cache
-
-
-def _is_expert(path: tuple, variable) -> bool:
-    return path[-1] in ("w_gate_up_ED2M", "w_down_EMD")
+        if isinstance(block.ffn, MoE):
+            assert experts is not None
+            x_BLD += block.ffn.decode(normed_BLD, experts)
+        else:
+            x_BLD += block.ffn(normed_BLD)
+    return model.norm(x_BLD), LatentCache(c_kv_NBSC, k_rope_NBSR)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.serve.cache import LatentCache, empty_cache, extend
+from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, unstack
 
-_PREFILL_CHUNK = 64  # tokens: bounds the score matrix, and one program serves prompts of every length
+_PREFILL_CHUNK = 64  # tokens at most: bounds the score matrix, and few programs serve prompts of every length
 _LENGTH_STEP = 128  # cache lengths are multiples of this, so that few programs are compiled
 
 
@@ -24,7 +24,8 @@ def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
 def _prefill(graph, state, cache: LatentCache, token_BL, start, last):
     """One chunk of the prompt; logits at its place `last`."""
     model = nnx.merge(graph, state)
-    x_BLD, cache = extend(model, cache, token_BL, start)
+    layers = unstack(model, token_BL.size)
+    x_BLD, cache = extend(model, layers, cache, token_BL, start)
     return _head(model, jax.lax.dynamic_index_in_dim(x_BLD, last, 1, keepdims=False)), cache
 
 
@@ -46,6 +47,7 @@ def _sample(logits_BV: Array, key: Array, temperature: Array, top_p: Array) -> I
 def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, key, eos_id):
     """Fill token_BS[:, begin:end]; rows that reached `eos_id` (-1: none) repeat it, and all rows there end the loop."""
     model = nnx.merge(graph, state)
+    layers = unstack(model, token_BS.shape[0])
 
     def running(carry):
         position, _, _, _, done_B = carry
@@ -56,7 +58,7 @@ def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, t
         token_B = _sample(logits_BV, jax.random.fold_in(key, position), temperature, top_p)
         token_B = jnp.where(done_B, eos_id, token_B)
         token_BS = jax.lax.dynamic_update_slice(token_BS, token_B[:, None], (0, position))
-        x_B1D, cache = extend(model, cache, token_B[:, None], position)
+        x_B1D, cache = extend(model, layers, cache, token_B[:, None], position)
         return position + 1, token_BS, _head(model, x_B1D[:, 0]), cache, done_B | (token_B == eos_id)
 
     done_B = jnp.zeros(token_BS.shape[0], bool)
@@ -101,9 +103,10 @@ def generate(
     token_BS = np.zeros((B, length), np.int32)
     token_BS[:, :T] = prompt_BT
     logits_BV = None
-    for start in range(0, T, _PREFILL_CHUNK):
-        last = min(T - start, _PREFILL_CHUNK) - 1
-        chunk = jnp.asarray(token_BS[:, start : start + _PREFILL_CHUNK])
+    size = next(c for c in (8, 16, 32, _PREFILL_CHUNK) if c >= min(T, _PREFILL_CHUNK))
+    for start in range(0, T, size):
+        last = min(T - start, size) - 1
+        chunk = jnp.asarray(token_BS[:, start : start + size])
         logits_BV, cache = _prefill(graph, state, cache, chunk, jnp.int32(start), jnp.int32(last))
     out_BS = _decode(
         graph, state, cache, jnp.asarray(token_BS), logits_BV, jnp.int32(T), jnp.int32(T + max_new_tokens),

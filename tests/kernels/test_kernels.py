@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import causal_attention, grouped_swiglu, linear_cross_entropy
+from pallas_kernels import causal_attention, dense_is_worthwhile, dense_swiglu, grouped_swiglu, linear_cross_entropy
 
 # float32 with sums of up to a few thousand terms in another order
 F32 = {"rtol": 2e-5, "atol": 2e-5}
@@ -75,6 +75,15 @@ def test_grouped_swiglu_in_bfloat16():
     assert ours.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(ours, np.float32) - wide) / np.linalg.norm(wide)
     assert error < 0.01  # a few roundings of 2^-9 each
+
+
+@pytest.mark.parametrize(("T", "E", "K"), [(8, 4, 2), (1, 2, 2), (16, 8, 1)])
+def test_dense_swiglu_equals_the_reference(T, E, K):
+    assert dense_is_worthwhile(T, K, E)
+    choice, (x, w_gate_up, w_down, weight) = experts_case(T, 6, 5, E, K, 1.0, seed=3)
+    ours = dense_swiglu(x, jnp.moveaxis(w_gate_up, 0, 1), w_down, choice, weight)
+    theirs = grouped_swiglu(x, w_gate_up, w_down, choice, weight, implementation="reference")
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_cpu_runs_the_blocked_experts():

@@ -6,7 +6,7 @@ import pytest
 
 import dsv3_jax as dsv3
 from dsv3_jax.errors import UserError
-from dsv3_jax.serve.cache import empty_cache, extend
+from dsv3_jax.serve.cache import empty_cache, extend, unstack
 from tests.conftest import FIXTURES
 
 
@@ -22,7 +22,9 @@ def test_cached_hidden_states_equal_uncached(model):
     cache = empty_cache(model.config, ids.shape[0], 80, jnp.dtype("float32"))
     start = 0
     for size in (5, 1, 1, 17, 1, 20):
-        hidden, cache = extend(model, cache, jnp.asarray(ids[:, start : start + size]), jnp.int32(start))
+        hidden, cache = extend(
+            model, unstack(model, ids.shape[0] * size), cache, jnp.asarray(ids[:, start : start + size]), jnp.int32(start)
+        )
         np.testing.assert_allclose(hidden, expected[:, start : start + size], atol=1e-4)
         start += size
 

@@ -1,4 +1,4 @@
-"""The ablation of scripts/ablate_router.py, in little: bias balancing evens out held-out expert load, and off it does not."""
+"""The ablation of scripts/ablate_router.py at half its tokens: bias balancing evens out held-out expert load, off it collapses."""
 
 from pathlib import Path
 
@@ -13,18 +13,17 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def held_out_load(overrides, root) -> float:
-    config = load_config(TINY, overrides)
+    """Busiest expert's share over the mean, worst layer, on held-out source text after 200 steps."""
+    options = ["train.steps=200", "train.eval_every=1000", "data.seq_len=128", f"data.cache_dir={root}/cache"]
+    config = load_config(TINY, [*options, *overrides])
     result = train(config, root)
-    data = config.data
-    store = result.corpus.validation
     params, bias = result.state.params, result.state.router_bias
-    return evaluate(make_eval_step(config), params, bias, store, data.seq_len, data.batch_size).max_load
+    return evaluate(make_eval_step(config), params, bias, result.corpus.validation, 128, 8, limit=30).max_load
 
 
 @pytest.mark.slow
-def test_bias_balancing_evens_out_the_load(micro_overrides, tmp_path):
-    options = [*micro_overrides, "train.steps=200", "data.batch_size=16", "train.eval_every=1000"]
-    on = held_out_load([*options, "name=on"], tmp_path)
-    off = held_out_load([*options, "name=off", "train.bias_update_speed=0", "train.sequence_balance_alpha=0"], tmp_path)
-    assert on < 1.6
-    assert off > 1.3 * on
+def test_bias_balancing_evens_out_the_load(tmp_path):
+    on = held_out_load(["name=balanced"], tmp_path)
+    assert on <= 2.0  # 1.44 with the script's twice as many tokens; the corpus differs with the Python version
+    unbalanced = ["train.bias_update_speed=0", "train.sequence_balance_alpha=0"]
+    assert held_out_load(["name=unbalanced", *unbalanced], tmp_path) > 2.5
