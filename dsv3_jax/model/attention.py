@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import NORM_EPS_LATENT, RMSNorm, constant, weight
+from dsv3_jax.model.layers import NORM_EPS_LATENT, RMSNorm, constant, linear, weight
 from dsv3_jax.model.rope import attention_scale, rotate
 from pallas_kernels import causal_attention
 
@@ -45,21 +45,20 @@ class Attention(nnx.Module):
 
     def queries(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H R"]]:
         """Equations 6-9: the part without and the part with position."""
-        dtype = x_BLD.dtype
         if self.config.q_lora_rank is None:
-            q_BLHX = jnp.einsum("bld,dhx->blhx", x_BLD, self.w_q_DHX.astype(dtype))
+            q_BLHX = linear(x_BLD, self.w_q_DHX[...])
         else:
-            c_q_BLQ = jnp.einsum("bld,dq->blq", x_BLD, self.w_q_a_DQ.astype(dtype))
+            c_q_BLQ = linear(x_BLD, self.w_q_a_DQ[...])
             if self.config.attention_bias:
-                c_q_BLQ += self.b_q_a_Q.astype(dtype)
+                c_q_BLQ += self.b_q_a_Q.astype(x_BLD.dtype)
             c_q_BLQ = checkpoint_name(c_q_BLQ, LATENTS)
-            q_BLHX = jnp.einsum("blq,qhx->blhx", self.q_a_norm(c_q_BLQ), self.w_q_b_QHX.astype(dtype))
+            q_BLHX = linear(self.q_a_norm(c_q_BLQ), self.w_q_b_QHX[...])
         q_nope_BLHN, q_rope_BLHR = jnp.split(q_BLHX, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope_BLHN, rotate(q_rope_BLHR, rope)
 
     def latents(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
         """Equations 1 and 3: all that decoding has to cache."""
-        c_BLX = jnp.einsum("bld,dx->blx", x_BLD, self.w_kv_a_DX.astype(x_BLD.dtype))
+        c_BLX = linear(x_BLD, self.w_kv_a_DX[...])
         if self.config.attention_bias:
             c_BLX += self.b_kv_a_X.astype(x_BLD.dtype)
         c_BLX = checkpoint_name(c_BLX, LATENTS)
@@ -68,14 +67,15 @@ class Attention(nnx.Module):
 
     def output(self, out_BLHU: Array) -> Float[Array, "B L D"]:
         """Equation 11."""
-        u_BLD = jnp.einsum("blhu,hud->bld", out_BLHU, self.w_o_HUD.astype(out_BLHU.dtype))
+        H, U, D = self.w_o_HUD.shape
+        u_BLD = linear(out_BLHU.reshape(*out_BLHU.shape[:2], H * U), self.w_o_HUD.reshape(H * U, D))
         return u_BLD + self.b_o_D.astype(u_BLD.dtype) if self.config.attention_bias else u_BLD
 
     def __call__(self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable) -> Float[Array, "B L D"]:
         """Attention of a whole sequence, causal within each segment."""
         q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)
-        kv_BLHX = jnp.einsum("blc,chx->blhx", c_kv_BLC, self.w_kv_b_CHX.astype(x_BLD.dtype))
+        kv_BLHX = linear(c_kv_BLC, self.w_kv_b_CHX[...])
         k_nope_BLHN, v_BLHU = jnp.split(kv_BLHX, [self.config.qk_nope_head_dim], axis=-1)
         k_rope_BLHR = jnp.broadcast_to(k_rope_BLR[:, :, None], q_rope_BLHR.shape)
         q_BLHX = jnp.concatenate([q_nope_BLHN, q_rope_BLHR], axis=-1)

@@ -31,6 +31,30 @@ def constant(fill: float, **axes: int) -> nnx.Param:
     return nnx.Param(jnp.full(tuple(axes.values()), fill, jnp.float32), logical_axes=tuple(axes))
 
 
+@jax.custom_vjp
+def _matmul(x_TK, w_KN):
+    return jnp.dot(x_TK, w_KN)
+
+
+def _matmul_bwd(residuals, dy_TN):
+    x_TK, w_KN = residuals
+    dx_TK = jax.lax.dot_general(dy_TN, w_KN, (((1,), (1,)), ((), ())))
+    return dx_TK, jax.lax.dot_general(x_TK, dy_TN, (((0,), (0,)), ((), ())))
+
+
+_matmul.defvjp(lambda x_TK, w_KN: (_matmul(x_TK, w_KN), (x_TK, w_KN)), _matmul_bwd)
+
+
+def linear(x: Float[Array, "*B K"], w: Float[Array, "K *N"]) -> Array:
+    """x w in x's dtype, over the last axis of x and the first of w.
+
+    One plain matrix product forward and two backward, contracting the axis where it lies: autodiff of an einsum asks for
+    transposed results, which costs CPU a copy of an operand and half the rate (51 against 100 GFLOP/s a core here).
+    """
+    w_KN = w.reshape(w.shape[0], -1).astype(x.dtype)
+    return _matmul(x.reshape(-1, x.shape[-1]), w_KN).reshape(*x.shape[:-1], *w.shape[1:])
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32."""
 
@@ -69,6 +93,6 @@ class SwiGLU(nnx.Module):
         self.w_down_FD = weight(rngs, std, ffn=ffn_size, embed=D)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate_up = jnp.einsum("...d,dxf->...xf", x, self.w_gate_up_D2F.astype(x.dtype))
+        gate_up = linear(x, self.w_gate_up_D2F[...])
         h = swiglu(checkpoint_name(gate_up, FFN_GATE_UP))
-        return jnp.einsum("...f,fd->...d", h, self.w_down_FD.astype(x.dtype))
+        return linear(h, self.w_down_FD[...])

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import RouterBias, SwiGLU, weight
+from dsv3_jax.model.layers import RouterBias, SwiGLU, linear, weight
 from pallas_kernels import grouped_swiglu
 
 # (x_TD, expert_TK, weight_TK) -> y_TD
@@ -35,7 +35,7 @@ class Router(nnx.Module):
 
     def scores(self, x_TD: Array) -> Float[Array, "T E"]:
         """float32 affinities whatever the compute dtype: bfloat16 flips choices."""
-        return checkpoint_name(jax.nn.sigmoid(jnp.dot(x_TD.astype(jnp.float32), self.w_DE[...])), ROUTING)
+        return checkpoint_name(jax.nn.sigmoid(linear(x_TD.astype(jnp.float32), self.w_DE[...])), ROUTING)
 
     def choose(self, score_TE: Array) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
         """Group-limited top-k: the best groups by the sum of their two best biased scores, then the best experts there."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import LATENTS, Attention, RopeTable
-from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, weight
+from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, linear, weight
 from dsv3_jax.model.moe import ROUTING, MoE, RouterStats
 from dsv3_jax.model.rope import rope_table
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
@@ -73,7 +73,7 @@ class MTPModule(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         """The hidden states of depth k, normalised for the head, from those of depth k-1 and the embeddings of t_{i+k}."""
         joined_BLX = jnp.concatenate([self.embed_norm(embedding_BLD), self.hidden_norm(hidden_BLD)], axis=-1)
-        x_BLD, stats = self.block(joined_BLX @ self.w_XD.astype(joined_BLX.dtype), segment_BL, rope)
+        x_BLD, stats = self.block(linear(joined_BLX, self.w_XD[...]), segment_BL, rope)
         return self.norm(x_BLD), stats
 
 

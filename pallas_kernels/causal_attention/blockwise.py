@@ -1,8 +1,8 @@
 """Blockwise causal attention with an online softmax and its own gradient, in plain JAX (FlashAttention-2, arXiv 2307.08691).
 
-Works on N = B*H independent (batch, head) pairs. Queries and keys are cut into blocks of the same size; query block i
-meets key blocks 0..i only, so that half of the square is never computed. The forward pass keeps the output and each
-row's log-sum-exp; the backward pass recomputes the probabilities block by block.
+Works on N = B*H independent (batch, head) pairs. Queries and keys are cut into I blocks of b places, whose axis comes first,
+so that a block lies in one piece; query block i meets key blocks 0..i only, so that half of the square is never computed.
+The forward pass keeps the output and each row's log-sum-exp; the backward pass recomputes the probabilities block by block.
 """
 
 import functools
@@ -32,79 +32,74 @@ def _causal(i, j, b):
     return i * b + jnp.arange(b)[:, None] >= j * b + jnp.arange(b)[None, :]
 
 
-def _block(array, i, b):
-    """Block i of the second dimension."""
-    return lax.dynamic_slice_in_dim(array, i * b, b, axis=1)
+def _block(array, i):
+    return lax.dynamic_index_in_dim(array, i, keepdims=False)
 
 
-def _forward(q_NLX, k_NLX, v_NLU, segment_NL, scale, b):
-    N, L, U = v_NLU.shape
+def _forward(q_INbX, k_INbX, v_INbU, segment_INb, scale):
+    _, N, b, U = v_INbU.shape
 
     def query_block(i):
-        q, seg_q = _block(q_NLX, i, b), _block(segment_NL, i, b)
+        q, seg_q = _block(q_INbX, i), _block(segment_INb, i)
 
         def key_block(j, carry):
             out, total, top = carry
-            s = _scores(q, _block(k_NLX, j, b), seg_q, _block(segment_NL, j, b), scale, _causal(i, j, b))
+            s = _scores(q, _block(k_INbX, j), seg_q, _block(segment_INb, j), scale, _causal(i, j, b))
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.exp(s - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            v = _block(v_NLU, j, b)
+            v = _block(v_INbU, j)
             pv = jnp.einsum("nqk,nku->nqu", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return out * shrink[..., None] + pv, total * shrink + p.sum(-1), new_top
 
         init = (jnp.zeros((N, b, U), jnp.float32), jnp.zeros((N, b)), jnp.full((N, b), _NEG))
         out, total, top = lax.fori_loop(0, i + 1, key_block, init)
-        return (out / total[..., None]).astype(v_NLU.dtype), top + jnp.log(total)
+        return (out / total[..., None]).astype(v_INbU.dtype), top + jnp.log(total)
 
-    out_iNbU, lse_iNb = lax.map(query_block, jnp.arange(L // b))
-    return jnp.moveaxis(out_iNbU, 0, 1).reshape(N, L, U), jnp.moveaxis(lse_iNb, 0, 1).reshape(N, L)
+    return lax.map(query_block, jnp.arange(q_INbX.shape[0]))
 
 
-def _backward(q_NLX, k_NLX, v_NLU, segment_NL, out_NLU, lse_NL, dout_NLU, scale, b):
-    blocks = q_NLX.shape[1] // b
+def _backward(q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb, dout_INbU, scale):
+    blocks, _, b = lse_INb.shape
     # row sums of p * dp, which the softmax's gradient needs (FlashAttention-2, section 3.1)
-    delta_NL = jnp.sum(out_NLU.astype(jnp.float32) * dout_NLU.astype(jnp.float32), axis=-1)
+    delta_INb = jnp.sum(out_INbU.astype(jnp.float32) * dout_INbU.astype(jnp.float32), axis=-1)
 
-    def key_block(dq_NLX, j):
-        k, v, seg_k = _block(k_NLX, j, b), _block(v_NLU, j, b), _block(segment_NL, j, b)
+    def key_block(dq_INbX, j):
+        k, v, seg_k = _block(k_INbX, j), _block(v_INbU, j), _block(segment_INb, j)
 
         def query_block(i, carry):
-            dq_NLX, dk, dv = carry
-            q, dout = _block(q_NLX, i, b), _block(dout_NLU, i, b)
+            dq_INbX, dk, dv = carry
+            q, dout = _block(q_INbX, i), _block(dout_INbU, i)
             # scores transposed, [N, keys, queries]: of the four products that use them only dq's then needs a transpose
-            s = _scores(k, q, seg_k, _block(segment_NL, i, b), scale, _causal(i, j, b).T)
-            p = jnp.exp(s - _block(lse_NL, i, b)[:, None])
+            s = _scores(k, q, seg_k, _block(segment_INb, i), scale, _causal(i, j, b).T)
+            p = jnp.exp(s - _block(lse_INb, i)[:, None])
             dv += jnp.einsum("nkq,nqu->nku", p.astype(v.dtype), dout, preferred_element_type=jnp.float32)
             dp = jnp.einsum("nku,nqu->nkq", v, dout, preferred_element_type=jnp.float32)
-            ds = (p * (dp - _block(delta_NL, i, b)[:, None]) * scale).astype(q.dtype)
+            ds = (p * (dp - _block(delta_INb, i)[:, None]) * scale).astype(q.dtype)
             dk += jnp.einsum("nkq,nqx->nkx", ds, q, preferred_element_type=jnp.float32)
-            dq = _block(dq_NLX, i, b) + jnp.einsum("nkq,nkx->nqx", ds, k, preferred_element_type=jnp.float32)
-            return lax.dynamic_update_slice_in_dim(dq_NLX, dq, i * b, axis=1), dk, dv
+            dq = _block(dq_INbX, i) + jnp.einsum("nkq,nkx->nqx", ds, k, preferred_element_type=jnp.float32)
+            return lax.dynamic_update_index_in_dim(dq_INbX, dq, i, 0), dk, dv
 
-        init = (dq_NLX, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-        dq_NLX, dk, dv = lax.fori_loop(j, blocks, query_block, init)
-        return dq_NLX, (dk.astype(k.dtype), dv.astype(v.dtype))
+        init = (dq_INbX, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+        dq_INbX, dk, dv = lax.fori_loop(j, blocks, query_block, init)
+        return dq_INbX, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-    dq_NLX, (dk_jNbX, dv_jNbU) = lax.scan(key_block, jnp.zeros(q_NLX.shape, jnp.float32), jnp.arange(blocks))
-    dk_NLX = jnp.moveaxis(dk_jNbX, 0, 1).reshape(k_NLX.shape)
-    dv_NLU = jnp.moveaxis(dv_jNbU, 0, 1).reshape(v_NLU.shape)
-    return dq_NLX.astype(q_NLX.dtype), dk_NLX, dv_NLU
+    dq_INbX, (dk_INbX, dv_INbU) = lax.scan(key_block, jnp.zeros(q_INbX.shape, jnp.float32), jnp.arange(blocks))
+    return dq_INbX.astype(q_INbX.dtype), dk_INbX, dv_INbU
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_NLX, k_NLX, v_NLU, segment_NL, scale, b):
-    return _forward(q_NLX, k_NLX, v_NLU, segment_NL, scale, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q_INbX, k_INbX, v_INbU, segment_INb, scale):
+    return _forward(q_INbX, k_INbX, v_INbU, segment_INb, scale)[0]
 
 
-def _attention_fwd(q_NLX, k_NLX, v_NLU, segment_NL, scale, b):
-    out_NLU, lse_NL = checkpoint_name(_forward(q_NLX, k_NLX, v_NLU, segment_NL, scale, b), RESIDUALS)
-    return out_NLU, (q_NLX, k_NLX, v_NLU, segment_NL, out_NLU, lse_NL)
+def _attention_fwd(q_INbX, k_INbX, v_INbU, segment_INb, scale):
+    out_INbU, lse_INb = checkpoint_name(_forward(q_INbX, k_INbX, v_INbU, segment_INb, scale), RESIDUALS)
+    return out_INbU, (q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb)
 
 
-def _attention_bwd(scale, b, residuals, dout_NLU):
-    q_NLX, k_NLX, v_NLU, segment_NL, out_NLU, lse_NL = residuals
-    return *_backward(q_NLX, k_NLX, v_NLU, segment_NL, out_NLU, lse_NL, dout_NLU, scale, b), None
+def _attention_bwd(scale, residuals, dout_INbU):
+    return *_backward(*residuals, dout_INbU, scale), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -117,11 +112,13 @@ def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float):
     b = _block_size(L)
     pad = -L % b
 
-    def heads_first(x):
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        return jnp.moveaxis(x, 2, 1).reshape(B * H, L + pad, x.shape[-1])
+    def in_blocks(x_BLHX):
+        x_BLHX = jnp.pad(x_BLHX, ((0, 0), (0, pad), (0, 0), (0, 0)))
+        x_IBHbX = jnp.einsum("bilhx->ibhlx", x_BLHX.reshape(B, -1, b, H, x_BLHX.shape[-1]))
+        return x_IBHbX.reshape(-1, B * H, b, x_BLHX.shape[-1])
 
     # padding gets a segment of its own: no real query sees it, and its rows still have themselves to attend to
-    segment_NL = jnp.repeat(jnp.pad(segment_BL, ((0, 0), (0, pad)), constant_values=-1), H, axis=0)
-    out_NLU = _attention(heads_first(q_BLHX), heads_first(k_BLHX), heads_first(v_BLHU), segment_NL, scale, b)
-    return jnp.moveaxis(out_NLU.reshape(B, H, L + pad, U), 1, 2)[:, :L]
+    segment_BL = jnp.pad(segment_BL, ((0, 0), (0, pad)), constant_values=-1)
+    segment_INb = jnp.repeat(jnp.moveaxis(segment_BL.reshape(B, -1, b), 1, 0), H, axis=1)
+    out_INbU = _attention(in_blocks(q_BLHX), in_blocks(k_BLHX), in_blocks(v_BLHU), segment_INb, scale)
+    return jnp.einsum("ibhlu->bilhu", out_INbU.reshape(-1, B, H, b, U)).reshape(B, L + pad, H, U)[:, :L]

@@ -1,8 +1,8 @@
 """Grouped SwiGLU for CPU: loops over blocks of tokens that share an expert, with a hand-written gradient.
 
 Slots (token, choice) are laid out as rows: each expert owns a region of whole blocks, large ones first and small ones for
-the rest, so that most of the work is in large matmuls and little of it is padding. The rows that pad a region are zero, so
-they change nothing, forward or backward. The loops run over the blocks that exist (a traced count): nothing is dropped, no
+the rest, so that most of the work is in large matmuls and little of it is padding. The rows that pad a region have weight 0,
+so they change nothing, forward or backward. The loops run over the blocks that exist (a traced count): nothing is dropped, no
 capacity is reserved, and an expert's weights are read in place.
 """
 
@@ -80,11 +80,6 @@ def _layout(expert_TK, experts: int) -> _Layout:
     return _Layout(row_P.reshape(T, K), jnp.where(slot_R < P, slot_R // K, T), slot_R, tuple(blocks))
 
 
-def _to_rows(x_TD, layout: _Layout):
-    """Token values in rows; padding is zero."""
-    return x_TD.at[layout.token_R].get(mode="fill", fill_value=0)
-
-
 def _sum_choices(y_RD, layout: _Layout):
     """Back to tokens: the sum over a token's K choices."""
     # K gathers and adds: one gather and a reduction over K costs ten times as much on CPU
@@ -116,46 +111,51 @@ def _over_blocks(layout: _Layout, body, carry):
     return carry
 
 
-def _gated(gate_up_RX, weight_R):
-    """SwiGLU's middle, weighted by the router; float32."""
-    gate, up = jnp.split(gate_up_RX.astype(jnp.float32), 2, axis=-1)
-    return jax.nn.silu(gate) * up * weight_R[:, None]
+def _tokens(x_TD, layout: _Layout, row, size: int):
+    """The tokens of a block's rows. Padding shows some token: its weight, 0, is what keeps it from counting."""
+    return x_TD.at[_rows(layout.token_R, row, size)].get(mode="clip")
 
 
 def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
     layout = _layout(expert_TK, w_down_EMD.shape[0])
-    x_RD = _to_rows(x_TD, layout)
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
 
     def block(carry, size, row, expert):
         y_RD, gate_up_RX = carry
-        gate_up = _dot(_rows(x_RD, row, size), w_gate_up_EDX[expert], (1, 0))
-        h = _gated(gate_up, _rows(weight_R, row, size)).astype(x_TD.dtype)
-        y_RD = _put_rows(y_RD, _dot(h, w_down_EMD[expert], (1, 0)), row)
+        gate_up = _dot(_tokens(x_TD, layout, row, size), w_gate_up_EDX[expert], (1, 0))
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        h = jax.nn.silu(gate) * up * _rows(weight_R, row, size)[:, None]
+        y_RD = _put_rows(y_RD, _dot(h.astype(x_TD.dtype), w_down_EMD[expert], (1, 0)), row)
         return y_RD, _put_rows(gate_up_RX, gate_up, row)
 
-    init = (jnp.zeros_like(x_RD), jnp.zeros((x_RD.shape[0], w_gate_up_EDX.shape[2]), x_TD.dtype))
+    R = layout.token_R.size
+    init = (jnp.zeros((R, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
     y_RD, gate_up_RX = _over_blocks(layout, block, init)
     return _sum_choices(y_RD, layout), gate_up_RX
 
 
 def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX, dy_TD):
     layout = _layout(expert_TK, w_down_EMD.shape[0])
-    x_RD, dy_RD = _to_rows(x_TD, layout), _to_rows(dy_TD, layout)
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
 
     def block(carry, size, row, expert):
         dx_RD, dw_gate_up_EDX, dw_down_EMD, dweight_R = carry
-        x, dy = _rows(x_RD, row, size), _rows(dy_RD, row, size)
-        h, gated_vjp = jax.vjp(_gated, _rows(gate_up_RX, row, size), _rows(weight_R, row, size))
-        dgate_up, dweight = gated_vjp(_dot(dy, w_down_EMD[expert], (1, 1)))
+        x, dy = _tokens(x_TD, layout, row, size), _tokens(dy_TD, layout, row, size)
+        gate, up = jnp.split(_rows(gate_up_RX, row, size).astype(jnp.float32), 2, axis=-1)
+        weight = _rows(weight_R, row, size)[:, None]
+        sigmoid = jax.nn.sigmoid(gate)
+        silu = gate * sigmoid
+        dweighted = _dot(dy, w_down_EMD[expert], (1, 1))
+        dweight = jnp.sum(dweighted * silu * up, axis=-1)
+        dh = dweighted * weight
+        dgate_up = jnp.concatenate([dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu], axis=-1).astype(x.dtype)
         dx_RD = _put_rows(dx_RD, _dot(dgate_up, w_gate_up_EDX[expert], (1, 1)), row)
         dw_gate_up_EDX = dw_gate_up_EDX.at[expert].add(_dot(x, dgate_up, (0, 0)))
-        dw_down_EMD = dw_down_EMD.at[expert].add(_dot(h.astype(x.dtype), dy, (0, 0)))
+        dw_down_EMD = dw_down_EMD.at[expert].add(_dot((silu * up * weight).astype(x.dtype), dy, (0, 0)))
         return dx_RD, dw_gate_up_EDX, dw_down_EMD, _put_rows(dweight_R, dweight, row)
 
     init = (
-        jnp.zeros_like(x_RD),
+        jnp.zeros((weight_R.size, x_TD.shape[1]), x_TD.dtype),
         jnp.zeros(w_gate_up_EDX.shape, jnp.float32),
         jnp.zeros(w_down_EMD.shape, jnp.float32),
         jnp.zeros_like(weight_R),
