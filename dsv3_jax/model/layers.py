@@ -45,7 +45,7 @@ def _matmul_bwd(residuals, dy_TN):
 _matmul.defvjp(lambda x_TK, w_KN: (_matmul(x_TK, w_KN), (x_TK, w_KN)), _matmul_bwd)
 
 
-def linear(x: Float[Array, "*B K"], w: Float[Array, "K *N"]) -> Array:
+def linear(x: Float[Array, "... K"], w: Float[Array, "K ..."]) -> Float[Array, "..."]:
     """x w in x's dtype, over the last axis of x and the first of w.
 
     One plain matrix product forward and two backward, contracting the axis where it lies: autodiff of an einsum asks for
