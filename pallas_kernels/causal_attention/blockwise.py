@@ -99,7 +99,8 @@ def _attention_fwd(q_INbX, k_INbX, v_INbU, segment_INb, scale):
 
 
 def _attention_bwd(scale, residuals, dout_INbU):
-    return *_backward(*residuals, dout_INbU, scale), None
+    q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb = residuals
+    return *_backward(q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb, dout_INbU, scale), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
