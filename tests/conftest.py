@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def pytest_configure(config):

@@ -1,5 +1,6 @@
 """Parity with transformers on checkpoints it wrote: logits, loss, gradients, greedy tokens, MTP, and refusals by name."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,11 +12,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import dsv3_jax as dsv3
+from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.interop.hf_weights import sources
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.train.objective import LossWeights, objective, target_counts
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, ROOT
 
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
 
@@ -144,6 +147,16 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, fields, expected):
     with pytest.raises(UserError) as error:
         dsv3.load_hf(tmp_path / "m")
     assert expected in str(error.value)
+
+
+def test_fields_left_out_have_the_defaults_of_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "max_position_embeddings": 163840}')
+    ours, released = read_hf_config(tmp_path), load_config(ROOT / "configs" / "v3_671b.yaml").model
+    assert ours == dataclasses.replace(released, initializer_range=0.02, max_position_embeddings=163840)
+    edit_config(tmp_path, rope_scaling={"type": "yarn", "original_max_position_embeddings": 4096})
+    assert read_hf_config(tmp_path).rope_parameters.factor == 40
+    edit_config(tmp_path, rope_scaling={"type": "yarn", "factor": 4})
+    assert read_hf_config(tmp_path).rope_parameters.original_max_position_embeddings == 163840
 
 
 def test_missing_unexpected_and_truncated_tensors(tmp_path):
