@@ -9,8 +9,8 @@ import pytest
 
 from dsv3_jax.config import load_config
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 # Each room may import the ones before it, its own modules and the shared ones.
 ROOMS = ["data", "model", "optim", "train", "checkpoint", "interop", "serve"]
 ALLOWED = {

@@ -2,15 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 import dsv3_jax as dsv3
 from dsv3_jax.cli import _VERBS
 from dsv3_jax.config import load_config
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     shlex.split(line, comments=True)

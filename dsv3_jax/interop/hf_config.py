@@ -25,12 +25,13 @@ _FIXED = {
     "topk_method": "noaux_tc",
 }
 
-# What DeepseekV3Config takes for a field that config.json leaves out, where our own default is another (transformers 5.23).
+# What DeepseekV3Config takes for a field that config.json leaves out, where our own default is another or the checks below
+# need it (transformers 5.23).
 _DEFAULTS = {
     "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
     "num_hidden_layers": 61, "first_k_dense_replace": 3, "num_attention_heads": 128, "q_lora_rank": 1536,
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
-    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
 
 _RENAMED = {"num_mtp_layers": "num_nextn_predict_layers"}
@@ -52,9 +53,10 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config.json: rope parameter {unknown[0]!r} is unknown; known: {', '.join(sorted(known))}")
     rope = {key: value for key, value in rope.items() if value is not None}
     if rope["rope_type"] == "yarn":
-        context = raw.get("max_position_embeddings", ModelConfig.max_position_embeddings)
+        context = raw["max_position_embeddings"]
         original = rope.setdefault("original_max_position_embeddings", context)
-        if "factor" not in rope and isinstance(original, int) and original > 0:  # else RopeConfig says what is wrong
+        # of anything but two lengths, the check of the whole config says what is wrong
+        if "factor" not in rope and all(isinstance(n, int) and n > 0 for n in (context, original)):
             rope["factor"] = context / original
     floats = {f.name for f in dataclasses.fields(RopeConfig) if f.type is float}
     return {key: float(value) if key in floats else value for key, value in rope.items()}
@@ -70,12 +72,13 @@ def read_hf_config(directory: str | Path) -> ModelConfig:
     if not isinstance(raw, dict) or raw.get("model_type") != "deepseek_v3":
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: model_type={found!r}; only 'deepseek_v3' can be loaded")
+    raw = _DEFAULTS | raw
     if raw.get("quantization_config"):
         raise UserError(f"{path}: quantization_config is not supported yet; load a float32 or bfloat16 checkpoint")
     for name, value in _FIXED.items():
         if raw.get(name, value) != value:
             raise UserError(f"{path}: {name}={raw[name]!r} is not supported; only {value!r} is")
-    heads = raw.get("num_attention_heads", _DEFAULTS["num_attention_heads"])
+    heads = raw["num_attention_heads"]
     if raw.get("num_key_value_heads", heads) not in (heads, None):
         raise UserError(f"{path}: num_key_value_heads={raw['num_key_value_heads']} must equal num_attention_heads={heads}")
 
@@ -86,7 +89,7 @@ def read_hf_config(directory: str | Path) -> ModelConfig:
     unknown = [key for key in unknown if not key.startswith("_")]
     if unknown:
         raise UserError(f"{path}: field {unknown[0]!r} is unknown, so its effect on the model is too")
-    sections = {"model": _DEFAULTS | {k: v for k, v in model.items() if k in known} | {"rope_parameters": rope}}
+    sections = {"model": {k: v for k, v in model.items() if k in known} | {"rope_parameters": rope}}
     # a config of its own defaults, but for the model: seq_len must not trip over a short context
     sections["data"] = {"seq_len": 1}
     return config_from_dict(sections, str(path)).model

@@ -77,7 +77,7 @@ def _layout(expert_TK, experts: int) -> _Layout:
         row_b = begin_E[expert_b] + (b - (last_E - blocks_E)[expert_b]) * size
         blocks.append(_Blocks(size, last_E[-1], expert_b, row_b))
         begin_E = begin_E + blocks_E * size
-    return _Layout(row_P.reshape(T, K), jnp.where(slot_R < P, slot_R // K, T), slot_R, tuple(blocks))
+    return _Layout(row_P.reshape(T, K), slot_R // K, slot_R, tuple(blocks))
 
 
 def _sum_choices(y_RD, layout: _Layout):

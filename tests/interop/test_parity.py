@@ -157,6 +157,9 @@ def test_fields_left_out_have_the_defaults_of_transformers(tmp_path):
     assert read_hf_config(tmp_path).rope_parameters.factor == 40
     edit_config(tmp_path, rope_scaling={"type": "yarn", "factor": 4})
     assert read_hf_config(tmp_path).rope_parameters.original_max_position_embeddings == 163840
+    edit_config(tmp_path, max_position_embeddings=None, rope_scaling={"type": "yarn", "original_max_position_embeddings": 4096})
+    with pytest.raises(UserError, match=r"model\.max_position_embeddings=None"):
+        read_hf_config(tmp_path)
 
 
 def test_missing_unexpected_and_truncated_tensors(tmp_path):
