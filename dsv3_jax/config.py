@@ -227,7 +227,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the mesh axes, from slow to fast links."""
+    """Sizes of the mesh axes, from slow to fast links; one of them may be -1: all devices that are left."""
 
     __pydantic_config__ = _STRICT
     data: int = 1
@@ -236,10 +236,22 @@ class ParallelConfig:
     expert: int = 1
     tensor: int = 1
 
+    pipe_schedule: Literal["gpipe", "1f1b"] = "1f1b"  # see parallel/schedule.py; microbatches: train.grad_accum_steps
+    pipe_chunks: int = 1  # pieces of the model a stage holds (interleaving); more shorten the pipeline's filling
+    # how tokens reach experts (parallel/experts.py): `flat`, in one exchange; `two_level`, across nodes and then inside
+    expert_transport: Literal["auto", "flat", "two_level"] = "auto"
+    expert_ranks_per_node: int | None = None  # None: as many neighbours along `expert` as share a host
+
     def __post_init__(self) -> None:
-        for axis in dataclasses.fields(self):
-            value = getattr(self, axis.name)
-            _require(value == 1, f"parallel.{axis.name}={value}: this version trains on one device; use 1")
+        axes = ("data", "pipe", "fsdp", "expert", "tensor")
+        for axis in axes:
+            size = getattr(self, axis)
+            _require(size >= 1 or size == -1, f"parallel.{axis}={size}: use 1 or more devices, or -1 for all that are left")
+        filled = [axis for axis in axes if getattr(self, axis) == -1]
+        _require(len(filled) <= 1, f"parallel.{' and parallel.'.join(filled)} are all -1; only one axis can be filled up")
+        _positive("parallel", self, "pipe_chunks")
+        if self.expert_ranks_per_node is not None:
+            _positive("parallel", self, "expert_ranks_per_node")
 
 
 @dataclass(frozen=True)
@@ -255,11 +267,12 @@ class RematConfig:
     """What the backward pass recomputes.
 
     `none`: nothing. `selective`: norms, rotations, MLA up-projections and SwiGLU (report, section 3.2.3), keeping the
-    large products. `full`: each layer from its input.
+    large products. `offload`: as selective, keeping them in the host's memory. `full`: each layer from its input. `sqrt`:
+    as full, and the inputs of only every sqrt(layers)-th layer are kept, at the price of one more forward pass.
     """
 
     __pydantic_config__ = _STRICT
-    policy: Literal["none", "selective", "full"] = "selective"
+    policy: Literal["none", "selective", "offload", "full", "sqrt"] = "selective"
 
 
 @dataclass(frozen=True)

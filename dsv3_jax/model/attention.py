@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import NORM_EPS_LATENT, RMSNorm, constant, linear, weight
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.rope import attention_scale, rotate
 from pallas_kernels import causal_attention
 
@@ -22,8 +23,8 @@ LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
         D, H, C, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         N, U, X, Q = config.qk_nope_head_dim, config.v_head_dim, config.qk_head_dim, config.q_lora_rank
         std = config.initializer_range
@@ -32,10 +33,10 @@ class Attention(nnx.Module):
         else:
             self.w_q_a_DQ = weight(rngs, std, embed=D, q_lora=Q)
             self.q_a_norm = RMSNorm(Q, NORM_EPS_LATENT)
-            self.w_q_b_QHX = weight(rngs, std, q_lora=Q, heads=H, qk_head=X)
+            self.w_q_b_QHX = weight(rngs, std, latent=Q, heads=H, qk_head=X)
         self.w_kv_a_DX = weight(rngs, std, embed=D, kv_lora_rope=C + R)
         self.kv_a_norm = RMSNorm(C, NORM_EPS_LATENT)
-        self.w_kv_b_CHX = weight(rngs, std, kv_lora=C, heads=H, kv_head=N + U)
+        self.w_kv_b_CHX = weight(rngs, std, latent=C, heads=H, kv_head=N + U)
         self.w_o_HUD = weight(rngs, std, heads=H, v_head=U, embed=D)
         if config.attention_bias:
             if Q is not None:
@@ -73,6 +74,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable) -> Float[Array, "B L D"]:
         """Attention of a whole sequence, causal within each segment."""
+        x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
         q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)
         kv_BLHX = linear(c_kv_BLC, self.w_kv_b_CHX[...])
@@ -80,7 +82,10 @@ class Attention(nnx.Module):
         k_rope_BLHR = jnp.broadcast_to(k_rope_BLR[:, :, None], q_rope_BLHR.shape)
         q_BLHX = jnp.concatenate([q_nope_BLHN, q_rope_BLHR], axis=-1)
         k_BLHX = jnp.concatenate([k_nope_BLHN, k_rope_BLHR], axis=-1)
-        return self.output(causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config)))
+        q_BLHX, k_BLHX, v_BLHU = (self.layout.constrain(a, "batch", None, "heads", None) for a in (q_BLHX, k_BLHX, v_BLHU))
+        out_BLHU = causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config))
+        out_BLHU = self.layout.constrain(out_BLHU, "batch", None, "heads", None)
+        return self.layout.constrain(self.output(out_BLHU), "batch", "sequence", None)
 
     def decode(
         self,

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layout import Layout
 
 FFN_GATE_UP = "ffn_gate_up"  # checkpoint_name of a dense feed-forward layer's first product
 NORM_EPS_LATENT = 1e-6  # transformers fixes the two latent norms' epsilon, whatever rms_norm_eps says
@@ -32,17 +33,19 @@ def constant(fill: float, **axes: int) -> nnx.Param:
 
 
 @jax.custom_vjp
-def _matmul(x_TK, w_KN):
-    return jnp.dot(x_TK, w_KN)
+def _matmul(x_XK, w_KN):
+    return jnp.dot(x_XK, w_KN)
 
 
-def _matmul_bwd(residuals, dy_TN):
-    x_TK, w_KN = residuals
-    dx_TK = jax.lax.dot_general(dy_TN, w_KN, (((1,), (1,)), ((), ())))
-    return dx_TK, jax.lax.dot_general(x_TK, dy_TN, (((0,), (0,)), ((), ())))
+def _matmul_bwd(residuals, dy_XN):
+    # X stays several axes: merged ones could not keep a sharding of both batch and length
+    x_XK, w_KN = residuals
+    leading = tuple(range(x_XK.ndim - 1))
+    dx_XK = jax.lax.dot_general(dy_XN, w_KN, (((x_XK.ndim - 1,), (1,)), ((), ())))
+    return dx_XK, jax.lax.dot_general(x_XK, dy_XN, ((leading, leading), ((), ())))
 
 
-_matmul.defvjp(lambda x_TK, w_KN: (_matmul(x_TK, w_KN), (x_TK, w_KN)), _matmul_bwd)
+_matmul.defvjp(lambda x_XK, w_KN: (_matmul(x_XK, w_KN), (x_XK, w_KN)), _matmul_bwd)
 
 
 def linear(x: Float[Array, "... K"], w: Float[Array, "K ..."]) -> Float[Array, "..."]:
@@ -52,7 +55,7 @@ def linear(x: Float[Array, "... K"], w: Float[Array, "K ..."]) -> Float[Array, "
     transposed results, which costs CPU a copy of an operand and half the rate (51 against 100 GFLOP/s a core here).
     """
     w_KN = w.reshape(w.shape[0], -1).astype(x.dtype)
-    return _matmul(x.reshape(-1, x.shape[-1]), w_KN).reshape(*x.shape[:-1], *w.shape[1:])
+    return _matmul(x, w_KN).reshape(*x.shape[:-1], *w.shape[1:])
 
 
 class RMSNorm(nnx.Module):
@@ -87,12 +90,14 @@ swiglu.defvjp(lambda gate_up_X2F: (swiglu(gate_up_X2F), gate_up_X2F), _swiglu_bw
 class SwiGLU(nnx.Module):
     """(silu(x W_gate) * (x W_up)) W_down: the dense feed-forward layer, and the shared experts."""
 
-    def __init__(self, config: ModelConfig, ffn_size: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, ffn_size: int, layout: Layout, rngs: nnx.Rngs):
         std, D = config.initializer_range, config.hidden_size
+        self.layout = layout
         self.w_gate_up_D2F = weight(rngs, std, embed=D, gate_up=2, ffn=ffn_size)
         self.w_down_FD = weight(rngs, std, ffn=ffn_size, embed=D)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate_up = linear(x, self.w_gate_up_D2F[...])
-        h = swiglu(checkpoint_name(gate_up, FFN_GATE_UP))
-        return linear(h, self.w_down_FD[...])
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
+        gate_up_BL2F = self.layout.constrain(linear(x_BLD, self.w_gate_up_D2F[...]), "batch", None, None, "ffn")
+        h_BLF = swiglu(checkpoint_name(gate_up_BL2F, FFN_GATE_UP))
+        return self.layout.constrain(linear(h_BLF, self.w_down_FD[...]), "batch", "sequence", None)

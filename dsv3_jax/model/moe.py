@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, SwiGLU, linear, weight
-from pallas_kernels import grouped_swiglu
+from dsv3_jax.model.layout import Layout, Traffic
 
 # (x_TD, expert_TK, weight_TK) -> y_TD
 RoutedExperts = Callable[[Array, Array, Array], Array]
@@ -19,86 +19,90 @@ ROUTING = "routing"  # checkpoint_name of scores and choices
 
 
 class RouterStats(NamedTuple):
-    """What one MoE layer tells training: tokens routed to each expert, and the sequence-wise balance loss."""
+    """What one MoE layer tells training: tokens routed to each expert, the sequence-wise balance loss, copies sent away."""
 
     load_E: Float[Array, "*layers E"]
     balance_loss: Float[Array, "*layers"]
+    traffic: Traffic
 
 
 class Router(nnx.Module):
     """Affinities are sigmoids; the bias decides who is chosen, never how much a choice weighs (equations 13-16)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
-        self.w_DE = weight(rngs, config.initializer_range, embed=config.hidden_size, experts=config.n_routed_experts)
-        self.bias_E = RouterBias(jnp.zeros(config.n_routed_experts, jnp.float32), logical_axes=("experts",))
+    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
+        self.w_DE = weight(rngs, config.initializer_range, embed=config.hidden_size, scores=config.n_routed_experts)
+        self.bias_E = RouterBias(jnp.zeros(config.n_routed_experts, jnp.float32), logical_axes=("scores",))
 
-    def scores(self, x_TD: Array) -> Float[Array, "T E"]:
+    def scores(self, x_BLD: Array) -> Float[Array, "B L E"]:
         """float32 affinities whatever the compute dtype: bfloat16 flips choices."""
-        return checkpoint_name(jax.nn.sigmoid(linear(x_TD.astype(jnp.float32), self.w_DE[...])), ROUTING)
+        return checkpoint_name(jax.nn.sigmoid(linear(x_BLD.astype(jnp.float32), self.w_DE[...])), ROUTING)
 
-    def choose(self, score_TE: Array) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    def choose(self, score_BLE: Array) -> tuple[Int[Array, "B L K"], Float[Array, "B L K"]]:
         """Group-limited top-k: the best groups by the sum of their two best biased scores, then the best experts there."""
         config = self.config
-        T, E = score_TE.shape
-        biased_TGE = (score_TE + self.bias_E[...]).reshape(T, config.n_group, -1)
-        if config.topk_group < config.n_group:
-            group_score_TG = jax.lax.top_k(biased_TGE, 2)[0].sum(-1)
-            group_TK = jax.lax.top_k(group_score_TG, config.topk_group)[1]
-            kept_TG = (group_TK[:, :, None] == jnp.arange(config.n_group)).any(1)
-            biased_TGE = jnp.where(kept_TG[:, :, None], biased_TGE, -jnp.inf)
-        expert_TK = jax.lax.top_k(biased_TGE.reshape(T, E), config.num_experts_per_tok)[1]
-        expert_TK = checkpoint_name(expert_TK, ROUTING)
-        weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
+        expert_BLK = self.layout.tokenwise(self._choose_experts, jax.lax.stop_gradient(score_BLE), self.bias_E[...])
+        expert_BLK = checkpoint_name(expert_BLK, ROUTING)
+        weight_BLK = jnp.take_along_axis(score_BLE, expert_BLK, axis=-1)
         if config.norm_topk_prob:
-            weight_TK /= weight_TK.sum(-1, keepdims=True) + 1e-20
-        return expert_TK, weight_TK * config.routed_scaling_factor
+            weight_BLK /= weight_BLK.sum(-1, keepdims=True) + 1e-20
+        return expert_BLK, weight_BLK * config.routed_scaling_factor
+
+    def _choose_experts(self, score_BLE: Array, bias_E: Array) -> Int[Array, "B L K"]:
+        config = self.config
+        B, L, E = score_BLE.shape
+        biased_BLGE = (score_BLE + bias_E).reshape(B, L, config.n_group, -1)
+        if config.topk_group < config.n_group:
+            group_score_BLG = jax.lax.top_k(biased_BLGE, 2)[0].sum(-1)
+            group_BLK = jax.lax.top_k(group_score_BLG, config.topk_group)[1]
+            kept_BLG = (group_BLK[..., None] == jnp.arange(config.n_group)).any(2)
+            biased_BLGE = jnp.where(kept_BLG[..., None], biased_BLGE, -jnp.inf)
+        return jax.lax.top_k(biased_BLGE.reshape(B, L, E), config.num_experts_per_tok)[1]
 
 
-def sequence_balance_loss(score_BLE: Float[Array, "B L E"], top_k: int) -> Float[Array, ""]:
+def _counts(expert_BLK: Array, experts: int) -> Float[Array, "B E"]:
+    """How many of a sequence's choices fall on each expert."""
+    return (expert_BLK[..., None] == jnp.arange(experts)).sum((1, 2), dtype=jnp.float32)
+
+
+def sequence_balance_loss(score_BLE: Float[Array, "B L E"], top_BLK: Int[Array, "B L K"]) -> Float[Array, ""]:
     """Equations 17-20 without alpha, mean over sequences: E/K * sum_e share of top-k choices * mean normalised score.
 
-    The choices here are the top-k of the unbiased scores, as equation 18 has it.
+    The choices `top_BLK` are the top-k of the unbiased scores, as equation 18 has it.
     """
-    E = score_BLE.shape[-1]
-    chosen_BLK = jax.lax.top_k(jax.lax.stop_gradient(score_BLE), top_k)[1]
-    chosen_BLE = (chosen_BLK[..., None] == jnp.arange(E)).any(-2)
-    f_BE = chosen_BLE.mean(1, dtype=jnp.float32) * (E / top_k)
+    _, L, E = score_BLE.shape
+    f_BE = _counts(top_BLK, E) * (E / top_BLK.shape[-1] / L)
     p_BE = (score_BLE / score_BLE.sum(-1, keepdims=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
         D, E, M, std = (
             config.hidden_size,
             config.n_routed_experts,
             config.moe_intermediate_size,
             config.initializer_range,
         )
-        self.router = Router(config, rngs)
-        self.w_gate_up_ED2M = weight(rngs, std, experts=E, embed=D, gate_up=2, moe_ffn=M)
-        self.w_down_EMD = weight(rngs, std, experts=E, moe_ffn=M, embed=D)
-        self.shared = SwiGLU(config, M * config.n_shared_experts, rngs)
+        self.router = Router(config, layout, rngs)
+        self.w_gate_up_ED2M = weight(rngs, std, experts=E, expert_embed=D, gate_up=2, moe_ffn=M)
+        self.w_down_EMD = weight(rngs, std, experts=E, moe_ffn=M, expert_embed=D)
+        self.shared = SwiGLU(config, M * config.n_shared_experts, layout, rngs)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RouterStats]:
-        B, L, D = x_BLD.shape
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        x_TD = x_BLD.reshape(B * L, D)
-        score_TE = self.router.scores(x_TD)
-        expert_TK, weight_TK = self.router.choose(score_TE)
-        y_TD = grouped_swiglu(
-            x_TD, self.w_gate_up_ED2M.astype(x_TD.dtype), self.w_down_EMD.astype(x_TD.dtype), expert_TK, weight_TK
-        )
-        stats = RouterStats(
-            load_E=jnp.bincount(expert_TK.reshape(-1), length=E).astype(jnp.float32),
-            balance_loss=sequence_balance_loss(score_TE.reshape(B, L, E), K),
-        )
-        return y_TD.reshape(B, L, D) + self.shared(x_BLD), stats
+        score_BLE = self.router.scores(x_BLD)
+        expert_BLK, weight_BLK = self.router.choose(score_BLE)
+        y_BLD, traffic = self.layout.experts(x_BLD, self.w_gate_up_ED2M[...], self.w_down_EMD[...], expert_BLK, weight_BLK)
+        top_BLK = self.layout.tokenwise(lambda s: jax.lax.top_k(s, K)[1], jax.lax.stop_gradient(score_BLE))
+        load_E = _counts(expert_BLK, E).sum(0)
+        stats = RouterStats(load_E, sequence_balance_loss(score_BLE, top_BLK), traffic)
+        return y_BLD + self.shared(x_BLD), stats
 
     def decode(self, x_BLD: Float[Array, "B L D"], experts: RoutedExperts) -> Float[Array, "B L D"]:
         """As `__call__`, with the routed experts given as a function: decoding keeps their weights in its own layout."""
-        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        y_TD = experts(x_TD, *self.router.choose(self.router.scores(x_TD)))
+        T, K = x_BLD.shape[0] * x_BLD.shape[1], self.config.num_experts_per_tok
+        expert_BLK, weight_BLK = self.router.choose(self.router.scores(x_BLD))
+        y_TD = experts(x_BLD.reshape(T, -1), expert_BLK.reshape(T, K), weight_BLK.reshape(T, K))
         return y_TD.reshape(x_BLD.shape) + self.shared(x_BLD)

@@ -5,6 +5,7 @@ program, and the time to compile it, do not grow with depth.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import LATENTS, Attention, RopeTable
 from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, linear, weight
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import ROUTING, MoE, RouterStats
 from dsv3_jax.model.rope import rope_table
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
@@ -25,17 +27,35 @@ FLOAT32 = jnp.dtype("float32")
 MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
 # What `selective` keeps of a layer besides its input. Norms, rotations, MLA up-projections and SwiGLU are recomputed
 # (section 3.2.3): they cost little, and their results are most of the bytes.
-_SELECTIVE = jax.checkpoint_policies.save_only_these_names(LATENTS, ATTENTION, MIDDLE, ROUTING, FFN_GATE_UP, EXPERTS)
+_KEPT = (LATENTS, ATTENTION, MIDDLE, ROUTING, FFN_GATE_UP, EXPERTS)
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    """Keep every intermediate but what a sharding constraint made: a gathered weight kept for each layer is all of them."""
+    return primitive.name != "sharding_constraint"
+
+
+# The policy with which a layer's body is checkpointed (see RematConfig); `sqrt` checkpoints groups of layers besides.
+_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": _all_but_gathered,
+    "full": None,
+    "selective": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[ROUTING], names_which_can_be_offloaded=[n for n in _KEPT if n != ROUTING],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+    "sqrt": None,
+}  # fmt: skip
 
 
 class Block(nnx.Module):
     """Pre-norm residual block: MLA, then a dense or an MoE feed-forward layer."""
 
-    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, moe: bool, layout: Layout, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, layout, rngs)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = MoE(config, rngs) if moe else SwiGLU(config, config.intermediate_size, rngs)
+        self.ffn = MoE(config, layout, rngs) if moe else SwiGLU(config, config.intermediate_size, layout, rngs)
 
     def __call__(self, x_BLD: Array, segment_BL: Array, rope: RopeTable) -> tuple[Array, RouterStats | None]:
         with jax.named_scope("attention"):
@@ -49,23 +69,23 @@ class Block(nnx.Module):
             return x_BLD + self.ffn(normed_BLD), None
 
 
-def stacked_blocks(config: ModelConfig, moe: bool, layers: int, rngs: nnx.Rngs) -> Block | None:
+def stacked_blocks(config: ModelConfig, moe: bool, layers: int, layout: Layout, rngs: nnx.Rngs) -> Block | None:
     """`layers` blocks in one module with a leading layer axis on every parameter, or None for no layers."""
     if layers == 0:
         return None
-    make = nnx.vmap(lambda rngs: Block(config, moe, rngs), axis_size=layers)
+    make = nnx.vmap(lambda rngs: Block(config, moe, layout, rngs), axis_size=layers)
     return nnx.split_rngs(splits=layers)(make)(rngs)
 
 
 class MTPModule(nnx.Module):
     """One multi-token-prediction module (section 2.2, equations 21-23); embedding and head are the main model's."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
         D = config.hidden_size
         self.embed_norm = RMSNorm(D, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(D, config.rms_norm_eps)
         self.w_XD = weight(rngs, config.initializer_range, embed_and_hidden=2 * D, embed=D)
-        self.block = Block(config, True, rngs)
+        self.block = Block(config, True, layout, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
 
     def __call__(
@@ -85,70 +105,118 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 class Transformer(nnx.Module):
-    """`dtype` is that of activations and matmuls; parameters are float32. `remat` wraps a layer's body (see RematConfig)."""
+    """`dtype` is that of activations and matmuls; parameters are float32. `remat` is what the backward pass recomputes.
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = FLOAT32, remat: str = "none", rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    `layout` says where arrays live; with its `ends`, embedding, dense layers, head and MTP modules may live otherwise.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype = FLOAT32,
+        remat: str = "none",
+        layout: Layout = Layout(),  # noqa: B008  (immutable)
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
-        self.embed_VD = weight(rngs, std, vocab=V, embed=D)
-        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, rngs)
-        self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, rngs)
+        self.embed_VD = weight(rngs, std, vocab_in=V, embed_in=D)
+        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.ends, rngs)
+        self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, layout, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head_DV = weight(rngs, std, embed=D, vocab=V)
-        self.mtp = nnx.List([MTPModule(config, rngs) for _ in range(config.num_nextn_predict_layers)])
+        self.mtp = nnx.List([MTPModule(config, layout.ends, rngs) for _ in range(config.num_nextn_predict_layers)])
 
     def embed(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.embed_VD[...][token_BL].astype(self.dtype)
+        return self.layout.ends.embed(self.embed_VD[...], token_BL, self.dtype)
 
     def head_weight(self) -> Float[Array, "D V"]:
-        head_DV = self.embed_VD[...].T if self.config.tie_word_embeddings else self.head_DV[...]
-        return head_DV.astype(self.dtype)
+        return self.embed_VD[...].T if self.config.tie_word_embeddings else self.head_DV[...]
+
+    def first(self, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """What enters the MoE layers: embeddings through the dense layers."""
+        x_BLD = self.layout.ends.constrain(self.embed(token_BL), "batch", "sequence", None)
+        if self.dense_blocks is not None:
+            x_BLD, _ = self.run(self.dense_blocks, x_BLD, segment_BL)
+        return x_BLD
 
     def hidden(
         self, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L D"], list[RouterStats]]:
         """Final hidden states, normalised for the head, and router statistics with a leading layer axis."""
-        rope = rope_table(self.config, positions(segment_BL))
-        x_BLD, stats = self.embed(token_BL), []
-        for blocks in (self.dense_blocks, self.moe_blocks):
-            if blocks is None:
-                continue
-            x_BLD, layer_stats = self._scan(blocks, x_BLD, segment_BL, rope)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+        x_BLD, stats = self.first(token_BL, segment_BL), []
+        if self.moe_blocks is not None:
+            x_BLD, layer_stats = self.run(self.moe_blocks, x_BLD, segment_BL)
+            stats.append(layer_stats)
         return self.norm(x_BLD), stats
 
     def mtp_hidden(
         self, depth: int, hidden_BLD: Array, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
     ) -> tuple[Float[Array, "B L D"], RouterStats]:
-        """Hidden states of MTP module `depth` (from 0); `token_BL` holds t_{i+depth+1} at place i, `segment_BL` that of i."""
+        """Hidden states of MTP module `depth` (from 0), normalised for the head, from those of the module before.
+
+        `token_BL` holds t_{i+depth+1} at place i, `segment_BL` the segment of place i.
+        """
         rope = rope_table(self.config, positions(segment_BL))
-        body = self._rematerialised(lambda module, *args: module(*args))
-        x_BLD, stats = body(self.mtp[depth], hidden_BLD, self.embed(token_BL), segment_BL, rope)
+        graph, state = nnx.split(self.mtp[depth])
+
+        def body(hidden_BLD, state):
+            module = nnx.merge(graph, self.layout.ends.gather(state, self.dtype))
+            return module(hidden_BLD, self.embed(token_BL), segment_BL, rope)
+
+        x_BLD, stats = self._rematerialised(body)(hidden_BLD, state)
         return x_BLD, jax.tree.map(lambda a: a[None], stats)
+
+    def run(self, blocks: Block, x_BLD: Array, segment_BL: Array, live_N: Array | None = None):
+        """x through stacked blocks, and their statistics; layers that are not `live` pass it on unchanged."""
+        rope = rope_table(self.config, positions(segment_BL))
+        graph, layers = nnx.split(blocks)
+        layout = self.layout if isinstance(blocks.ffn, MoE) else self.layout.ends
+
+        def body(x_BLD, layer):
+            layer, live = layer
+            block = nnx.merge(graph, layout.gather(layer, self.dtype))
+            y_BLD, stats = block(x_BLD, segment_BL, rope)
+            return (y_BLD if live is None else jnp.where(live, y_BLD, x_BLD)), stats
+
+        scanned = (layers, live_N)
+        if self.remat == "sqrt":
+            return _two_level_scan(jax.checkpoint(body), x_BLD, scanned)
+        return jax.lax.scan(self._rematerialised(body), x_BLD, scanned)
+
+    def _rematerialised(self, body: Callable) -> Callable:
+        if self.remat == "none" and self.layout == Layout():
+            return body
+        return jax.checkpoint(body, policy=_POLICIES[self.remat])
 
     def __call__(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """Next-token logits, float32; every row is one segment. Compiled once per shape."""
         graph, state = nnx.split(self)
         return _logits(graph, state, jnp.asarray(token_BL))
 
-    def _scan(self, blocks: Block, x_BLD: Array, segment_BL: Array, rope: RopeTable):
-        graph, layers = nnx.split(blocks)
-
-        def body(x_BLD, layer):
-            return nnx.merge(graph, layer)(x_BLD, segment_BL, rope)
-
-        return jax.lax.scan(self._rematerialised(body), x_BLD, layers)
-
-    def _rematerialised(self, body: Callable) -> Callable:
-        if self.remat == "none":
-            return body
-        return jax.checkpoint(body, policy=_SELECTIVE if self.remat == "selective" else None)
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graph: nnx.GraphDef[Transformer], state: nnx.State, token_BL: Array) -> Array:
     model = nnx.merge(graph, state)
     x_BLD, _ = model.hidden(token_BL, jnp.zeros_like(token_BL))
-    return jnp.dot(x_BLD, model.head_weight(), preferred_element_type=jnp.float32)
+    return jnp.dot(x_BLD, model.head_weight().astype(model.dtype), preferred_element_type=jnp.float32)
+
+
+def _two_level_scan(body: Callable, carry: Array, layers):
+    """`lax.scan` in groups of about sqrt(N) layers, of which only the inputs are kept: O(sqrt N) activations."""
+    N = jax.tree.leaves(layers)[0].shape[0]
+    size = max(round(math.sqrt(N)), 1)
+    whole = N // size * size
+
+    def group(carry, layers):
+        return jax.lax.scan(body, carry, layers)
+
+    groups = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), layers)
+    carry, stats = jax.lax.scan(jax.checkpoint(group), carry, groups)
+    stats = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), stats)
+    if whole == N:
+        return carry, stats
+    carry, rest = jax.checkpoint(group)(carry, jax.tree.map(lambda a: a[whole:], layers))
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, rest)

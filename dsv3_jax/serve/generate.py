@@ -17,7 +17,7 @@ _LENGTH_STEP = 128  # cache lengths are multiples of this, so that few programs 
 
 
 def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
-    return jnp.dot(x_BD, model.head_weight(), preferred_element_type=jnp.float32)
+    return jnp.dot(x_BD, model.head_weight().astype(x_BD.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

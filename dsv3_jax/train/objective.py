@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.model.layout import Traffic
+from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.model.transformer import Transformer
-from pallas_kernels import linear_cross_entropy
 
 Batch = dict[str, Array]
 
@@ -22,13 +23,14 @@ class LossWeights(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Means over the batch's targets or sequences; `load` is a sum over its tokens."""
+    """Means over the batch's targets or sequences; `load` and `traffic` are sums over its tokens."""
 
     loss: Float[Array, ""]  # what is minimised
     cross_entropy: Float[Array, ""]  # nats per token, next-token only
     accuracy: Float[Array, ""]
     mtp_cross_entropy: Float[Array, ""]
     balance_loss: Float[Array, ""]
+    traffic: Traffic  # copies of tokens sent to other expert ranks and nodes; a sum over layers
     load: tuple[Float[Array, "layers E"], ...]  # tokens per expert: stacked MoE layers, then each MTP module
 
 
@@ -48,21 +50,37 @@ def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, cou
     """Mean nll of the tokens `ahead` places on, over `count` targets, and accuracy."""
     L = hidden_BLD.shape[1]
     target_BL = batch["tokens"][:, ahead : ahead + L]
-    counting_T = _counting(batch["segments"], L, ahead).reshape(-1)
-    weight_T = counting_T.astype(jnp.float32) / jnp.maximum(count, 1)
-    return linear_cross_entropy(
-        hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), model.head_weight(), target_BL.reshape(-1), weight_T
-    )
+    weight_BL = _counting(batch["segments"], L, ahead).astype(jnp.float32) / jnp.maximum(count, 1)
+    return model.layout.ends.cross_entropy(hidden_BLD, model.head_weight(), target_BL, weight_BL)
+
+
+def inputs(batch: Batch, depth: int) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
+    """Tokens and segments that the main model reads."""
+    L = batch["tokens"].shape[1] - 1 - depth
+    return batch["tokens"][:, :L], batch["segments"][:, :L]
 
 
 def objective(
     model: Transformer, batch: Batch, weights: LossWeights, counts: list[Array], sequences: int
 ) -> tuple[Float[Array, ""], Metrics]:
     """Loss and metrics of a (micro)batch as its share of a batch with `counts` targets and `sequences` sequences."""
+    hidden_BLD, stats = model.hidden(*inputs(batch, len(model.mtp)))
+    return head_objective(model, hidden_BLD, stats, batch, weights, counts, sequences)
+
+
+def head_objective(
+    model: Transformer,
+    hidden_BLD: Float[Array, "B L D"],
+    stats: list[RouterStats],
+    batch: Batch,
+    weights: LossWeights,
+    counts: list[Array],
+    sequences: int,
+) -> tuple[Float[Array, ""], Metrics]:
+    """`objective` from the final hidden states and the layers' router statistics on."""
     depth = len(model.mtp)
-    L = batch["tokens"].shape[1] - 1 - depth
+    L = hidden_BLD.shape[1]
     segment_BL = batch["segments"][:, :L]
-    hidden_BLD, stats = model.hidden(batch["tokens"][:, :L], segment_BL)
     with jax.named_scope("head"):
         cross_entropy, accuracy = _cross_entropy(model, hidden_BLD, batch, 1, counts[0])
 
@@ -70,12 +88,19 @@ def objective(
     for k in range(depth):
         ahead_BL = batch["tokens"][:, k + 1 : k + 1 + L]
         hidden_BLD, layer_stats = model.mtp_hidden(k, hidden_BLD, ahead_BL, segment_BL)
-        stats.append(layer_stats)
+        stats = [*stats, layer_stats]
         with jax.named_scope("mtp_head"):
             mtp_cross_entropy += _cross_entropy(model, hidden_BLD, batch, k + 2, counts[k + 1])[0] / depth
 
     share = batch["tokens"].shape[0] / sequences
     balance_loss = sum((s.balance_loss.sum() for s in stats), jnp.float32(0)) * share
     loss = cross_entropy + weights.mtp * mtp_cross_entropy + weights.balance * balance_loss
+    traffic = sum_traffic(stats)
     load = tuple(s.load_E for s in stats)
-    return loss, Metrics(loss, cross_entropy, accuracy, mtp_cross_entropy, balance_loss, load)
+    return loss, Metrics(loss, cross_entropy, accuracy, mtp_cross_entropy, balance_loss, traffic, load)
+
+
+def sum_traffic(stats: list[RouterStats]) -> Traffic:
+    """Over layers."""
+    zero = Traffic(jnp.float32(0), jnp.float32(0))
+    return jax.tree.map(lambda *parts: sum(a.sum() for a in parts), zero, *(s.traffic for s in stats))

@@ -1,5 +1,6 @@
 """What training carries from step to step, and how it is made."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -9,8 +10,11 @@ from flax import nnx
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.adamw import adamw
+from dsv3_jax.parallel.layout import MeshLayout
+from dsv3_jax.parallel.rules import state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -32,19 +36,23 @@ class TrainState:
 DTYPES = {"float32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
-def make_model(config: Config, rngs: nnx.Rngs) -> Transformer:
-    return Transformer(config.model, dtype=DTYPES[config.precision.recipe], remat=config.remat.policy, rngs=rngs)
+ONE_DEVICE = Layout()
 
 
-def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def make_model(config: Config, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE) -> Transformer:
+    dtype, remat = DTYPES[config.precision.recipe], config.remat.policy
+    return Transformer(config.model, dtype=dtype, remat=remat, layout=layout, rngs=rngs)
+
+
+def abstract_model(config: Config, layout: Layout = ONE_DEVICE) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Graph definition, and the shapes of parameters and router biases; allocates nothing."""
-    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), layout))
     graph, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
     return graph, params, router_bias
 
 
 def init_state(config: Config) -> TrainState:
-    """A fresh state from `train.seed`; jit or eval_shape it."""
+    """A fresh state from `train.seed`, the same on any mesh; see `new_state`."""
     _, params, router_bias = nnx.split(make_model(config, nnx.Rngs(config.train.seed)), nnx.Param, RouterBias)
     return TrainState(
         step=jnp.int32(0),
@@ -53,3 +61,21 @@ def init_state(config: Config) -> TrainState:
         opt_state=adamw(config.optim).init(params),
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
     )
+
+
+def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
+    """Shapes, dtypes and shardings of the state; allocates nothing."""
+    state = jax.eval_shape(functools.partial(init_state, config))
+    if not isinstance(layout, MeshLayout):
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        state, state_shardings(layout.mesh, state),
+    )  # fmt: skip
+
+
+def new_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
+    """A fresh state where the layout wants it."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
+    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)()

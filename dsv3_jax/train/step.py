@@ -1,5 +1,6 @@
 """The training step: a pure function (state, batch) -> (state, metrics), and the evaluation step beside it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +10,11 @@ import optax
 from flax import nnx
 
 from dsv3_jax.config import Config
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.optim.adamw import adamw, learning_rate
+from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, replicated
 from dsv3_jax.train.objective import Batch, LossWeights, Metrics, objective, target_counts
-from dsv3_jax.train.state import TrainState, abstract_model
+from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state
 
 
 class StepMetrics(NamedTuple):
@@ -21,9 +24,38 @@ class StepMetrics(NamedTuple):
     max_load: jax.Array  # busiest expert's load over the mean, worst layer
 
 
-def _gradients(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
+def over_replicas(f: Callable, layout: Layout) -> Callable:
+    """f(params, batch), a sum over the batch, as one sum over the replicas of `data`.
+
+    Each replica works by itself on its share of the rows; nothing else crosses `data`.
+    """
+    replicas = layout.mesh.shape["data"] if isinstance(layout, MeshLayout) else 1
+    if replicas == 1:
+        return f
+
+    def summed(params, batch: Batch):
+        shares = jax.tree.map(lambda a: a.reshape(replicas, -1, *a.shape[1:]), batch)
+        parts = jax.vmap(f, in_axes=(None, 0), spmd_axis_name="data")(params, shares)
+        return jax.tree.map(lambda a: a.sum(0), parts)
+
+    return summed
+
+
+def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
+    """[B, ...] -> [count, B / count, ...], each microbatch spread over all devices, so that no row moves."""
+    shards = math.prod(layout.mesh.shape[a] for a in layout.axes("batch")) if isinstance(layout, MeshLayout) else 1
+
+    def split(a):
+        a = a.reshape(shards, count, -1, *a.shape[1:]).swapaxes(0, 1)
+        return layout.constrain(a.reshape(count, -1, *a.shape[3:]), None, "batch", None)
+
+    return jax.tree.map(split, batch)
+
+
+def _gradients(config: Config, layout: Layout, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
     """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches."""
     train, accum = config.train, config.train.grad_accum_steps
+    graph, _, _ = abstract_model(config, layout)
     counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
     sequences = batch["tokens"].shape[0]
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
@@ -33,17 +65,20 @@ def _gradients(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
         model = nnx.merge(graph, params, state.router_bias)
         return objective(model, microbatch, weights, counts, sequences)
 
-    grad = jax.grad(loss, has_aux=True)
-    if accum == 1:
-        return grad(state.params, batch)
-    microbatches = jax.tree.map(lambda a: a.reshape(accum, -1, *a.shape[1:]), batch)
-    first = jax.tree.map(lambda a: a[0], microbatches)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, state.params, first))
+    def of_replica(params, batch):
+        grad = jax.grad(loss, has_aux=True)
+        if accum == 1:
+            return grad(params, batch)
+        parts = microbatches(batch, accum, layout)
+        first = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, first))
 
-    def add(total, microbatch):
-        return jax.tree.map(jnp.add, total, grad(state.params, microbatch)), None
+        def add(total, microbatch):
+            return jax.tree.map(jnp.add, total, grad(params, microbatch)), None
 
-    return jax.lax.scan(add, zeros, microbatches)[0]
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return over_replicas(of_replica, layout)(state.params, batch)
 
 
 def update_router_bias(router_bias: nnx.State, load: tuple[jax.Array, ...], speed: float) -> nnx.State:
@@ -64,13 +99,21 @@ def max_load_ratio(load: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack(ratios).max() if ratios else jnp.float32(1)
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+def _jit(f: Callable, layout: Layout, arguments: Any, results: Any, donate: tuple[int, ...] = ()) -> Callable:
+    """jit with the shardings of a mesh; on one device they go without saying."""
+    if not isinstance(layout, MeshLayout):
+        return jax.jit(f, donate_argnums=donate)
+    return jax.jit(f, in_shardings=arguments, out_shardings=results, donate_argnums=donate)
+
+
+def make_train_step(
+    config: Config, layout: Layout = ONE_DEVICE
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted step; it takes over the state's buffers."""
-    graph, _, _ = abstract_model(config)
     optimizer, schedule = adamw(config.optim), learning_rate(config.optim)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        grads, metrics = _gradients(config, graph, state, batch)
+        grads, metrics = _gradients(config, layout, state, batch)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -83,20 +126,29 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         new_state = TrainState(state.step + 1, params, bias, opt_state, ema)
         return new_state, StepMetrics(metrics, grad_norm, jnp.asarray(schedule(state.step)), max_load_ratio(metrics.load))
 
-    return jax.jit(train_step, donate_argnums=0)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
+    return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))
 
 
 def make_eval_step(
-    config: Config,
+    config: Config, layout: Layout = ONE_DEVICE
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
-    """Jitted (params, router_bias, batch of L+1 tokens) -> sums: nll in nats, correct, targets; and expert loads."""
-    graph, _, _ = abstract_model(config)
+    """Jitted (params, router_bias, batch of L+1 tokens) -> sums: nll in nats, correct, targets; and expert loads.
+
+    Layers are not pipelined: `pipe` serves as it does at the ends of a pipeline.
+    """
+    graph, _, _ = abstract_model(config, layout.ends)
 
     def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
-        model = nnx.merge(graph, params, router_bias)
-        model.mtp = nnx.List([])  # evaluation is of the next token only
         count = target_counts(batch["segments"], 0)[0]
-        _, metrics = objective(model, batch, LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])
+
+        def of_replica(params, share):
+            model = nnx.merge(graph, params, router_bias)
+            model.mtp = nnx.List([])  # evaluation is of the next token only
+            return objective(model, share, LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])[1]
+
+        metrics = over_replicas(of_replica, layout.ends)(params, batch)
         return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load
 
-    return jax.jit(eval_step)
+    state = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
+    return _jit(eval_step, layout, (state.params, state.router_bias, batch_sharding(layout)), replicated(layout))

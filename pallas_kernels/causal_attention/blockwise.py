@@ -1,7 +1,8 @@
 """Blockwise causal attention with an online softmax and its own gradient, in plain JAX (FlashAttention-2, arXiv 2307.08691).
 
-Works on N = B*H independent (batch, head) pairs. Queries and keys are cut into I blocks of b places, whose axis comes first,
-so that a block lies in one piece; query block i meets key blocks 0..i only, so that half of the square is never computed.
+Works on independent (batch, head) pairs, two axes throughout, so that each may be sharded. Queries and keys are cut into I
+blocks of b places, whose axis comes first, so that a block lies in one piece; query block i meets key blocks 0..i only, so
+that half of the square is never computed.
 The forward pass keeps the output and each row's log-sum-exp; the backward pass recomputes the probabilities block by block.
 """
 
@@ -22,9 +23,10 @@ def _block_size(L: int) -> int:
 
 
 def _scores(rows, columns, seg_rows, seg_columns, scale, visible):
-    """f32[N, b, b] scaled products of two blocks, masked to `visible` pairs of the same segment."""
-    s = jnp.einsum("nrx,ncx->nrc", rows, columns, preferred_element_type=jnp.float32) * scale
-    return jnp.where(visible & (seg_rows[:, :, None] == seg_columns[:, None, :]), s, _NEG)
+    """f32[B, H, b, b] scaled products of two blocks, masked to `visible` pairs of the same segment."""
+    s = jnp.einsum("nhrx,nhcx->nhrc", rows, columns, preferred_element_type=jnp.float32) * scale
+    same_Bbb = seg_rows[:, :, None] == seg_columns[:, None, :]
+    return jnp.where((visible & same_Bbb)[:, None], s, _NEG)
 
 
 def _causal(i, j, b):
@@ -36,71 +38,71 @@ def _block(array, i):
     return lax.dynamic_index_in_dim(array, i, keepdims=False)
 
 
-def _forward(q_INbX, k_INbX, v_INbU, segment_INb, scale):
-    _, N, b, U = v_INbU.shape
+def _forward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale):
+    _, B, H, b, U = v_IBHbU.shape
 
     def query_block(i):
-        q, seg_q = _block(q_INbX, i), _block(segment_INb, i)
+        q, seg_q = _block(q_IBHbX, i), _block(segment_IBb, i)
 
         def key_block(j, carry):
             out, total, top = carry
-            s = _scores(q, _block(k_INbX, j), seg_q, _block(segment_INb, j), scale, _causal(i, j, b))
+            s = _scores(q, _block(k_IBHbX, j), seg_q, _block(segment_IBb, j), scale, _causal(i, j, b))
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.exp(s - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            v = _block(v_INbU, j)
-            pv = jnp.einsum("nqk,nku->nqu", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            v = _block(v_IBHbU, j)
+            pv = jnp.einsum("nhqk,nhku->nhqu", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return out * shrink[..., None] + pv, total * shrink + p.sum(-1), new_top
 
-        init = (jnp.zeros((N, b, U), jnp.float32), jnp.zeros((N, b)), jnp.full((N, b), _NEG))
+        init = (jnp.zeros((B, H, b, U), jnp.float32), jnp.zeros((B, H, b)), jnp.full((B, H, b), _NEG))
         out, total, top = lax.fori_loop(0, i + 1, key_block, init)
-        return (out / total[..., None]).astype(v_INbU.dtype), top + jnp.log(total)
+        return (out / total[..., None]).astype(v_IBHbU.dtype), top + jnp.log(total)
 
-    return lax.map(query_block, jnp.arange(q_INbX.shape[0]))
+    return lax.map(query_block, jnp.arange(q_IBHbX.shape[0]))
 
 
-def _backward(q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb, dout_INbU, scale):
-    blocks, _, b = lse_INb.shape
+def _backward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, out_IBHbU, lse_IBHb, dout_IBHbU, scale):
+    blocks, _, _, b = lse_IBHb.shape
     # row sums of p * dp, which the softmax's gradient needs (FlashAttention-2, section 3.1)
-    delta_INb = jnp.sum(out_INbU.astype(jnp.float32) * dout_INbU.astype(jnp.float32), axis=-1)
+    delta_IBHb = jnp.sum(out_IBHbU.astype(jnp.float32) * dout_IBHbU.astype(jnp.float32), axis=-1)
 
-    def key_block(dq_INbX, j):
-        k, v, seg_k = _block(k_INbX, j), _block(v_INbU, j), _block(segment_INb, j)
+    def key_block(dq_IBHbX, j):
+        k, v, seg_k = _block(k_IBHbX, j), _block(v_IBHbU, j), _block(segment_IBb, j)
 
         def query_block(i, carry):
-            dq_INbX, dk, dv = carry
-            q, dout = _block(q_INbX, i), _block(dout_INbU, i)
-            # scores transposed, [N, keys, queries]: of the four products that use them only dq's then needs a transpose
-            s = _scores(k, q, seg_k, _block(segment_INb, i), scale, _causal(i, j, b).T)
-            p = jnp.exp(s - _block(lse_INb, i)[:, None])
-            dv += jnp.einsum("nkq,nqu->nku", p.astype(v.dtype), dout, preferred_element_type=jnp.float32)
-            dp = jnp.einsum("nku,nqu->nkq", v, dout, preferred_element_type=jnp.float32)
-            ds = (p * (dp - _block(delta_INb, i)[:, None]) * scale).astype(q.dtype)
-            dk += jnp.einsum("nkq,nqx->nkx", ds, q, preferred_element_type=jnp.float32)
-            dq = _block(dq_INbX, i) + jnp.einsum("nkq,nkx->nqx", ds, k, preferred_element_type=jnp.float32)
-            return lax.dynamic_update_index_in_dim(dq_INbX, dq, i, 0), dk, dv
+            dq_IBHbX, dk, dv = carry
+            q, dout = _block(q_IBHbX, i), _block(dout_IBHbU, i)
+            # scores transposed, [B, H, keys, queries]: of the four products that use them only dq's then needs a transpose
+            s = _scores(k, q, seg_k, _block(segment_IBb, i), scale, _causal(i, j, b).T)
+            p = jnp.exp(s - _block(lse_IBHb, i)[:, :, None])
+            dv += jnp.einsum("nhkq,nhqu->nhku", p.astype(v.dtype), dout, preferred_element_type=jnp.float32)
+            dp = jnp.einsum("nhku,nhqu->nhkq", v, dout, preferred_element_type=jnp.float32)
+            ds = (p * (dp - _block(delta_IBHb, i)[:, :, None]) * scale).astype(q.dtype)
+            dk += jnp.einsum("nhkq,nhqx->nhkx", ds, q, preferred_element_type=jnp.float32)
+            dq = _block(dq_IBHbX, i) + jnp.einsum("nhkq,nhkx->nhqx", ds, k, preferred_element_type=jnp.float32)
+            return lax.dynamic_update_index_in_dim(dq_IBHbX, dq, i, 0), dk, dv
 
-        init = (dq_INbX, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-        dq_INbX, dk, dv = lax.fori_loop(j, blocks, query_block, init)
-        return dq_INbX, (dk.astype(k.dtype), dv.astype(v.dtype))
+        init = (dq_IBHbX, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+        dq_IBHbX, dk, dv = lax.fori_loop(j, blocks, query_block, init)
+        return dq_IBHbX, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-    dq_INbX, (dk_INbX, dv_INbU) = lax.scan(key_block, jnp.zeros(q_INbX.shape, jnp.float32), jnp.arange(blocks))
-    return dq_INbX.astype(q_INbX.dtype), dk_INbX, dv_INbU
+    dq_IBHbX, (dk_IBHbX, dv_IBHbU) = lax.scan(key_block, jnp.zeros(q_IBHbX.shape, jnp.float32), jnp.arange(blocks))
+    return dq_IBHbX.astype(q_IBHbX.dtype), dk_IBHbX, dv_IBHbU
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_INbX, k_INbX, v_INbU, segment_INb, scale):
-    return _forward(q_INbX, k_INbX, v_INbU, segment_INb, scale)[0]
+def _attention(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale):
+    return _forward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale)[0]
 
 
-def _attention_fwd(q_INbX, k_INbX, v_INbU, segment_INb, scale):
-    out_INbU, lse_INb = checkpoint_name(_forward(q_INbX, k_INbX, v_INbU, segment_INb, scale), RESIDUALS)
-    return out_INbU, (q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb)
+def _attention_fwd(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale):
+    out_IBHbU, lse_IBHb = checkpoint_name(_forward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale), RESIDUALS)
+    return out_IBHbU, (q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, out_IBHbU, lse_IBHb)
 
 
-def _attention_bwd(scale, residuals, dout_INbU):
-    q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb = residuals
-    return *_backward(q_INbX, k_INbX, v_INbU, segment_INb, out_INbU, lse_INb, dout_INbU, scale), None
+def _attention_bwd(scale, residuals, dout_IBHbU):
+    q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, out_IBHbU, lse_IBHb = residuals
+    return *_backward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, out_IBHbU, lse_IBHb, dout_IBHbU, scale), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -115,11 +117,10 @@ def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float):
 
     def in_blocks(x_BLHX):
         x_BLHX = jnp.pad(x_BLHX, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        x_IBHbX = jnp.einsum("bilhx->ibhlx", x_BLHX.reshape(B, -1, b, H, x_BLHX.shape[-1]))
-        return x_IBHbX.reshape(-1, B * H, b, x_BLHX.shape[-1])
+        return jnp.einsum("bilhx->ibhlx", x_BLHX.reshape(B, -1, b, H, x_BLHX.shape[-1]))
 
     # padding gets a segment of its own: no real query sees it, and its rows still have themselves to attend to
     segment_BL = jnp.pad(segment_BL, ((0, 0), (0, pad)), constant_values=-1)
-    segment_INb = jnp.repeat(jnp.moveaxis(segment_BL.reshape(B, -1, b), 1, 0), H, axis=1)
-    out_INbU = _attention(in_blocks(q_BLHX), in_blocks(k_BLHX), in_blocks(v_BLHU), segment_INb, scale)
-    return jnp.einsum("ibhlu->bilhu", out_INbU.reshape(-1, B, H, b, U)).reshape(B, L + pad, H, U)[:, :L]
+    segment_IBb = jnp.moveaxis(segment_BL.reshape(B, -1, b), 1, 0)
+    out_IBHbU = _attention(in_blocks(q_BLHX), in_blocks(k_BLHX), in_blocks(v_BLHU), segment_IBb, scale)
+    return jnp.einsum("ibhlu->bilhu", out_IBHbU).reshape(B, L + pad, H, U)[:, :L]

@@ -25,7 +25,7 @@ def grouped_swiglu(
     """y_t = sum_k weight_tk * swiglu_{expert_tk}(x_t), with swiglu_e(x) = (silu(x W_gate) * (x W_up)) W_down.
 
     No token is dropped, whatever the load of an expert. Weights have x's dtype; `weight_TK` is float32. Differentiable in
-    everything but `expert_TK`, whose entries must lie in [0, E).
+    everything but `expert_TK`, whose entries lie in [0, E), or are E for a choice that counts for nothing.
 
     `blocked` cuts each expert's tokens into blocks and loops over those that exist: the fast path on CPU, where
     `ragged_dot` is lowered to a masked dense product. `ragged` is `jax.lax.ragged_dot`. "auto" takes `blocked` on CPU.

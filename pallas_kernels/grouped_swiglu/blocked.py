@@ -2,8 +2,9 @@
 
 Slots (token, choice) are laid out as rows: each expert owns a region of whole blocks, large ones first and small ones for
 the rest, so that most of the work is in large matmuls and little of it is padding. The rows that pad a region have weight 0,
-so they change nothing, forward or backward. The loops run over the blocks that exist (a traced count): nothing is dropped, no
-capacity is reserved, and an expert's weights are read in place.
+so they change nothing, forward or backward. A slot without an expert has the row after the last, which stays zero. The loops
+run over the blocks that exist (a traced count): nothing is dropped, no capacity is reserved, and an expert's weights are read
+in place.
 """
 
 import functools
@@ -27,7 +28,7 @@ class _Blocks(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    row_TK: jax.Array  # where a slot lies
+    row_TK: jax.Array  # where a slot lies; R (the row after the last) for one without an expert
     token_R: jax.Array  # the token of a row; T (out of bounds) for padding
     slot_R: jax.Array  # the slot t*K + k of a row; T*K for padding
     blocks: tuple[_Blocks, ...]
@@ -65,8 +66,9 @@ def _layout(expert_TK, experts: int) -> _Layout:
     # place of a slot among those of its expert, in token order
     order_P = jnp.argsort(slot_expert_P, stable=True)
     rank_P = jnp.arange(P) - (jnp.cumsum(count_E) - count_E)[slot_expert_P[order_P]]
-    row_P = jnp.zeros(P, jnp.int32).at[order_P].set((first_E[slot_expert_P[order_P]] + rank_P).astype(jnp.int32))
     rows = P + experts * sizes[-1]  # no region is padded by more than a smallest block
+    placed_P = jnp.where(slot_expert_P[order_P] < experts, first_E[slot_expert_P[order_P]] + rank_P, rows)
+    row_P = jnp.zeros(P, jnp.int32).at[order_P].set(placed_P.astype(jnp.int32))
     slot_R = jnp.full(rows, P, jnp.int32).at[row_P].set(jnp.arange(P, dtype=jnp.int32))
 
     blocks, begin_E = [], first_E
@@ -129,7 +131,7 @@ def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
         return y_RD, _put_rows(gate_up_RX, gate_up, row)
 
     R = layout.token_R.size
-    init = (jnp.zeros((R, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
+    init = (jnp.zeros((R + 1, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
     y_RD, gate_up_RX = _over_blocks(layout, block, init)
     return _sum_choices(y_RD, layout), gate_up_RX
 
@@ -155,10 +157,10 @@ def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX,
         return dx_RD, dw_gate_up_EDX, dw_down_EMD, _put_rows(dweight_R, dweight, row)
 
     init = (
-        jnp.zeros((weight_R.size, x_TD.shape[1]), x_TD.dtype),
+        jnp.zeros((weight_R.size + 1, x_TD.shape[1]), x_TD.dtype),
         jnp.zeros(w_gate_up_EDX.shape, jnp.float32),
         jnp.zeros(w_down_EMD.shape, jnp.float32),
-        jnp.zeros_like(weight_R),
+        jnp.zeros(weight_R.size + 1, weight_R.dtype),
     )
     dx_RD, dw_gate_up_EDX, dw_down_EMD, dweight_R = _over_blocks(layout, block, init)
     return (

@@ -24,31 +24,37 @@ def _chunks(x_TD, target_T, weight_T):
     return cut(x_TD), cut(target_T), cut(weight_T)  # padding has weight 0
 
 
-def _chunk_loss(x, w_DV, target, weight):
+def _chunk_loss(x, w_DV, target, weight, axes: tuple[str, ...]):
+    """Weighted nll and count of right guesses, exp(logits - top) and its sum over the whole vocabulary."""
     logits = jnp.dot(x, w_DV, preferred_element_type=jnp.float32)
-    top = logits.max(-1)
+    here = (target >= 0) & (target < w_DV.shape[1])
+    top = lax.pmax(logits.max(-1), axes) if axes else logits.max(-1)
     exp = jnp.exp(logits - top[:, None])
-    total = exp.sum(-1)
-    at_target = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    at_target = jnp.where(here, jnp.take_along_axis(logits, target[:, None], axis=-1, mode="clip")[:, 0], 0)
+    total, at_target = lax.psum((exp.sum(-1), at_target), axes) if axes else (exp.sum(-1), at_target)
     nll = jnp.log(total) + top - at_target
     correct = at_target >= top  # argmax, but a tie counts as right
     return jnp.sum(weight * nll), jnp.sum(weight * correct), exp, total
 
 
-@jax.custom_vjp
-def _loss(x_TD, w_DV, target_T, weight_T):
+def loss(x_TD, w_DV, target_T, weight_T, axes: tuple[str, ...] = ()):
+    """The two sums. With mesh `axes` over which the vocabulary is sharded, `w_DV` is this device's columns and `target_T`
+    counts from the first of them, so that it may lie outside; call it inside `shard_map` then."""
+
     def body(carry, chunk):
-        loss, correct, _, _ = _chunk_loss(chunk[0], w_DV, *chunk[1:])
+        loss, correct, _, _ = _chunk_loss(chunk[0], w_DV, *chunk[1:], axes)
         return (carry[0] + loss, carry[1] + correct), None
 
     return lax.scan(body, (jnp.float32(0), jnp.float32(0)), _chunks(x_TD, target_T, weight_T))[0]
 
 
-def _loss_fwd(x_TD, w_DV, target_T, weight_T):
+def loss_and_gradients(x_TD, w_DV, target_T, weight_T, axes: tuple[str, ...] = ()):
+    """(`loss`, (dx_TD, f32 dw_DV)). With a sharded vocabulary dx is these columns' part of a sum over the shards."""
+
     def body(carry, chunk):
         loss, correct, dw_DV = carry
         x, target, weight = chunk
-        chunk_loss, chunk_correct, exp, total = _chunk_loss(x, w_DV, target, weight)
+        chunk_loss, chunk_correct, exp, total = _chunk_loss(x, w_DV, target, weight, axes)
         onehot = target[:, None] == jnp.arange(w_DV.shape[1])
         dlogits = (exp * (weight / total)[:, None] - jnp.where(onehot, weight[:, None], 0)).astype(x.dtype)
         dx = jnp.dot(dlogits, w_DV.T, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -57,8 +63,17 @@ def _loss_fwd(x_TD, w_DV, target_T, weight_T):
 
     init = (jnp.float32(0), jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
     (loss, correct, dw_DV), dx = lax.scan(body, init, _chunks(x_TD, target_T, weight_T))
-    dx_TD = dx.reshape(-1, x_TD.shape[1])[: x_TD.shape[0]]
-    return (loss, correct), (dx_TD, dw_DV.astype(w_DV.dtype))
+    return (loss, correct), (dx.reshape(-1, x_TD.shape[1])[: x_TD.shape[0]], dw_DV)
+
+
+@jax.custom_vjp
+def _loss(x_TD, w_DV, target_T, weight_T):
+    return loss(x_TD, w_DV, target_T, weight_T)
+
+
+def _loss_fwd(x_TD, w_DV, target_T, weight_T):
+    sums, (dx_TD, dw_DV) = loss_and_gradients(x_TD, w_DV, target_T, weight_T)
+    return sums, (dx_TD, dw_DV.astype(w_DV.dtype))
 
 
 def _loss_bwd(residuals, cotangents):

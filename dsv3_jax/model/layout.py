@@ -1,0 +1,83 @@
+"""Where the model's arrays live. The model names axes; a layout knows what they are sharded over.
+
+`Layout` is that of one device: it moves nothing. `parallel/layout.py` has the one for meshes. Names of activation axes:
+batch; sequence (the length as it is split between blocks); heads, ffn, vocab (split inside a block, over the whole length).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import grouped_swiglu, linear_cross_entropy
+
+
+class Traffic(NamedTuple):
+    """How many copies of tokens an MoE layer sends away, over all devices: to other expert ranks, and to other nodes."""
+
+    to_ranks: Float[Array, "*layers"]
+    to_nodes: Float[Array, "*layers"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One device. The methods are those of a mesh's layout, so that the model is written once."""
+
+    @property
+    def ends(self) -> "Layout":
+        """The layout of what stands before and after a pipeline's stages: embedding, dense layers, head, MTP modules."""
+        return self
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """Say how an activation is laid out; the values stay."""
+        return x
+
+    def gather(self, layer: Any, dtype: jnp.dtype) -> Any:
+        """One layer's (or module's) parameters as the layer computes with them: matrices in `dtype`, whole along `embed`."""
+        return layer
+
+    def tokenwise(self, f: Callable, *arrays: Array) -> Any:
+        """f(*arrays) for an `f` that treats every token [B, L] of the first array by itself; not differentiated."""
+        return f(*arrays)
+
+    def embed(self, table_VD: Float[Array, "V D"], token_BL: Int[Array, "B L"], dtype: jnp.dtype) -> Float[Array, "B L D"]:
+        return table_VD[token_BL].astype(dtype)
+
+    def experts(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        w_gate_up_ED2M: Float[Array, "E D 2 M"],
+        w_down_EMD: Float[Array, "E M D"],
+        expert_BLK: Int[Array, "B L K"],
+        weight_BLK: Float[Array, "B L K"],
+    ) -> tuple[Float[Array, "B L D"], Traffic]:
+        """The routed experts' weighted sum, wherever they live (see `pallas_kernels.grouped_swiglu`); drops no token."""
+        B, L, D = x_BLD.shape
+        y_TD = grouped_swiglu(
+            x_BLD.reshape(B * L, D),
+            w_gate_up_ED2M.astype(x_BLD.dtype),
+            w_down_EMD.astype(x_BLD.dtype),
+            expert_BLK.reshape(B * L, -1),
+            weight_BLK.reshape(B * L, -1),
+        )
+        return y_TD.reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))
+
+    def cross_entropy(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        head_DV: Float[Array, "D V"],
+        target_BL: Int[Array, "B L"],
+        weight_BL: Float[Array, "B L"],
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Weighted sums of nll and of right guesses (see `pallas_kernels.linear_cross_entropy`)."""
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        return linear_cross_entropy(x_TD, head_DV.astype(x_BLD.dtype), target_BL.reshape(-1), weight_BL.reshape(-1))
+
+
+def is_float32(variable: nnx.Variable) -> bool:
+    """Whether a parameter is computed with in float32 whatever the activations' dtype: vectors, and the router."""
+    axes = variable.get_metadata("logical_axes")
+    return len(axes) < 2 or "scores" in axes

@@ -1,0 +1,338 @@
+"""Routed experts on a mesh: tokens travel to the experts' devices and back, and none is dropped.
+
+Rows (a token with what it wants from the destination) are sorted by destination and sent in rounds of at most `quota` rows a
+pair of devices, so that buffers are bounded; balanced routing takes one round, a hot expert more. A hop is one such exchange:
+
+* flat: one hop over all ranks of `expert`; a row is one choice of a token;
+* two-level: a hop across nodes, in which a token travels once to each node that it needs (node-limited routing, section 2.1.2
+  of arXiv 2412.19437, keeps these few), then a flat hop inside the node. Rows cross the slow links once, and no group of
+  devices is larger than a node or the number of nodes.
+
+Rows move by `ragged_all_to_all`, or on CPU, which has none, by an all-to-all of the same buffers with their padding. The
+backward pass sends rows again rather than keeping what arrived, and has the gradient written out.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.model.layout import Traffic
+from pallas_kernels import grouped_swiglu
+
+# Room for a pair of ranks over its mean number of rows. 2 holds the imbalance of a trained router within a sequence, so that
+# a second round is rare; buffers grow in proportion.
+_SLACK = 2
+
+
+class Hop(NamedTuple):
+    """An exchange among groups of devices along `expert`."""
+
+    groups: tuple[tuple[int, ...], ...]  # expert ranks that exchange with each other
+    experts: int  # that a destination holds
+    quota: int  # rows a pair of devices sends in one round
+    once: bool  # a token travels once to a destination, with all its choices, rather than once a choice
+
+    @property
+    def size(self) -> int:
+        return len(self.groups[0])
+
+
+def _quota(rows: float, most: int) -> int:
+    """Rows a round for a pair whose mean is `rows` and whose maximum is `most`: a multiple of 8, for the kernels."""
+    return -(-min(int(_SLACK * rows) + 1, most) // 8) * 8
+
+
+def hops(ranks: int, per_node: int, two_level: bool, experts: int, tokens: int, choices: int) -> tuple[Hop, ...]:
+    """How `tokens` tokens a rank reach `experts` experts on `ranks` ranks, `per_node` of them a node."""
+    if ranks == 1:
+        return ()
+    if not two_level:
+        local = experts // ranks
+        most = tokens * min(choices, local)
+        return (Hop((tuple(range(ranks)),), local, _quota(tokens * choices / ranks, most), once=False),)
+    nodes = ranks // per_node
+    across = tuple(tuple(node * per_node + j for node in range(nodes)) for j in range(per_node))
+    inside = tuple(tuple(node * per_node + j for j in range(per_node)) for node in range(nodes))
+    first = Hop(across, experts // nodes, _quota(tokens * min(choices, nodes) / nodes, tokens), once=True)
+    most = first.quota * nodes * min(choices, experts // ranks)
+    second = Hop(inside, experts // ranks, _quota(tokens * choices / per_node, most), once=False)
+    return (first, second) if nodes > 1 else (second,)
+
+
+class _Plan(NamedTuple):
+    """Where each (token, choice) goes in a hop. R is the number of destinations, P = T*K."""
+
+    dest_TK: Int[Array, "T K"]  # R: nowhere
+    rank_TK: Int[Array, "T K"]  # place among the rows to the same destination
+    order_P: Int[Array, " P"]  # rows sorted by destination
+    first_R: Int[Array, " R"]
+    count_R: Int[Array, " R"]
+
+
+def _plan(hop: Hop, expert_TK) -> _Plan:
+    R, P_ = hop.size, expert_TK.size
+    dest_TK = jnp.where(expert_TK < hop.experts * R, expert_TK // hop.experts, R)
+    if hop.once:
+        same_TKK = dest_TK[:, :, None] == dest_TK[:, None, :]
+        earlier_KK = jnp.tril(jnp.ones(same_TKK.shape[1:], bool), -1)
+        dest_TK = jnp.where((same_TKK & earlier_KK).any(-1), R, dest_TK)
+    dest_P = dest_TK.reshape(-1)
+    order_P = jnp.argsort(dest_P, stable=True)
+    count_R = jnp.bincount(dest_P, length=R)
+    first_R = jnp.cumsum(count_R) - count_R
+    rank_P = (
+        jnp.zeros(P_, jnp.int32).at[order_P].set((jnp.arange(P_) - jnp.append(first_R, 0)[dest_P[order_P]]).astype(jnp.int32))
+    )
+    return _Plan(dest_TK, rank_P.reshape(dest_TK.shape), order_P, first_R, count_R)
+
+
+class _Round(NamedTuple):
+    """One round of a hop, as one device sees it."""
+
+    hop: Hop
+    slot_C: Int[Array, " C"]  # the t*K + k of each row in the send buffer
+    live_C: Array  # which of them are rows, not padding
+    sent_R: Int[Array, " R"]
+    received_R: Int[Array, " R"]
+    row_TK: Int[Array, "T K"]  # where a (token, choice) lies in the send buffer, if `here`
+    here_TK: Array
+
+    def send(self, rows_CX: Array, fill: float = 0.0) -> Array:
+        """Rows of the send buffer at their destinations; `fill` where a receiver has room left."""
+        rows_CX = jnp.where(self.live_C[:, None], rows_CX, jnp.asarray(fill, rows_CX.dtype))
+        return _transfer(self.hop, rows_CX, self.sent_R, self.received_R, fill)
+
+    def back(self, rows_CX: Array) -> Array:
+        """What was made of the rows that arrived, at the places their senders know them by."""
+        return _transfer(self.hop, rows_CX, self.received_R, self.sent_R, 0.0)
+
+    def choice(self, k: int, rows_CX: Array) -> Array:
+        """f32[T, X]: the row of each token's k-th choice, zero if it is not in this round."""
+        rows_TX = rows_CX[jnp.where(self.here_TK[:, k], self.row_TK[:, k], 0)]
+        return jnp.where(self.here_TK[:, k, None], rows_TX, 0).astype(jnp.float32)
+
+
+def _round(hop: Hop, plan: _Plan, number) -> _Round:
+    done, q = number * hop.quota, hop.quota
+    sent_R = jnp.clip(plan.count_R - done, 0, q).astype(jnp.int32)
+    place_Rq = plan.first_R[:, None] + done + jnp.arange(q)
+    slot_Rq = plan.order_P[jnp.minimum(place_Rq, plan.order_P.size - 1)]
+    live_Rq = jnp.arange(q) < sent_R[:, None]
+    received_R = lax.all_to_all(sent_R, "expert", 0, 0, axis_index_groups=hop.groups, tiled=True)
+    rank_TK = plan.rank_TK - done
+    here_TK = (plan.dest_TK < hop.size) & (rank_TK >= 0) & (rank_TK < q)
+    return _Round(
+        hop, slot_Rq.reshape(-1), live_Rq.reshape(-1), sent_R, received_R, plan.dest_TK * q + rank_TK, here_TK
+    )  # fmt: skip
+
+
+def _index_in_group(hop: Hop):
+    """This device's place in its group."""
+    place = {rank: i for group in hop.groups for i, rank in enumerate(group)}
+    return jnp.asarray([place[rank] for rank in range(len(place))])[lax.axis_index("expert")]
+
+
+def _transfer(hop: Hop, rows_CX, sent_R, received_R, fill: float):
+    """Block d of the rows goes to destination d, which finds it at block s of its own, s being the sender."""
+    R, q = hop.size, hop.quota
+
+    def ragged(rows_CX, sent_R, received_R):
+        out_CX = jnp.full_like(rows_CX, fill)
+        begin_R = jnp.arange(R, dtype=jnp.int32) * q
+        there_R = jnp.full(R, _index_in_group(hop) * q, jnp.int32)
+        return lax.ragged_all_to_all(
+            rows_CX, out_CX, begin_R, sent_R, there_R, received_R, axis_name="expert", axis_index_groups=hop.groups
+        )
+
+    def padded(rows_CX, _sent_R, _received_R):
+        return lax.all_to_all(rows_CX, "expert", 0, 0, axis_index_groups=hop.groups, tiled=True)
+
+    return lax.platform_dependent(rows_CX, sent_R, received_R, cpu=padded, default=ragged)
+
+
+def _rounds(hop: Hop, plan: _Plan, all_axes: tuple[str, ...]):
+    """How many rounds the fullest pair of devices needs. One number for the whole mesh: loops with collectives in them must
+    not part ways."""
+    return lax.pmax(jnp.max(-(-plan.count_R // hop.quota)), all_axes)
+
+
+class _Rows(NamedTuple):
+    """What a hop delivers."""
+
+    x_CD: Array
+    expert_CK: Array  # counted from the destination's first; its number of experts where there is none
+    weight_CK: Array
+
+
+def _deliver(round_: _Round, x_TD, expert_TK, weight_TK) -> _Rows:
+    hop, K = round_.hop, expert_TK.shape[1]
+    token_C = round_.slot_C // K
+    if hop.once:
+        expert_CK, weight_CK = expert_TK[token_C], weight_TK[token_C]
+    else:
+        expert_CK, weight_CK = expert_TK.reshape(-1)[round_.slot_C][:, None], weight_TK.reshape(-1)[round_.slot_C][:, None]
+    # float32 holds an expert's number exactly; one message instead of two
+    wanted = round_.send(jnp.concatenate([expert_CK.astype(jnp.float32), weight_CK], axis=1), fill=-1.0)
+    expert_CK, weight_CK = jnp.split(wanted, 2, axis=1)
+    expert_CK = expert_CK.astype(jnp.int32) - jnp.where(expert_CK < 0, 0, _index_in_group(hop) * hop.experts)
+    elsewhere = (expert_CK < 0) | (expert_CK >= hop.experts)
+    return _Rows(round_.send(x_TD[token_C]), jnp.where(elsewhere, hop.experts, expert_CK), weight_CK)
+
+
+def _forward(route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK) -> Float[Array, "T D"]:
+    if not route:
+        return grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
+    hop, K = route[0], expert_TK.shape[1]
+    plan = _plan(hop, expert_TK)
+
+    def body(number, y_TD):
+        round_ = _round(hop, plan, number)
+        y_CD = round_.back(_forward(route[1:], all_axes, w_gate_up, w_down, *_deliver(round_, x_TD, expert_TK, weight_TK)))
+        return y_TD + sum(round_.choice(k, y_CD) for k in range(K))
+
+    y_TD = lax.fori_loop(0, _rounds(hop, plan, all_axes), body, jnp.zeros(x_TD.shape, jnp.float32))
+    return y_TD.astype(x_TD.dtype)
+
+
+def _backward(route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK, dy_TD, dw):
+    """(dx, dweight, dw + the weights' gradients), all but dx in float32."""
+    if not route:
+        _, vjp = jax.vjp(lambda x, w1, w2, g: grouped_swiglu(x, w1, w2, expert_TK, g), x_TD, w_gate_up, w_down, weight_TK)
+        dx_TD, *dw_here, dweight_TK = vjp(dy_TD)
+        return dx_TD, dweight_TK, tuple(a + b.astype(jnp.float32) for a, b in zip(dw, dw_here, strict=True))
+    hop, K = route[0], expert_TK.shape[1]
+    plan = _plan(hop, expert_TK)
+
+    def body(number, carry):
+        dx_TD, dweight_TK, dw = carry
+        round_ = _round(hop, plan, number)
+        rows, dy_CD = _deliver(round_, x_TD, expert_TK, weight_TK), round_.send(dy_TD[round_.slot_C // K])
+        dx_CD, dweight_CK, dw = _backward(route[1:], all_axes, w_gate_up, w_down, *rows, dy_CD, dw)
+        dx_CD, dweight_CK = round_.back(dx_CD), round_.back(dweight_CK)
+        dweights = [round_.choice(k, dweight_CK) for k in range(K)]
+        dweight_TK += sum(dweights) if hop.once else jnp.concatenate(dweights, axis=1)
+        return dx_TD + sum(round_.choice(k, dx_CD) for k in range(K)), dweight_TK, dw
+
+    init = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(weight_TK.shape, jnp.float32), dw
+    dx_TD, dweight_TK, dw = lax.fori_loop(0, _rounds(hop, plan, all_axes), body, init)
+    return dx_TD.astype(x_TD.dtype), dweight_TK, dw
+
+
+def _traffic(route: tuple[Hop, ...], per_node: int, expert_TK, experts: int) -> Traffic:
+    """Copies of this device's tokens that leave it, and that leave its node."""
+    if not route:
+        return Traffic(jnp.float32(0), jnp.float32(0))
+    ranks = sum(len(group) for group in route[0].groups)
+    me = lax.axis_index("expert")
+    rank_TK = expert_TK // (experts // ranks)
+    elsewhere = (rank_TK != me).sum(dtype=jnp.float32)
+    if not route[0].once:
+        return Traffic(elsewhere, (rank_TK // per_node != me // per_node).sum(dtype=jnp.float32))
+    plan = _plan(route[0], expert_TK)
+    across = jnp.sum(plan.count_R) - plan.count_R[me // per_node]
+    # inside a node, a choice moves on unless its expert sits where the first hop put the token: the same place as the sender's
+    moves_on = (rank_TK % per_node != me % per_node).sum(dtype=jnp.float32)
+    return Traffic(across + moves_on, across.astype(jnp.float32))
+
+
+class _Setting(NamedTuple):
+    """What forward and backward share: specs, and the axes to gather weights and sum results over."""
+
+    tokens: P
+    w_gate_up: P
+    w_down: P
+    embed: tuple[str, ...]
+    ffn: tuple[str, ...]
+    all_axes: tuple[str, ...]
+    token_axes: tuple[str, ...]
+
+
+def _setting(layout) -> _Setting:
+    shape = layout.mesh.shape
+    stored = ("fsdp", "pipe") if layout.at_the_ends else ("fsdp",)  # a stage's weights are whole along `pipe` already
+    embed = tuple(a for a in stored if shape[a] > 1)
+    ffn = ("tensor",) if shape["tensor"] > 1 else ()
+    return _Setting(
+        layout.spec("batch", "sequence", None),
+        P("expert", embed or None, None, ffn or None),
+        P("expert", ffn or None, embed or None),
+        embed,
+        ffn,
+        tuple(layout.mesh.axis_names),
+        layout.axes("batch") + layout.axes("sequence"),
+    )
+
+
+def _gather(w, axes: tuple[str, ...], dim: int):
+    return lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
+
+
+def _scatter(dw, axes: tuple[str, ...], dim: int):
+    return lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw
+
+
+def _weights(s: _Setting, w_gate_up, w_down, dtype):
+    """This device's experts, whole."""
+    w_gate_up, w_down = w_gate_up.astype(dtype), w_down.astype(dtype)
+    return _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
+
+
+def _route(layout, expert_TK, experts: int) -> tuple[Hop, ...]:
+    T, K = expert_TK.shape
+    return hops(layout.mesh.shape["expert"], layout.ranks_per_node, layout.two_level, experts, T, K)
+
+
+def _flat(a):
+    return a.reshape(-1, a.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def routed(layout, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
+    """See `model.layout.Layout.experts`; `layout` is a `MeshLayout`."""
+    s, experts = _setting(layout), w_down_EMD.shape[0]
+
+    def local(x, w_gate_up, w_down, expert, weight):
+        whole = _weights(s, w_gate_up, w_down, x.dtype)
+        expert_TK = _flat(expert)
+        route = _route(layout, expert_TK, experts)
+        y_TD = _forward(route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
+        traffic = _traffic(route, layout.ranks_per_node, expert_TK, experts)
+        traffic = lax.psum(traffic, s.token_axes) if s.token_axes else traffic
+        return y_TD.reshape(x.shape), traffic
+
+    in_specs = (s.tokens, s.w_gate_up, s.w_down, s.tokens, s.tokens)
+    return layout.on_each_device(local, in_specs, (s.tokens, Traffic(P(), P())))(
+        x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK
+    )
+
+
+def _routed_fwd(layout, *args):
+    return routed(layout, *args), args
+
+
+def _routed_bwd(layout, args, cotangents):
+    s, experts = _setting(layout), args[2].shape[0]
+
+    def local(x, w_gate_up, w_down, expert, weight, dy):
+        whole = _weights(s, w_gate_up, w_down, x.dtype)
+        expert_TK = _flat(expert)
+        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in whole)
+        dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(
+            _route(layout, expert_TK, experts), s.all_axes, *whole, _flat(x), expert_TK, _flat(weight), _flat(dy), zeros
+        )
+        dw_gate_up = _scatter(_scatter(dw_gate_up, s.embed, 1), s.ffn, 3).astype(w_gate_up.dtype)
+        dw_down = _scatter(_scatter(dw_down, s.embed, 2), s.ffn, 1).astype(w_down.dtype)
+        return dx_TD.reshape(x.shape), dw_gate_up, dw_down, dweight_TK.reshape(weight.shape)
+
+    in_specs = (s.tokens, s.w_gate_up, s.w_down, s.tokens, s.tokens, s.tokens)
+    out_specs = (s.tokens, s.w_gate_up, s.w_down, s.tokens)
+    dx, dw_gate_up, dw_down, dweight = layout.on_each_device(local, in_specs, out_specs)(*args, cotangents[0])
+    return dx, dw_gate_up, dw_down, None, dweight
+
+
+routed.defvjp(_routed_fwd, _routed_bwd)

@@ -1,0 +1,246 @@
+"""The model's layout on a mesh: constraints by name, weights gathered a layer at a time, and the places where tokens meet
+weights that live elsewhere (embedding, routed experts, head), written out with `shard_map`.
+
+None of the `shard_map`s here is differentiated: each has its own gradient, so that every sum over devices is one that
+stands in this file. `data` and the pipeline's stages are axes of a `vmap` around the model (see `train/step.py` and
+`pipeline.py`) and appear nowhere in here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.config import Config, ParallelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.parallel import experts
+from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
+from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, spec, stored_spec
+from pallas_kernels.linear_cross_entropy import chunked
+
+
+@dataclass(frozen=True)
+class MeshLayout(Layout):
+    """`ranks_per_node` neighbours along `expert` share fast links; `two_level` sends tokens across nodes first, then inside."""
+
+    mesh: Mesh
+    ranks_per_node: int
+    two_level: bool = False
+    at_the_ends: bool = False
+
+    @property
+    def ends(self) -> "MeshLayout":
+        return replace(self, at_the_ends=True)
+
+    @property
+    def _table(self):
+        return AT_THE_ENDS if self.at_the_ends else COMPUTED
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes (of more than one device) of a logical activation axis."""
+        return tuple(a for a in self._table[name] if self.mesh.shape[a] > 1)
+
+    def spec(self, *names: str | None) -> P:
+        return P(*(self.axes(name) or None if name else None for name in names))
+
+    def on_each_device(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`shard_map` of `f` over the whole mesh. Under `vmap` over a mesh axis, `f` still sees arrays without that axis.
+
+        That keeps what `vmap` would make of a loop or a dynamic slice (selects, gathers) away from code that runs on one
+        device, where such an axis has size 1 anyway.
+        """
+
+        @custom_vmap
+        def body(*args):
+            return f(*args)
+
+        @body.def_vmap
+        def _(axis_size, batched, *args):
+            assert axis_size == 1, f"{axis_size} replicas or stages on one device"
+            args = jax.tree.map(lambda a, b: a[0] if b else a, args, tuple(batched))
+            out = body(*args)
+            return jax.tree.map(lambda a: a[None], out), jax.tree.map(lambda _: True, out)
+
+        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def constrain(self, x, *axes):
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, x.shape, self._table, self.mesh)))
+
+    def gather(self, layer, dtype):
+        def of(variable: nnx.Variable) -> Any:
+            axes, w = variable.get_metadata("logical_axes"), variable.get_value()
+            w = w if is_float32(variable) or not jnp.issubdtype(w.dtype, jnp.floating) else w.astype(dtype)
+            if "experts" in axes:  # these are gathered where they meet their tokens
+                return variable.replace(w)
+            before = stored_spec(variable, self.mesh)
+            after = spec(axes, w.shape, self._table, self.mesh)
+            return variable.replace(_gathered(w, NamedSharding(self.mesh, before), NamedSharding(self.mesh, after)))
+
+        return jax.tree.map(of, layer, is_leaf=is_variable)
+
+    def tokenwise(self, f, *arrays):
+        tokens = self.spec("batch", "sequence")
+        specs = tuple(tokens if a.ndim > 1 else P() for a in arrays)
+        return self.on_each_device(f, specs, tokens)(*arrays)
+
+    def embed(self, table_VD, token_BL, dtype):
+        return _embed(self, dtype, table_VD, token_BL)
+
+    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
+        return experts.routed(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
+
+    def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL):
+        return _cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w, stored: NamedSharding, computed: NamedSharding):
+    """`w` as it is computed with; its gradient goes straight back to where it is stored: a reduce-scatter, no all-reduce."""
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(w, stored), computed)
+
+
+_gathered.defvjp(
+    lambda w, stored, computed: (_gathered(w, stored, computed), None),
+    lambda stored, _computed, _, dw: (lax.with_sharding_constraint(dw, stored),),
+)
+
+
+# Embedding: the table is sharded along D, so tokens of all devices are looked up in a device's own columns and the results
+# exchanged. That moves T * D numbers, not V * D, and the table's gradient needs no sum over devices.
+
+
+def _embed_axes(layout: MeshLayout):
+    batch, length = layout.axes("batch"), layout.axes("sequence")
+    return batch, length, P(None, batch + length or None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _embed(layout: MeshLayout, dtype, table_VD, token_BL):
+    batch, length, table = _embed_axes(layout)
+
+    def local(table_Vd, token_bL):
+        token_BL = lax.all_gather(token_bL, batch, tiled=True) if batch else token_bL
+        x = table_Vd[token_BL].astype(dtype)
+        x = lax.all_to_all(x, length, 1, 2, tiled=True) if length else x
+        return lax.all_to_all(x, batch, 0, 2, tiled=True) if batch else x
+
+    specs = (table, layout.spec("batch", None))
+    return layout.on_each_device(local, specs, layout.spec("batch", "sequence", None))(table_VD, token_BL)
+
+
+def _embed_fwd(layout, dtype, table_VD, token_BL):
+    return _embed(layout, dtype, table_VD, token_BL), (token_BL, jnp.zeros((0,), table_VD.dtype), table_VD.shape[0])
+
+
+def _embed_bwd(layout: MeshLayout, dtype, residuals, dx_BLD):
+    token_BL, like, V = residuals
+    batch, length, table = _embed_axes(layout)
+
+    def local(token_bL, dx):
+        token_BL = lax.all_gather(token_bL, batch, tiled=True) if batch else token_bL
+        dx = lax.all_to_all(dx, batch, 2, 0, tiled=True) if batch else dx
+        dx = lax.all_to_all(dx, length, 2, 1, tiled=True) if length else dx
+        return jnp.zeros((V, dx.shape[-1]), jnp.float32).at[token_BL].add(dx).astype(like.dtype)
+
+    specs = (layout.spec("batch", None), layout.spec("batch", "sequence", None))
+    return layout.on_each_device(local, specs, table)(token_BL, dx_BLD), None
+
+
+_embed.defvjp(_embed_fwd, _embed_bwd)
+
+
+# Head and cross-entropy: every device takes all tokens of its batch rows and its own columns of the vocabulary.
+
+
+def _cross_entropy_specs(layout: MeshLayout):
+    batch = layout.axes("batch")
+    head = P(batch or None, layout.axes("vocab") or None)
+    return (layout.spec("batch", "sequence", None), head, layout.spec("batch", None), layout.spec("batch", None))
+
+
+def _prepare(layout: MeshLayout, x_bld, head_dv, target_bL, weight_bL):
+    """On each device: all its rows' tokens, whole columns of its part of the vocabulary, targets counted from there."""
+    batch, length, vocab = layout.axes("batch"), layout.axes("sequence"), layout.axes("vocab")
+    x_bLD = lax.all_gather(x_bld, length, axis=1, tiled=True) if length else x_bld
+    head_dv = head_dv.astype(x_bld.dtype)
+    head_Dv = lax.all_gather(head_dv, batch, axis=0, tiled=True) if batch else head_dv
+    first = lax.axis_index(vocab) * head_Dv.shape[1] if vocab else 0
+    return x_bLD.reshape(-1, x_bLD.shape[-1]), head_Dv, target_bL.reshape(-1) - first, weight_bL.reshape(-1)
+
+
+def _total(sums, batch):
+    return lax.psum(sums, batch) if batch else sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(layout: MeshLayout, x_BLD, head_DV, target_BL, weight_BL):
+    def local(*args):
+        return _total(chunked.loss(*_prepare(layout, *args), layout.axes("vocab")), layout.axes("batch"))
+
+    specs = _cross_entropy_specs(layout)
+    return layout.on_each_device(local, specs, (P(), P()))(x_BLD, head_DV, target_BL, weight_BL)
+
+
+def _cross_entropy_fwd(layout: MeshLayout, x_BLD, head_DV, target_BL, weight_BL):
+    batch, length, vocab = layout.axes("batch"), layout.axes("sequence"), layout.axes("vocab")
+
+    def local(x_bld, head_dv, target_bL, weight_bL):
+        args = _prepare(layout, x_bld, head_dv, target_bL, weight_bL)
+        sums, (dx_TD, dw_Dv) = chunked.loss_and_gradients(*args, vocab)
+        dx = dx_TD.reshape(x_bld.shape[0], -1, x_bld.shape[-1])
+        # `sequence` and `vocab` are sharded over the same axes, so one reduce-scatter sums and hands out dx
+        dx = lax.psum_scatter(dx, length, scatter_dimension=1, tiled=True) if length else dx
+        dw = lax.psum_scatter(dw_Dv, batch, scatter_dimension=0, tiled=True) if batch else dw_Dv
+        return _total(sums, batch), (dx, dw.astype(head_dv.dtype))
+
+    specs = _cross_entropy_specs(layout)
+    return layout.on_each_device(local, specs, ((P(), P()), specs[:2]))(x_BLD, head_DV, target_BL, weight_BL)
+
+
+def _cross_entropy_bwd(layout: MeshLayout, residuals, cotangents):
+    dx_BLD, dw_DV = residuals
+    scale = cotangents[0]
+    return (dx_BLD * scale).astype(dx_BLD.dtype), (dw_DV * scale).astype(dw_DV.dtype), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def make_layout(config: ParallelConfig, mesh: Mesh) -> MeshLayout:
+    """The layout of a configuration's mesh. Raises `UserError` if its expert ranks don't fill whole nodes."""
+    ranks = mesh.shape["expert"]
+    per_node = min(config.expert_ranks_per_node or ranks_per_node(mesh), ranks)
+    if ranks % per_node:
+        raise UserError(f"parallel.expert={ranks} does not fill nodes of {per_node} ranks; use a multiple of {per_node}")
+    # XLA's ragged all-to-all is reported to crash on GPUs beyond 32 ranks (openxla/xla#47283)
+    large = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm") and ranks > 32
+    two_level = config.expert_transport == "two_level" or (config.expert_transport == "auto" and large)
+    return MeshLayout(mesh, per_node, two_level)
+
+
+def layout_for(config: Config, devices: Sequence | None = None) -> Layout:
+    """The layout of `config.parallel` on these devices (all of this run's by default), checked against the model.
+
+    One device needs no mesh. Raises `UserError` for axes that don't fit the devices or the model.
+    """
+    mesh = make_mesh(config.parallel, devices)
+    check(config, dict(mesh.shape))
+    return Layout() if mesh.size == 1 else make_layout(config.parallel, mesh)
+
+
+def batch_sharding(layout: Layout) -> Any:
+    """Of a batch's rows."""
+    return NamedSharding(layout.mesh, P(BATCH)) if isinstance(layout, MeshLayout) else None
+
+
+def replicated(layout: Layout) -> Any:
+    return NamedSharding(layout.mesh, P()) if isinstance(layout, MeshLayout) else None

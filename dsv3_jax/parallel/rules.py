@@ -1,0 +1,126 @@
+"""The one table from logical axis names to mesh axes, and everything that is read off it.
+
+Parameters and optimiser state are stored sharded over `fsdp` and every axis that would otherwise hold copies (`expert`,
+`pipe`), ZeRO-3; a layer gathers its own while it runs. `data` holds replicas. Mesh axes of an entry go from major to minor,
+and `pipe` comes last, so that exchanging it for whole layers (see `pipeline.py`) moves contiguous pieces.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.config import Config, divisors
+from dsv3_jax.errors import UserError
+
+Place = tuple[str, ...]  # mesh axes that one array axis is sharded over
+
+# Where an array is stored: parameters, gradients, moments. A list has alternatives, of which the first that divides counts.
+STORED: dict[str, Place | list[Place]] = {
+    "embed": ("fsdp", "expert", "pipe"),
+    "expert_embed": ("fsdp", "pipe"),  # of the routed experts' weights, whose first axis already takes `expert`
+    "embed_in": ("fsdp", "expert", "tensor", "pipe"),  # of the embedding, where tokens travel rather than the table
+    "latent": [("fsdp", "expert", "pipe"), ("fsdp", "pipe"), ("fsdp",), ("pipe",), ()],  # small, of any size
+    "experts": ("expert",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "moe_ffn": ("tensor",),
+    "vocab": ("tensor",),
+}
+# Axes of a weight that stay sharded while its layer runs, and those of activations. `sequence` is the length between
+# blocks. All else, a weight's `embed` above all, is whole.
+COMPUTED: dict[str, Place] = {
+    "experts": ("expert",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "batch": ("fsdp", "expert"),
+    "sequence": ("tensor",),
+}
+# Before and after a pipeline (embedding, dense layers, head, MTP modules) `pipe` serves as more of `tensor`.
+AT_THE_ENDS: dict[str, Place] = COMPUTED | dict.fromkeys(("heads", "ffn", "vocab", "sequence"), ("tensor", "pipe"))
+BATCH = ("data", "fsdp", "expert")  # rows of a batch
+CACHE = ("batch", None, None)  # of a latent cache, after its layer axis: B, S, latent
+
+
+def _place(axis: str | None, size: int, table: Mapping[str, Place | list[Place]], mesh: Mesh) -> Place:
+    """The mesh axes (of more than one device) over which one array axis is sharded."""
+    places = table.get(axis, ()) if axis else ()
+    places = places if isinstance(places, list) else [places]
+    used = [tuple(a for a in place if mesh.shape[a] > 1) for place in places]
+    return next((p for p in used if size % math.prod(mesh.shape[a] for a in p) == 0), used[0])
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, mesh: Mesh) -> P:
+    """The PartitionSpec of an array with these logical axes; leading axes beyond them (stacked layers) stay whole.
+
+    Raises `UserError` if two of them want the same mesh axis, or if one is not divided by what it is sharded over.
+    """
+    leading = len(shape) - len(axes)
+    places = [_place(axis, size, table, mesh) for axis, size in zip(axes, shape[leading:], strict=True)]
+    taken = [mesh_axis for place in places for mesh_axis in place]
+    for mesh_axis in taken:
+        if taken.count(mesh_axis) > 1:
+            both = [str(axis) for axis, place in zip(axes, places, strict=True) if mesh_axis in place]
+            raise UserError(f"logical axes {' and '.join(both)} of one array both map to mesh axis {mesh_axis!r}")
+    for axis, place, size in zip(axes, places, shape[leading:], strict=True):
+        parts = math.prod(mesh.shape[a] for a in place)
+        if size % parts:
+            over = " * ".join(f"parallel.{a}={mesh.shape[a]}" for a in place)
+            raise UserError(f"axis {axis} of {size} cannot be sharded over {over}; use a product among {divisors(size)}")
+    return P(*[None] * leading, *(place or None for place in places))
+
+
+def stored_spec(variable: nnx.Variable, mesh: Mesh) -> P:
+    """Of a parameter, or of an optimiser's array beside it."""
+    return spec(variable.get_metadata("logical_axes"), variable.get_value().shape, STORED, mesh)
+
+
+def is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a training state, from its abstract arrays: parameters and moments by the table, the rest replicated."""
+
+    def of(leaf):
+        if is_variable(leaf):
+            return jax.tree.map(lambda _: NamedSharding(mesh, stored_spec(leaf, mesh)), leaf)
+        return NamedSharding(mesh, P())
+
+    return jax.tree.map(of, state, is_leaf=is_variable)
+
+
+def check(config: Config, sizes: dict[str, int]) -> None:
+    """Raise `UserError` for an axis that does not divide what it would shard, with what would."""
+    m, d, accum = config.model, config.data, config.train.grad_accum_steps
+    data, pipe, fsdp, expert, tensor = (sizes[axis] for axis in ("data", "pipe", "fsdp", "expert", "tensor"))
+    shared = m.n_shared_experts * m.moe_intermediate_size
+    needs = [
+        (("expert",), expert, "model.n_routed_experts", m.n_routed_experts),
+        (("pipe", "tensor"), pipe * tensor, "model.num_attention_heads", m.num_attention_heads),
+        (("pipe", "tensor"), pipe * tensor, "model.intermediate_size", m.intermediate_size),
+        (("pipe", "tensor"), pipe * tensor, "model.n_shared_experts * model.moe_intermediate_size", shared),
+        (("tensor",), tensor, "model.moe_intermediate_size", m.moe_intermediate_size),
+        (("pipe", "tensor"), pipe * tensor, "model.vocab_size", m.vocab_size),
+        (("pipe", "fsdp", "expert", "tensor"), pipe * fsdp * expert * tensor, "model.hidden_size", m.hidden_size),
+        (("pipe", "tensor"), pipe * tensor, "data.seq_len", d.seq_len),
+        (
+            ("data", "fsdp", "expert"), data * fsdp * expert,
+            "data.batch_size / train.grad_accum_steps", d.batch_size // accum,
+        ),
+    ]  # fmt: skip
+    for axes, size, name, value in needs:
+        if value % size:
+            wrong = " * ".join(f"parallel.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+            total = f"{wrong} = {size}" if wrong.count("=") > 1 else wrong
+            raise UserError(f"{total} does not divide {name}={value}; use one of {divisors(value)}")
+    if pipe > 1 and m.num_moe_layers < pipe * config.parallel.pipe_chunks:
+        raise UserError(
+            f"parallel.pipe={pipe} * parallel.pipe_chunks={config.parallel.pipe_chunks} needs as many MoE layers, and the "
+            f"model has {m.num_moe_layers}; use at most {max(m.num_moe_layers, 1)}"
+        )
