@@ -28,6 +28,14 @@ from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_vari
 from pallas_kernels.linear_cross_entropy import chunked
 
 
+def without_pipe(spec: P) -> P:
+    def rest(place):
+        places = (place,) if isinstance(place, str) else place or ()  # PartitionSpec keeps single names bare
+        return tuple(a for a in places if a != "pipe") or None
+
+    return P(*map(rest, spec))
+
+
 @dataclass(frozen=True)
 class MeshLayout(Layout):
     """`ranks_per_node` neighbours along `expert` share fast links; `two_level` sends tokens across nodes first, then inside."""
@@ -82,6 +90,7 @@ class MeshLayout(Layout):
             if "experts" in axes:  # these are gathered where they meet their tokens
                 return variable.replace(w)
             before = stored_spec(variable, self.mesh)
+            before = before if self.at_the_ends else without_pipe(before)  # a stage has whole layers
             after = spec(axes, w.shape, self._table, self.mesh)
             return variable.replace(_gathered(w, NamedSharding(self.mesh, before), NamedSharding(self.mesh, after)))
 

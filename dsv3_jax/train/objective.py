@@ -22,6 +22,14 @@ class LossWeights(NamedTuple):
     balance: float
 
 
+class Share(NamedTuple):
+    """How a (micro)batch counts: the terms' weights, and the whole batch's targets by lookahead, and sequences."""
+
+    weights: LossWeights
+    counts: list[Float[Array, ""]]
+    sequences: int
+
+
 class Metrics(NamedTuple):
     """Means over the batch's targets or sequences; `load` and `traffic` are sums over its tokens."""
 
@@ -60,12 +68,10 @@ def inputs(batch: Batch, depth: int) -> tuple[Int[Array, "B L"], Int[Array, "B L
     return batch["tokens"][:, :L], batch["segments"][:, :L]
 
 
-def objective(
-    model: Transformer, batch: Batch, weights: LossWeights, counts: list[Array], sequences: int
-) -> tuple[Float[Array, ""], Metrics]:
-    """Loss and metrics of a (micro)batch as its share of a batch with `counts` targets and `sequences` sequences."""
+def objective(model: Transformer, batch: Batch, share: Share) -> tuple[Float[Array, ""], Metrics]:
+    """Loss and metrics of a (micro)batch, as its share of the whole batch."""
     hidden_BLD, stats = model.hidden(*inputs(batch, len(model.mtp)))
-    return head_objective(model, hidden_BLD, stats, batch, weights, counts, sequences)
+    return head_objective(model, hidden_BLD, stats, batch, share)
 
 
 def head_objective(
@@ -73,16 +79,14 @@ def head_objective(
     hidden_BLD: Float[Array, "B L D"],
     stats: list[RouterStats],
     batch: Batch,
-    weights: LossWeights,
-    counts: list[Array],
-    sequences: int,
+    share: Share,
 ) -> tuple[Float[Array, ""], Metrics]:
     """`objective` from the final hidden states and the layers' router statistics on."""
     depth = len(model.mtp)
     L = hidden_BLD.shape[1]
     segment_BL = batch["segments"][:, :L]
     with jax.named_scope("head"):
-        cross_entropy, accuracy = _cross_entropy(model, hidden_BLD, batch, 1, counts[0])
+        cross_entropy, accuracy = _cross_entropy(model, hidden_BLD, batch, 1, share.counts[0])
 
     mtp_cross_entropy = jnp.float32(0)
     for k in range(depth):
@@ -90,11 +94,11 @@ def head_objective(
         hidden_BLD, layer_stats = model.mtp_hidden(k, hidden_BLD, ahead_BL, segment_BL)
         stats = [*stats, layer_stats]
         with jax.named_scope("mtp_head"):
-            mtp_cross_entropy += _cross_entropy(model, hidden_BLD, batch, k + 2, counts[k + 1])[0] / depth
+            mtp_cross_entropy += _cross_entropy(model, hidden_BLD, batch, k + 2, share.counts[k + 1])[0] / depth
 
-    share = batch["tokens"].shape[0] / sequences
-    balance_loss = sum((s.balance_loss.sum() for s in stats), jnp.float32(0)) * share
-    loss = cross_entropy + weights.mtp * mtp_cross_entropy + weights.balance * balance_loss
+    rows = batch["tokens"].shape[0] / share.sequences
+    balance_loss = sum((s.balance_loss.sum() for s in stats), jnp.float32(0)) * rows
+    loss = cross_entropy + share.weights.mtp * mtp_cross_entropy + share.weights.balance * balance_loss
     traffic = sum_traffic(stats)
     load = tuple(s.load_E for s in stats)
     return loss, Metrics(loss, cross_entropy, accuracy, mtp_cross_entropy, balance_loss, traffic, load)

@@ -1,6 +1,5 @@
 """The training step: a pure function (state, batch) -> (state, metrics), and the evaluation step beside it."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,8 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.optim.adamw import adamw, learning_rate
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, replicated
-from dsv3_jax.train.objective import Batch, LossWeights, Metrics, objective, target_counts
+from dsv3_jax.train.objective import Batch, LossWeights, Metrics, Share, objective, target_counts
+from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
 from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state
 
 
@@ -41,31 +41,28 @@ def over_replicas(f: Callable, layout: Layout) -> Callable:
     return summed
 
 
-def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
-    """[B, ...] -> [count, B / count, ...], each microbatch spread over all devices, so that no row moves."""
-    shards = math.prod(layout.mesh.shape[a] for a in layout.axes("batch")) if isinstance(layout, MeshLayout) else 1
-
-    def split(a):
-        a = a.reshape(shards, count, -1, *a.shape[1:]).swapaxes(0, 1)
-        return layout.constrain(a.reshape(count, -1, *a.shape[3:]), None, "batch", None)
-
-    return jax.tree.map(split, batch)
-
-
 def _gradients(config: Config, layout: Layout, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
     """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches."""
-    train, accum = config.train, config.train.grad_accum_steps
-    graph, _, _ = abstract_model(config, layout)
+    train = config.train
     counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
-    sequences = batch["tokens"].shape[0]
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
-    weights = LossWeights(mtp, train.sequence_balance_alpha)
+    share = Share(LossWeights(mtp, train.sequence_balance_alpha), counts, batch["tokens"].shape[0])
+    if isinstance(layout, MeshLayout) and layout.mesh.shape["pipe"] > 1:
+        of_replica = pipelined_gradients(config, layout, state.router_bias, share)
+    else:
+        of_replica = _accumulated_gradients(config, layout, state.router_bias, share)
+    return over_replicas(of_replica, layout)(state.params, batch)
+
+
+def _accumulated_gradients(config: Config, layout: Layout, router_bias: nnx.State, share: Share) -> Callable:
+    """(params, batch) -> gradients, metrics."""
+    graph, _, _ = abstract_model(config, layout)
+    accum = config.train.grad_accum_steps
 
     def loss(params, microbatch):
-        model = nnx.merge(graph, params, state.router_bias)
-        return objective(model, microbatch, weights, counts, sequences)
+        return objective(nnx.merge(graph, params, router_bias), microbatch, share)
 
-    def of_replica(params, batch):
+    def gradients(params, batch):
         grad = jax.grad(loss, has_aux=True)
         if accum == 1:
             return grad(params, batch)
@@ -78,7 +75,7 @@ def _gradients(config: Config, layout: Layout, state: TrainState, batch: Batch) 
 
         return jax.lax.scan(add, zeros, parts)[0]
 
-    return over_replicas(of_replica, layout)(state.params, batch)
+    return gradients
 
 
 def update_router_bias(router_bias: nnx.State, load: tuple[jax.Array, ...], speed: float) -> nnx.State:
@@ -141,11 +138,12 @@ def make_eval_step(
 
     def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
         count = target_counts(batch["segments"], 0)[0]
+        share = Share(LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])
 
-        def of_replica(params, share):
+        def of_replica(params, rows):
             model = nnx.merge(graph, params, router_bias)
             model.mtp = nnx.List([])  # evaluation is of the next token only
-            return objective(model, share, LossWeights(0.0, 0.0), [count], batch["tokens"].shape[0])[1]
+            return objective(model, rows, share)[1]
 
         metrics = over_replicas(of_replica, layout.ends)(params, batch)
         return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load

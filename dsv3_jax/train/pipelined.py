@@ -1,0 +1,80 @@
+"""The objective cut for a pipeline: embedding and dense layers, MoE layers, head and MTP modules."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.layout import MeshLayout
+from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
+from dsv3_jax.parallel.schedule import Schedule, make_schedule
+from dsv3_jax.train.objective import Batch, Metrics, Share, head_objective, inputs, sum_traffic
+from dsv3_jax.train.state import make_model
+
+
+def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
+    """[B, ...] -> [count, B / count, ...], each microbatch spread over all devices, so that no row moves."""
+    shards = math.prod(layout.mesh.shape[a] for a in layout.axes("batch")) if isinstance(layout, MeshLayout) else 1
+
+    def split(a):
+        a = a.reshape(shards, count, -1, *a.shape[1:]).swapaxes(0, 1)
+        return layout.constrain(a.reshape(count, -1, *a.shape[3:]), None, "batch", None)
+
+    return jax.tree.map(split, batch)
+
+
+def schedule_of(config: Config, stages: int) -> Schedule:
+    return make_schedule(config.parallel.pipe_schedule, stages, config.parallel.pipe_chunks, config.train.grad_accum_steps)
+
+
+def _without_layers(state: nnx.State) -> nnx.State:
+    return nnx.State({name: value for name, value in state.items() if name != "moe_blocks"})
+
+
+def pipelined_gradients(config: Config, layout: MeshLayout, router_bias: nnx.State, share: Share) -> Callable:
+    """(params, batch) -> gradients, metrics; `train.grad_accum_steps` microbatches go through the pipeline."""
+    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), layout))
+    block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)
+    model.moe_blocks = None
+    ends_graph, _, _ = nnx.split(model, nnx.Param, RouterBias)
+    ends_bias, depth = _without_layers(router_bias), config.model.num_nextn_predict_layers
+
+    def first(ends, microbatch: Batch):
+        return nnx.merge(ends_graph, ends, ends_bias).first(*inputs(microbatch, depth))
+
+    def stage(layers, bias, x_BLD, segment_BX, live_N):
+        segment_BL = segment_BX[:, : x_BLD.shape[1]]
+        x_BLD, stats = model.run(nnx.merge(block_graph, layers, bias), x_BLD, segment_BL, live_N)
+        stats = jax.tree.map(lambda a: jnp.where(live_N.reshape(-1, *[1] * (a.ndim - 1)), a, 0), stats)
+        balance = stats.balance_loss.sum() * share.weights.balance * (segment_BX.shape[0] / share.sequences)
+        return (x_BLD, balance), stats
+
+    def last(ends, x_BLD, microbatch: Batch):
+        whole = nnx.merge(ends_graph, ends, ends_bias)
+        return head_objective(whole, whole.norm(x_BLD), [], microbatch, share)
+
+    stages = layout.mesh.shape["pipe"]
+    pieces = cut_layers(config.model.num_moe_layers, stages, config.parallel.pipe_chunks)
+    pipeline = Pipeline(layout, schedule_of(config, stages), pieces, first, stage, last)
+
+    def gradients(params: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
+        parts = microbatches(batch, config.train.grad_accum_steps, layout)
+        d_ends, d_layers, metrics, stats = pipeline.gradients(
+            _without_layers(params), params["moe_blocks"], router_bias["moe_blocks"], model.dtype, parts
+        )
+        balance = stats.balance_loss.sum() * (parts["tokens"].shape[1] / share.sequences)
+        traffic = sum_traffic([stats])
+        metrics = metrics._replace(
+            loss=metrics.loss + share.weights.balance * balance,
+            balance_loss=metrics.balance_loss + balance,
+            traffic=jax.tree.map(jnp.add, metrics.traffic, traffic),
+            load=(stats.load_E, *metrics.load),
+        )
+        return nnx.State({**d_ends, "moe_blocks": d_layers}), metrics
+
+    return gradients
