@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from dsv3_jax.config import load_config
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import FailedElsewhere, UserError
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 ConfigPath = Annotated[Path, tyro.conf.Positional]
@@ -28,6 +28,13 @@ def _use_huge_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def _join() -> None:
+    """Become one of a run's processes, where the environment says so (see parallel/processes.py)."""
+    from dsv3_jax.parallel.processes import join
+
+    join()
+
+
 def train(config: ConfigPath, overrides: Overrides = ()) -> None:
     """Train a configuration, going on from the run's latest checkpoint if it has one.
 
@@ -42,6 +49,7 @@ def train(config: ConfigPath, overrides: Overrides = ()) -> None:
     """
     checked = load_config(config, overrides)  # before anything heavy is imported
     _use_huge_pages()
+    _join()
     from dsv3_jax.train.loop import train as run
     from dsv3_jax.train.report import finish
 
@@ -64,6 +72,7 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
         raise UserError(f"{run} is no run: it has no config.yaml")
     checked = load_config(run / "config.yaml", [*overrides, f"name={run.name}"])
     _use_huge_pages()
+    _join()
     from dsv3_jax.train.loop import train as go_on
     from dsv3_jax.train.report import finish
 
@@ -76,30 +85,35 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
 def evaluate(run: RunPath, data: str | None = None) -> None:
     """Evaluate a run or checkpoint on its held-out documents, or on other text; prints one JSON line.
 
+    Takes the run's mesh if this machine has the devices for it, and one device if not.
+
     Example: dsv3 eval runs/tiny --data notes.txt
 
     Args:
         run: A run (its latest checkpoint) or a checkpoint directory.
         data: A file or glob of .txt, .jsonl or .parquet; the run's held-out documents if not given.
     """
+    _join()
     import dataclasses
 
-    from flax import nnx
-
-    from dsv3_jax.checkpoint.load import load_with_config
+    from dsv3_jax.checkpoint.load import load_for_evaluation
     from dsv3_jax.data.store import load_corpus, read_documents
-    from dsv3_jax.model.layers import RouterBias
+    from dsv3_jax.parallel.processes import is_first
     from dsv3_jax.train.evaluate import evaluate as run_evaluation
     from dsv3_jax.train.step import make_eval_step
 
-    loaded = load_with_config(run)
+    loaded = load_for_evaluation(run)
     config = loaded.config
     if data is None:
         store = load_corpus(config.data, config.model.vocab_size).validation
     else:
         store = read_documents(dataclasses.replace(config.data, path=data), loaded.tokenizer())
-    _, params, router_bias = nnx.split(loaded.model, nnx.Param, RouterBias)
-    result = run_evaluation(make_eval_step(config), params, router_bias, store, config.data.seq_len, config.data.batch_size)
+    result = run_evaluation(
+        make_eval_step(config, loaded.layout), loaded.params, loaded.router_bias, store, config.data.seq_len,
+        config.data.batch_size, layout=loaded.layout,
+    )  # fmt: skip
+    if not is_first():
+        return
     print(
         json.dumps({
             "loss": result.loss,
@@ -158,10 +172,45 @@ def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
     show(checked, Console(highlight=False))
 
 
-_VERBS = {"train": train, "resume": resume, "eval": evaluate, "generate": generate, "describe": describe}
+def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:
+    """Run another verb in several processes on this machine's CPU, as a cluster would; the first failure ends them all.
+
+    Options of launch stand before the verb.
+
+    Example: dsv3 launch --processes 2 --devices 4 train configs/tiny.yaml parallel.fsdp=4 parallel.expert=2
+
+    Args:
+        command: A verb with its arguments.
+        processes: How many processes.
+        devices: Virtual CPU devices of each process.
+    """
+    from dsv3_jax.parallel.launch import launch as start
+
+    if not command or command[0] not in _VERBS or command[0] == "launch":
+        raise UserError(f"launch {' '.join(command)}: give a verb to run, such as train or eval")
+    code = start(list(command), processes, devices)
+    if code:
+        raise SystemExit(code)
+
+
+_VERBS = {
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "generate": generate,
+    "describe": describe,
+    "launch": launch,
+}
+
+
+def _protect_command(args: list[str]) -> list[str]:
+    """What follows the verb that `launch` runs is that verb's, options too: `--` keeps it from being read as launch's."""
+    verb = next((i for i, a in enumerate(args[1:], 1) if a in _VERBS), None)
+    return args if args[:1] != ["launch"] or verb is None or "--" in args else [*args[:verb], "--", *args[verb:]]
 
 
 def main(args: list[str] | None = None) -> None:
+    args = _protect_command(sys.argv[1:] if args is None else args)
     try:
         tyro.extras.subcommand_cli_from_dict(_VERBS, prog="dsv3", description=__doc__, args=args)
     except UserError as error:
@@ -170,6 +219,8 @@ def main(args: list[str] | None = None) -> None:
         if error.errno != errno.ENOSPC:
             raise
         _fail(f"no space left on the device while writing {error.filename or 'the run'}; earlier checkpoints are intact")
+    except FailedElsewhere:
+        raise SystemExit(2) from None
 
 
 def _fail(message: str) -> None:

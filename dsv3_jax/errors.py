@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input: names the field or file, the value, and what would be accepted or done next."""
+
+
+class FailedElsewhere(Exception):
+    """Process 0 of a run has failed and says why; the others just end."""

@@ -10,6 +10,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def pytest_configure(config):
+    jax.config.update("jax_num_cpu_devices", 8)  # a test that wants one device says so by parallel.*, all 1 by default
     jax.config.update("jax_compilation_cache_dir", str(Path(config.rootpath) / ".pytest_cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

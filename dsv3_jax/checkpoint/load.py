@@ -1,42 +1,81 @@
 """Loading a trained model from a run or a checkpoint, with its tokenizer."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
 from dsv3_jax.checkpoint.manager import load_weights, read_metadata, resolve, verify
-from dsv3_jax.config import Config, config_from_dict
+from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.train.state import abstract_model
+from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.processes import on_first
+from dsv3_jax.train.state import abstract_model, abstract_state
 
 
 @dataclass(frozen=True)
-class Loaded:
-    model: Transformer
+class Checkpoint:
+    """A whole, undamaged checkpoint's place and config."""
+
+    path: Path
     config: Config
-    checkpoint: Path
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer.json, which stands two levels above a checkpoint."""
-        for parent in self.checkpoint.parents[:2]:
+        for parent in self.path.parents[:2]:
             if (parent / "tokenizer.json").is_file():
                 return load_tokenizer(parent / "tokenizer.json", self.config.model.vocab_size)
-        raise UserError(f"no tokenizer.json above {self.checkpoint}; a checkpoint needs its run's one")
+        raise UserError(f"no tokenizer.json above {self.path}; a checkpoint needs its run's one")
+
+
+@dataclass(frozen=True)
+class Loaded(Checkpoint):
+    model: Transformer
+
+
+@dataclass(frozen=True)
+class LoadedWeights(Checkpoint):
+    """Weights on a mesh, for `train.step.make_eval_step`."""
+
+    layout: Layout
+    params: nnx.State
+    router_bias: nnx.State
+
+
+def open_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
+    """Raises `UserError` if there is no whole, undamaged checkpoint of this project at the path."""
+    path = resolve(run_or_checkpoint)
+    on_first(lambda: verify(path))
+    return Checkpoint(path, config_from_dict(read_metadata(path)["config"], str(path)))
 
 
 def load_with_config(run_or_checkpoint: str | Path) -> Loaded:
-    """Raises `UserError` if there is no whole, undamaged checkpoint of this project at the path."""
-    checkpoint = resolve(run_or_checkpoint)
-    verify(checkpoint)
-    config = config_from_dict(read_metadata(checkpoint)["config"], str(checkpoint))
-    graph, params, router_bias = abstract_model(config)
-    return Loaded(nnx.merge(graph, *load_weights(checkpoint, params, router_bias)), config, checkpoint)
+    """The model on one device. Raises as `open_checkpoint`."""
+    found = open_checkpoint(run_or_checkpoint)
+    graph, params, router_bias = abstract_model(found.config)
+    return Loaded(found.path, found.config, nnx.merge(graph, *load_weights(found.path, params, router_bias)))
+
+
+def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
+    """The weights on the run's mesh, or on one device where there are too few for it. Raises as `open_checkpoint`."""
+    found = open_checkpoint(run_or_checkpoint)
+    config = found.config
+    needed = math.prod(abs(getattr(config.parallel, axis)) for axis in AXES)
+    if needed > len(jax.devices()) and jax.process_count() == 1:
+        config = replace(config, parallel=ParallelConfig())
+    layout = layout_for(config)
+    state = abstract_state(config, layout)
+    weights = load_weights(found.path, state.params, state.router_bias)
+    return LoadedWeights(found.path, config, layout, *weights)
 
 
 def load(run_or_checkpoint: str | Path) -> Transformer:
-    """The model of a run (its latest checkpoint) or of one checkpoint."""
+    """The model of a run (its latest checkpoint) or of one checkpoint, on one device."""
     return load_with_config(run_or_checkpoint).model

@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.processes import on_first
 from dsv3_jax.train.state import TrainState
 
 _MANIFEST = "manifest.json"
@@ -114,24 +115,23 @@ class CheckpointManager:
     def __init__(self, directory: Path, keep: int):
         self._directory = directory.absolute()  # Orbax takes no other
         self._keep = keep
-        directory.mkdir(parents=True, exist_ok=True)
+        on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
 
     def latest(self) -> int | None:
         steps = complete_steps(self._directory)
         return steps[-1] if steps else None
 
     def save(self, state: TrainState, metadata: dict[str, Any]) -> Path:
-        """Write the checkpoint of `state.step`; older ones beyond `keep` go once it is whole."""
+        """Write the checkpoint of `state.step`, every process its shards; older ones beyond `keep` go once it is whole."""
         step = int(state.step)
         target = self._directory / str(step)
-        if target.exists():  # whole: nothing to do; cut off: start over
-            if step in complete_steps(self._directory):
-                return target
-            shutil.rmtree(target)
+        if step in complete_steps(self._directory):
+            return target
+        on_first(lambda: shutil.rmtree(target, ignore_errors=True))  # cut off: start over
         parts = {name: _flat(tree) for name, tree in _parts(state).items()}
         try:
             ocp.save_checkpointables(str(target), parts, custom_metadata=metadata)
-            _write_manifest(target)
+            on_first(lambda: _write_manifest(target))
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
             with contextlib.suppress(OSError):
                 shutil.rmtree(target, ignore_errors=True)
@@ -140,16 +140,22 @@ class CheckpointManager:
             latest = self.latest()
             kept = f"the checkpoint of step {latest} is intact" if latest is not None else "there is no earlier one"
             raise UserError(f"cannot save the checkpoint of step {step}: {_reason(error)}; {kept}") from error
-        for old in complete_steps(self._directory)[: -self._keep]:
-            shutil.rmtree(self._directory / str(old), ignore_errors=True)
+        on_first(self._remove_old)
         return target
 
+    def _remove_old(self) -> None:
+        for old in complete_steps(self._directory)[: -self._keep]:
+            shutil.rmtree(self._directory / str(old), ignore_errors=True)
+
     def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The latest checkpoint in the shapes of `template` (see `jax.eval_shape`), and its metadata."""
+        """The latest checkpoint, in the shapes and shardings of `template`, and its metadata.
+
+        It may have been written on another mesh by another number of processes.
+        """
         step = self.latest()
         assert step is not None
         directory = self._directory / str(step)
-        verify(directory)
+        on_first(lambda: verify(directory))
         loaded = _load(directory, _parts(template))
         optimizer, weights = loaded["optimizer"], loaded["weights"]
         state = replace(
@@ -171,11 +177,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
-    """Arrays of the named parts, each in the structure of its template of shapes, on the default device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Arrays of the named parts, each in the structure and shardings of its template; on one local device without any."""
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(shape):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shape.sharding or one_device)
 
     abstract = {name: jax.tree.map(place, _flat(tree)) for name, tree in templates.items()}
     try:
@@ -186,7 +192,6 @@ def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, Any]:
-    """Only what a model needs, verified, in the structure of the given shapes."""
-    verify(directory)
+    """Only what a model needs of a verified checkpoint, in the shapes and shardings of the given templates."""
     weights = _load(directory, {"weights": {"params": params, "router_bias": router_bias}})["weights"]
     return weights["params"], weights["router_bias"]

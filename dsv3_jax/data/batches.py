@@ -7,10 +7,10 @@ function of (seed, index), the state of an iterator is one number, and a run can
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grain
-import jax
 import numpy as np
 
 from dsv3_jax.data.store import TokenStore
@@ -98,18 +98,27 @@ class PackedWindows:
         return [self.store.ids[d] for d in epoch.order[first:last]]
 
 
-def train_batches(source: PackedWindows, batch_size: int) -> grain.DatasetIterator:
-    """This process's share of the global batches: rows [p, p+1) * batch_size / processes, without end.
+class _Rows:
+    """Element i of a process's stream: row `rows[i % n]` of global batch i // n, n being the number of its rows."""
 
-    `get_state` and `set_state` save and restore the position exactly.
+    def __init__(self, source: PackedWindows, batch_size: int, rows: Sequence[int]):
+        self._source, self._batch_size, self._rows = source, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._source) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, place = divmod(int(index), len(self._rows))
+        return self._source[step * self._batch_size + self._rows[place]]
+
+
+def train_batches(source: PackedWindows, batch_size: int, rows: Sequence[int]) -> grain.DatasetIterator:
+    """The rows that this process's devices need of each global batch, in that order, without end.
+
+    `get_state` and `set_state` save and restore the position exactly; it counts batches, whoever reads which rows.
     """
-    processes, process = jax.process_count(), jax.process_index()
-    if batch_size % processes:
-        raise UserError(f"data.batch_size={batch_size} is not a multiple of the {processes} processes")
-    dataset = grain.MapDataset.source(source)
-    local = batch_size // processes
-    rows = dataset.batch(local) if processes == 1 else dataset.batch(local)[process::processes]
-    return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))  # type: ignore[return-value]
+    dataset = grain.MapDataset.source(_Rows(source, batch_size, rows)).batch(len(rows))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))  # type: ignore[return-value]
 
 
 def batch_windows(batch_size: int, step: int) -> range:

@@ -89,10 +89,12 @@ class MeshLayout(Layout):
             w = w if is_float32(variable) or not jnp.issubdtype(w.dtype, jnp.floating) else w.astype(dtype)
             if "experts" in axes:  # these are gathered where they meet their tokens
                 return variable.replace(w)
-            before = stored_spec(variable, self.mesh)
-            before = before if self.at_the_ends else without_pipe(before)  # a stage has whole layers
-            after = spec(axes, w.shape, self._table, self.mesh)
-            return variable.replace(_gathered(w, NamedSharding(self.mesh, before), NamedSharding(self.mesh, after)))
+            stored, computed = stored_spec(variable, self.mesh), spec(axes, w.shape, self._table, self.mesh)
+            split = without_pipe(stored)
+            steps = [split, computed]
+            if self.at_the_ends:  # `pipe` moves over to the axis that it will split, before the rest is gathered
+                steps = [stored, P(*(after or before for after, before in zip(computed, split, strict=True))), computed]
+            return variable.replace(_gathered(w, tuple(NamedSharding(self.mesh, s) for s in steps)))
 
         return jax.tree.map(of, layer, is_leaf=is_variable)
 
@@ -111,16 +113,19 @@ class MeshLayout(Layout):
         return _cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w, stored: NamedSharding, computed: NamedSharding):
-    """`w` as it is computed with; its gradient goes straight back to where it is stored: a reduce-scatter, no all-reduce."""
-    return lax.with_sharding_constraint(lax.with_sharding_constraint(w, stored), computed)
+def _constrain_along(w, steps: Sequence[NamedSharding]):
+    for sharding in steps:
+        w = lax.with_sharding_constraint(w, sharding)
+    return w
 
 
-_gathered.defvjp(
-    lambda w, stored, computed: (_gathered(w, stored, computed), None),
-    lambda stored, _computed, _, dw: (lax.with_sharding_constraint(dw, stored),),
-)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(w, steps: tuple[NamedSharding, ...]):
+    """`w`, from the first sharding to the last. Its gradient goes back without being whole: a reduce-scatter, no all-reduce."""
+    return _constrain_along(w, steps)
+
+
+_gathered.defvjp(lambda w, steps: (_gathered(w, steps), None), lambda steps, _, dw: (_constrain_along(dw, steps[-2::-1]),))
 
 
 # Embedding: the table is sharded along D, so tokens of all devices are looked up in a device's own columns and the results

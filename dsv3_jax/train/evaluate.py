@@ -9,6 +9,9 @@ import numpy as np
 
 from dsv3_jax.data.batches import PackedWindows
 from dsv3_jax.data.store import TokenStore
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.rows import place
+from dsv3_jax.train.state import ONE_DEVICE
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ def eval_batches(store: TokenStore, seq_len: int, batch_size: int, limit: int | 
 
 def evaluate(
     eval_step: Callable, params: Any, router_bias: Any, store: TokenStore, seq_len: int, batch_size: int,
-    limit: int | None = None,
+    limit: int | None = None, layout: Layout = ONE_DEVICE,
 ) -> Evaluation:  # fmt: skip
     """Run `eval_step` (see `train/step.py`) over the store, or its first `limit` batches."""
     sums, load = np.zeros(3), []
     for batch in eval_batches(store, seq_len, batch_size, limit):
+        batch = place(layout, batch, range(batch_size), batch_size)
         *values, batch_load = eval_step(params, router_bias, batch)
         sums += np.array([float(v) for v in values])
         batch_load = [np.asarray(a) for a in batch_load]

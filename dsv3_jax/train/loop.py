@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,15 @@ from dsv3_jax.data.batches import PackedWindows, batch_windows, train_batches
 from dsv3_jax.data.store import Corpus, load_corpus
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import training_flops_per_token
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.layout import MeshLayout, layout_for
+from dsv3_jax.parallel.processes import agree, is_first, on_first
+from dsv3_jax.parallel.rows import local_rows, place
 from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.progress import ProgressReporter
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
-from dsv3_jax.train.state import TrainState, init_state
+from dsv3_jax.train.state import TrainState, abstract_state, new_state
 from dsv3_jax.train.step import StepMetrics, make_eval_step, make_train_step
 
 
@@ -31,6 +35,7 @@ class TrainResult:
     run: RunDirectory
     state: TrainState
     corpus: Corpus
+    layout: Layout
     interrupted: bool  # by a signal, after saving
 
 
@@ -89,6 +94,9 @@ def _row(config: Config, step: int, metrics: StepMetrics, seconds: float) -> dic
         "mtp_cross_entropy": float(o.mtp_cross_entropy),
         "balance_loss": float(o.balance_loss),
         "max_load": float(metrics.max_load),
+        # copies of a token, over all layers, that travel to another device, and to another node, for their experts
+        "copies_to_ranks": float(o.traffic.to_ranks) / per_step,
+        "copies_to_nodes": float(o.traffic.to_nodes) / per_step,
         "grad_norm": float(metrics.grad_norm),
         "lr": float(metrics.lr),
         "tokens": step * per_step,
@@ -112,24 +120,26 @@ class _SaveClock:
         self._last = time.monotonic()
 
 
-def _evaluate(config: Config, eval_step, state: TrainState, corpus: Corpus) -> dict[str, float]:
+def _evaluate(config: Config, layout: Layout, eval_step, state: TrainState, corpus: Corpus) -> dict[str, float]:
     data = config.data
     limit = config.train.eval_batches
 
     def run(params):
-        return evaluate(eval_step, params, state.router_bias, corpus.validation, data.seq_len, data.batch_size, limit)
+        return evaluate(eval_step, params, state.router_bias, corpus.validation, data.seq_len, data.batch_size, limit, layout)
 
     result = run(state.params)
     row = {"eval_loss": result.loss, "eval_accuracy": result.accuracy, "eval_max_load": result.max_load}
     return row if state.ema is None else row | {"eval_loss_ema": run(state.ema).loss}
 
 
-def _start(config: Config, manager: CheckpointManager, source: PackedWindows) -> tuple[TrainState, Iterator]:
+def _start(
+    config: Config, layout: Layout, manager: CheckpointManager, source: PackedWindows, rows: list[int]
+) -> tuple[TrainState, Iterator]:
     """A fresh state, or that of the latest checkpoint with the data where it left them."""
-    batches = train_batches(source, config.data.batch_size)
+    batches = train_batches(source, config.data.batch_size, rows)
     if manager.latest() is None:
-        return jax.jit(partial(init_state, config))(), batches
-    state, metadata = manager.restore(jax.eval_shape(partial(init_state, config)))
+        return new_state(config, layout), batches
+    state, metadata = manager.restore(abstract_state(config, layout))
     batches.set_state(metadata["data"])
     return state, batches
 
@@ -140,33 +150,60 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
     Raises `UserError` for bad input, a directory of another run, divergence (with the last good checkpoint named), and a
     checkpoint that cannot be written.
     """
+    layout = layout_for(config)
     run = run_directory(config, root)
-    run.check_belongs_to(config)
-    corpus = load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True))
+    on_first(lambda: run.check_belongs_to(config))
+    # process 0 first: it may have to train a tokenizer, which the others then find in the cache
+    corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
+    corpus = corpus or load_corpus(config.data, config.model.vocab_size)
     ahead = 1 + config.model.num_nextn_predict_layers
     source = PackedWindows(corpus.train, config.data.seq_len, ahead, config.train.seed, shuffle=True)
-    run.create(config, corpus.tokenizer)
+    on_first(lambda: run.create(config, corpus.tokenizer))
     manager = CheckpointManager(run.checkpoints, config.checkpoint.keep)
-    state, batches = _start(config, manager, source)
+    rows = local_rows(layout, config.data.batch_size)
+    state, batches = _start(config, layout, manager, source, rows)
     done = int(state.step)
-    with ProgressReporter(config.train.steps, done) as progress, _StopRequest() as stop:
+    with ProgressReporter(config.train.steps, done, quiet=not is_first()) as progress, _StopRequest() as stop:
+        for line in _about_mesh(config, layout):
+            progress.say(line)
         if done:
             progress.say(f"resuming {run.path} at step {done}")
-        writer = MetricsWriter(run, done)
+        writer = MetricsWriter(run, done) if is_first() else None
         try:
-            state = _steps(config, state, batches, source, corpus, manager, writer, progress, stop)
+            state, stopped = _steps(config, layout, state, batches, rows, source, corpus, manager, writer, progress, stop)
         finally:
-            writer.close()
-        if stop.signal is not None:
-            progress.say(f"stopped by {signal.Signals(stop.signal).name}; saved step {int(state.step)}; run again to go on")
-    return TrainResult(run, state, corpus, stop.signal is not None)
+            if writer is not None:
+                writer.close()
+        if stopped:
+            cause = f" by {signal.Signals(stop.signal).name}" if stop.signal is not None else ""
+            progress.say(f"stopped{cause}; saved step {int(state.step)}; run again to go on")
+    return TrainResult(run, state, corpus, layout, stopped)
+
+
+def _about_mesh(config: Config, layout: Layout) -> list[str]:
+    """What a person should know about a run's mesh."""
+    unused = len(jax.devices()) - (layout.mesh.size if isinstance(layout, MeshLayout) else 1)
+    lines = []
+    if isinstance(layout, MeshLayout):
+        axes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
+        lines.append(f"{layout.mesh.size} devices in {jax.process_count()} process(es): {axes}")
+        if layout.mesh.shape["pipe"] > 1:
+            schedule = schedule_of(config, layout.mesh.shape["pipe"])
+            lines.append(
+                f"pipeline {schedule.name}: {schedule.stages} stages, {schedule.chunks} chunk(s) each, "
+                f"{schedule.microbatches} microbatches (train.grad_accum_steps): occupancy {schedule.occupancy:.1%}"
+            )
+    if unused:
+        lines.append(f"{unused} of {len(jax.devices())} devices are not used; parallel.fsdp=-1 would use them all")
+    return lines
 
 
 def _steps(
-    config: Config, state: TrainState, batches: Any, source: PackedWindows, corpus: Corpus, manager: CheckpointManager,
-    writer: MetricsWriter, progress: ProgressReporter, stop: _StopRequest,
-) -> TrainState:  # fmt: skip
-    train_step, eval_step = make_train_step(config), make_eval_step(config)
+    config: Config, layout: Layout, state: TrainState, batches: Any, rows: list[int], source: PackedWindows, corpus: Corpus,
+    manager: CheckpointManager, writer: MetricsWriter | None, progress: ProgressReporter, stop: _StopRequest,
+) -> tuple[TrainState, bool]:  # fmt: skip
+    """The state after the last step, and whether a signal, in this or another process, made it the last."""
+    train_step, eval_step = make_train_step(config, layout), make_eval_step(config, layout)
     flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
     clock = _SaveClock(config)
 
@@ -175,21 +212,25 @@ def _steps(
         clock.saved()
 
     step, last = int(state.step), config.train.steps
-    while step < last and stop.signal is None:
+    stopping = stop.signal is not None
+    while step < last and not stopping:
         began = time.perf_counter()
-        state, metrics = train_step(state, jax.tree.map(np.asarray, next(batches)))
+        batch = jax.tree.map(np.asarray, next(batches))
+        state, metrics = train_step(state, place(layout, batch, rows, config.data.batch_size))
         step += 1
         metrics = jax.device_get(metrics)
         row = _row(config, step, metrics, time.perf_counter() - began)
         _check_health(config, source, step, metrics, manager)
         assert train_step._cache_size() == 1, "the training step was compiled twice"
         if step % config.train.eval_every == 0 or step == last:
-            row |= _evaluate(config, eval_step, state, corpus)
+            row |= _evaluate(config, layout, eval_step, state, corpus)
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
-        writer.write(row)
+        if writer is not None:
+            writer.write(row)
         progress.update(step, row, flops_per_token * row["tokens_per_s"])
-        if clock.due(step) and step < last:
+        stopping, due = agree(stop.signal is not None, clock.due(step))
+        if due and step < last:
             save()
     if step > (manager.latest() or 0):
         save()
-    return state
+    return state, stopping

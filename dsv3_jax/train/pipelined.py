@@ -33,7 +33,7 @@ def schedule_of(config: Config, stages: int) -> Schedule:
 
 
 def _without_layers(state: nnx.State) -> nnx.State:
-    return nnx.State({name: value for name, value in state.items() if name != "moe_blocks"})
+    return nnx.State({name: value for name, value in state.raw_mapping.items() if name != "moe_blocks"})
 
 
 def pipelined_gradients(config: Config, layout: MeshLayout, router_bias: nnx.State, share: Share) -> Callable:
@@ -75,6 +75,6 @@ def pipelined_gradients(config: Config, layout: MeshLayout, router_bias: nnx.Sta
             traffic=jax.tree.map(jnp.add, metrics.traffic, traffic),
             load=(stats.load_E, *metrics.load),
         )
-        return nnx.State({**d_ends, "moe_blocks": d_layers}), metrics
+        return nnx.State(d_ends.raw_mapping | {"moe_blocks": d_layers.raw_mapping}), metrics
 
     return gradients

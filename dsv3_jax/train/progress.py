@@ -18,14 +18,14 @@ def human(x: float, unit: str = "") -> str:
 
 
 class ProgressReporter:
-    """Use as a context manager; `update` after every step, `say` for everything else."""
+    """Use as a context manager; `update` after every step, `say` for everything else. `quiet` shows nothing."""
 
-    def __init__(self, steps: int, done: int):
+    def __init__(self, steps: int, done: int, quiet: bool = False):
         self._steps = steps
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Progress | None = None
         self._last_line = 0.0
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             self._live = Progress(
                 TextColumn("[bold]train"), BarColumn(bar_width=24), MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"), TextColumn("ETA"), TimeRemainingColumn(),

@@ -41,7 +41,7 @@ def over_replicas(f: Callable, layout: Layout) -> Callable:
     return summed
 
 
-def _gradients(config: Config, layout: Layout, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
+def gradients(config: Config, layout: Layout, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
     """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches."""
     train = config.train
     counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
@@ -62,7 +62,7 @@ def _accumulated_gradients(config: Config, layout: Layout, router_bias: nnx.Stat
     def loss(params, microbatch):
         return objective(nnx.merge(graph, params, router_bias), microbatch, share)
 
-    def gradients(params, batch):
+    def accumulated(params, batch):
         grad = jax.grad(loss, has_aux=True)
         if accum == 1:
             return grad(params, batch)
@@ -75,7 +75,7 @@ def _accumulated_gradients(config: Config, layout: Layout, router_bias: nnx.Stat
 
         return jax.lax.scan(add, zeros, parts)[0]
 
-    return gradients
+    return accumulated
 
 
 def update_router_bias(router_bias: nnx.State, load: tuple[jax.Array, ...], speed: float) -> nnx.State:
@@ -96,6 +96,22 @@ def max_load_ratio(load: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack(ratios).max() if ratios else jnp.float32(1)
 
 
+def apply_gradients(config: Config, state: TrainState, grads: nnx.State, metrics: Metrics) -> tuple[TrainState, StepMetrics]:
+    """The rest of a step: clipping, AdamW, moving average, router biases."""
+    optimizer, schedule = adamw(config.optim), learning_rate(config.optim)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(grads)
+        clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+    ema: Any = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
+    bias = update_router_bias(state.router_bias, metrics.load, config.train.bias_update_speed)
+    new_state = TrainState(state.step + 1, params, bias, opt_state, ema)
+    return new_state, StepMetrics(metrics, grad_norm, jnp.asarray(schedule(state.step)), max_load_ratio(metrics.load))
+
+
 def _jit(f: Callable, layout: Layout, arguments: Any, results: Any, donate: tuple[int, ...] = ()) -> Callable:
     """jit with the shardings of a mesh; on one device they go without saying."""
     if not isinstance(layout, MeshLayout):
@@ -107,21 +123,9 @@ def make_train_step(
     config: Config, layout: Layout = ONE_DEVICE
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted step; it takes over the state's buffers."""
-    optimizer, schedule = adamw(config.optim), learning_rate(config.optim)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        grads, metrics = _gradients(config, layout, state, batch)
-        with jax.named_scope("optimizer"):
-            grad_norm = optax.tree.norm(grads)
-            clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
-            updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
-        ema: Any = state.ema
-        if ema is not None:
-            ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
-        bias = update_router_bias(state.router_bias, metrics.load, config.train.bias_update_speed)
-        new_state = TrainState(state.step + 1, params, bias, opt_state, ema)
-        return new_state, StepMetrics(metrics, grad_norm, jnp.asarray(schedule(state.step)), max_load_ratio(metrics.load))
+        return apply_gradients(config, state, *gradients(config, layout, state, batch))
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
     return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))

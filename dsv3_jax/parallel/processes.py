@@ -1,0 +1,204 @@
+"""Several processes as one run: who takes part, a roll call that says who is missing, and agreement between them.
+
+A launcher tells each process three things by environment: DSV3_COORDINATOR (host:port of process 0), DSV3_PROCESSES and
+DSV3_PROCESS_ID. SLURM, indexed Kubernetes jobs and TPU pods set their own, from which these follow. `scripts/launch/` has a
+file for each; `dsv3 launch` starts processes on one machine.
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dsv3_jax.errors import FailedElsewhere, UserError
+
+_PORT = 8476  # JAX's own choice for TPU pods
+_TIMEOUT_S = 300.0  # a large job's containers may start minutes apart
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's place in a run."""
+
+    coordinator: str  # host:port
+    processes: int
+    process: int
+    timeout_s: float = _TIMEOUT_S
+
+
+def _first_host(nodelist: str) -> str:
+    """SLURM's compressed list, `gpu[003-007,011],login1`: its first host."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host")
+    return match[1] + (match[2] or "")
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    value = environ.get(name, default)
+    if value is None or not value.isdigit():
+        raise UserError(f"{name}={value!r} must be a number; see scripts/launch/ for what to set")
+    return int(value)
+
+
+def job_from(environ: Mapping[str, str]) -> Job | None:
+    """The job that the environment describes, or None for a single process. Raises `UserError` if it contradicts itself."""
+    if "DSV3_PROCESSES" in environ or "DSV3_COORDINATOR" in environ:
+        # an indexed Kubernetes job (JobSet's are) numbers its pods
+        process = _number(environ, "DSV3_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
+        job = Job(environ.get("DSV3_COORDINATOR", ""), _number(environ, "DSV3_PROCESSES"), process)
+    elif environ.get("SLURM_STEP_NODELIST") and _number(environ, "SLURM_NTASKS", "1") > 1:
+        port = 60000 + _number(environ, "SLURM_JOB_ID") % 4096  # jobs that share a node need ports of their own
+        host = _first_host(environ["SLURM_STEP_NODELIST"])
+        job = Job(f"{host}:{port}", _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID"))
+    elif "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
+        hosts = environ["TPU_WORKER_HOSTNAMES"].split(",")
+        job = Job(f"{hosts[0]}:{_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
+    else:
+        return None
+    if not re.fullmatch(r"[^:\s]+:\d+", job.coordinator):
+        raise UserError(f"DSV3_COORDINATOR={job.coordinator!r} must be host:port, the address of process 0")
+    if job.process >= job.processes:
+        raise UserError(f"process {job.process} of {job.processes}: DSV3_PROCESS_ID runs from 0 to {job.processes - 1}")
+    if job.processes == 1:
+        return None
+    timeout = environ.get("DSV3_JOIN_TIMEOUT_S", str(_TIMEOUT_S))
+    try:
+        return Job(job.coordinator, job.processes, job.process, float(timeout))
+    except ValueError:
+        raise UserError(f"DSV3_JOIN_TIMEOUT_S={timeout!r} must be a number of seconds") from None
+
+
+def _address(job: Job) -> tuple[str, int]:
+    host, port = job.coordinator.rsplit(":", 1)
+    return host, int(port)
+
+
+def _missing(job: Job, present: Mapping[int, str]) -> str:
+    absent = [str(p) for p in range(job.processes) if p not in present]
+    shown = ", ".join(absent[:16]) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
+    here = ", ".join(f"{p} on {present[p]}" for p in sorted(present)[:4])
+    return (
+        f"{len(absent)} of {job.processes} processes did not join within {job.timeout_s:.0f} s: missing {shown}; joined: "
+        f"{here}{', ...' if len(present) > 4 else ''}; look at their logs, or set DSV3_JOIN_TIMEOUT_S"
+    )
+
+
+def _line(connection: socket.socket) -> str:
+    """One line of a few hundred bytes; '' if the other side has gone."""
+    data = b""
+    while not data.endswith(b"\n") and len(data) < 8192:
+        piece = connection.recv(4096)
+        if not piece:
+            return ""
+        data += piece
+    return data.decode(errors="replace")
+
+
+def _take_roll(job: Job, deadline: float) -> None:
+    """Process 0: wait for everybody's name, then tell them all the outcome."""
+    host, port = _address(job)
+    present, connections, verdict = {0: socket.gethostname()}, [], ""
+    with socket.create_server((host, port), backlog=job.processes) as server:
+        while len(present) < job.processes and not verdict:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(max(deadline - time.monotonic(), 0.01))
+                name = json.loads(_line(connection))
+                process, of = int(name["process"]), int(name["processes"])
+                if of != job.processes:
+                    verdict = f"process {process} was started as one of {of}, this run has {job.processes}"
+                elif process in present:
+                    verdict = f"two processes have DSV3_PROCESS_ID={process}: on {present[process]} and on {name['host']}"
+                present[process] = str(name["host"])
+                connections.append(connection)
+            except TimeoutError:
+                verdict = _missing(job, present)
+            except (ValueError, KeyError, TypeError):
+                continue  # not one of ours
+        for connection in connections:
+            with connection:
+                connection.sendall((json.dumps({"verdict": verdict}) + "\n").encode())
+    if verdict:
+        raise UserError(verdict)
+
+
+def _answer_roll(job: Job, deadline: float) -> None:
+    name = {"process": job.process, "processes": job.processes, "host": socket.gethostname()}
+    reason = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(_address(job), timeout=5) as connection:
+                connection.sendall((json.dumps(name) + "\n").encode())
+                # process 0 gives up at its own deadline, which may lie after ours
+                connection.settimeout(max(deadline - time.monotonic(), 0.01) + job.timeout_s)
+                answer = _line(connection)
+            if answer:
+                verdict = json.loads(answer)["verdict"]
+                if verdict:
+                    raise UserError(verdict)
+                return
+            reason = "it closed the connection"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        time.sleep(0.2)
+    raise UserError(
+        f"process {job.process} of {job.processes}: process 0 at {job.coordinator} did not answer within {job.timeout_s:.0f} s "
+        f"({reason}): it is missing, or DSV3_COORDINATOR is wrong"
+    )
+
+
+def join(environ: Mapping[str, str] = os.environ) -> None:
+    """Become one of a run's processes, if the environment says so. Call it before anything touches a device.
+
+    Raises `UserError` within the timeout, naming who is missing, if not all of them come.
+    """
+    job = job_from(environ)
+    if job is None:
+        return
+    deadline = time.monotonic() + job.timeout_s
+    (_take_roll if job.process == 0 else _answer_roll)(job, deadline)
+    jax.distributed.initialize(job.coordinator, job.processes, job.process, initialization_timeout=max(int(job.timeout_s), 10))
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def on_first[T](f: Callable[[], T]) -> T | None:
+    """f() on process 0 only, before anyone goes on. If it raises, the other processes end too."""
+    if jax.process_count() == 1:
+        return f()
+    result, failure = None, None
+    if is_first():
+        try:
+            result = f()
+        except Exception as error:  # whatever it is: the others are waiting for word
+            failure = error
+    failed = multihost_utils.broadcast_one_to_all(np.asarray(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise FailedElsewhere
+    return result
+
+
+def agree(stop: bool, save: bool) -> tuple[bool, bool]:
+    """(whether any process wants to stop, whether process 0 wants to save): the same answer everywhere."""
+    if jax.process_count() == 1:
+        return stop, save
+    flags = np.asarray(multihost_utils.process_allgather(np.asarray([stop, save])))
+    return bool(flags[:, 0].any()), bool(flags[0, 1])
+
+
+def wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

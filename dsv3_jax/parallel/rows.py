@@ -1,0 +1,34 @@
+"""Which rows of a batch this process's devices hold, and how they become one array on the mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.layout import batch_sharding
+
+
+def local_rows(layout: Layout, batch_size: int) -> list[int]:
+    """Rows of a batch that this process has to load, ascending. Processes whose devices hold the same rows all load them."""
+    sharding = batch_sharding(layout)
+    if sharding is None:
+        return list(range(batch_size))
+    slices = (index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values())
+    return sorted({row for s in slices for row in range(*s.indices(batch_size))})
+
+
+def place(layout: Layout, batch: dict[str, np.ndarray], rows: Sequence[int], batch_size: int) -> dict[str, jax.Array]:
+    """A global batch [batch_size, ...] from the `rows` of it that this process has."""
+    sharding = batch_sharding(layout)
+    if sharding is None:
+        return {name: jax.numpy.asarray(a) for name, a in batch.items()}
+    position = {row: i for i, row in enumerate(rows)}
+
+    def piece(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        return array[[position[row] for row in range(*index[0].indices(batch_size))]]
+
+    return {
+        name: jax.make_array_from_callback((batch_size, *a.shape[1:]), sharding, lambda index, a=a: piece(a, index))
+        for name, a in batch.items()
+    }

@@ -1,0 +1,101 @@
+"""What the tests of sharding share: an odd-sized model, meshes, and one device's results to compare with."""
+
+import functools
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import Config, load_config
+from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.train.state import TrainState, new_state
+from dsv3_jax.train.step import apply_gradients, gradients
+from tests.conftest import ROOT
+
+# Latents and head sizes are odd; 5 MoE layers don't divide into stages; MTP, group-limited routing and the balance loss are on.
+MODEL = [
+    "model.vocab_size=72", "model.hidden_size=40", "model.intermediate_size=56", "model.moe_intermediate_size=24",
+    "model.num_hidden_layers=6", "model.num_attention_heads=4", "model.q_lora_rank=10", "model.kv_lora_rank=6",
+    "model.qk_nope_head_dim=6", "model.qk_rope_head_dim=4", "model.v_head_dim=5", "model.n_routed_experts=8",
+    "model.num_experts_per_tok=3", "model.initializer_range=0.2", "data.seq_len=20", "data.batch_size=16",
+    "train.sequence_balance_alpha=0.01", "train.grad_accum_steps=2", "optim.warmup_steps=4", "optim.lr=1e-3",
+]  # fmt: skip
+
+MESHES = {
+    name: [f"parallel.{part}" for part in name.split()]
+    for name in (
+        "data=8",
+        "pipe=2",
+        "pipe=4 pipe_schedule=gpipe",
+        "fsdp=8",
+        "expert=8",
+        "tensor=4",
+        "data=2 fsdp=4",
+        "data=4 expert=2",
+        "fsdp=2 expert=4",
+        "fsdp=4 tensor=2",
+        "expert=4 tensor=2",
+        "pipe=2 tensor=2",
+        "pipe=2 fsdp=4",
+        "data=2 pipe=2 expert=2",
+        "fsdp=2 expert=2 tensor=2",
+        "pipe=2 expert=2 tensor=2",
+        "data=2 pipe=2 fsdp=2 pipe_chunks=2",
+        "expert=8 expert_transport=two_level expert_ranks_per_node=2",
+    )
+}
+
+
+def config_of(overrides: list[str]) -> Config:
+    return load_config(ROOT / "configs" / "tiny.yaml", [*MODEL, *overrides])
+
+
+def batch_of(config: Config, seed: int) -> dict[str, np.ndarray]:
+    """Random tokens, with document boundaries anywhere and some padding."""
+    random = np.random.default_rng(seed)
+    shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
+    segments = np.sort(random.integers(0, 3, shape).astype(np.int32), axis=1)
+    segments[0, -6:] = -1
+    return {"tokens": random.integers(0, config.model.vocab_size, shape).astype(np.int32), "segments": segments}
+
+
+def make_hot(state: TrainState) -> TrainState:
+    """All tokens of every layer to the first experts, which live on one device."""
+    bias = jax.tree.map(lambda b: b.at[..., :3].add(10.0), state.router_bias)
+    return TrainState(state.step, state.params, bias, state.opt_state, state.ema)
+
+
+def step_of(config: Config):
+    """(layout, jitted (state, batch) -> (state, gradients, metrics)): a training step that shows its gradients."""
+    layout = layout_for(config)
+
+    def step(state, batch):
+        grads, metrics = gradients(config, layout, state, batch)
+        return apply_gradients(config, state, grads, metrics)[0], grads, metrics
+
+    return layout, jax.jit(step)
+
+
+def results(overrides: list[str], steps: int, hot: bool) -> tuple[list, list]:
+    """(gradients and metrics of the first step, losses of all): on the mesh that the overrides give."""
+    config = config_of(overrides)
+    layout, step = step_of(config)
+    state = new_state(config, layout)
+    state = make_hot(state) if hot else state
+    first, losses = None, []
+    for i in range(steps):
+        state, *out = step(state, batch_of(config, i))
+        losses.append(float(out[1].loss))
+        first = first or jax.device_get(out)
+    return first, losses
+
+
+@functools.cache
+def one_device(steps: int, hot: bool) -> tuple[list, list]:
+    return results([], steps, hot)
+
+
+def assert_same_gradients(ours, theirs, rtol: float) -> None:
+    """Each tensor's largest difference against its largest value."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(theirs), jax.tree.leaves(ours), strict=True):
+        error = np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(a).max()
+        assert error <= rtol, f"{jax.tree_util.keystr(path, simple=True)}: {error:.2e}"

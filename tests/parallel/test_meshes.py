@@ -1,0 +1,61 @@
+"""Every mesh computes what one device computes: loss, all gradients, loads, 20 steps of training, checkpoints.
+
+float32; sums over devices come in another order, so losses may differ by 2e-6 and gradients by 1e-4 of a tensor's largest.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.train.state import abstract_state, new_state
+from dsv3_jax.train.step import make_eval_step
+from tests.parallel.cases import MESHES, assert_same_gradients, batch_of, config_of, one_device, results
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_mesh_equals_one_device(mesh):
+    for hot in (False, True):
+        steps = 1 if hot else STEPS
+        (grads, metrics), losses = results(MESHES[mesh], steps, hot)
+        (expected_grads, expected), expected_losses = one_device(steps, hot)
+        assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=2e-6)
+        assert_same_gradients(grads, expected_grads, rtol=1e-4)
+        for ours, theirs in zip(metrics.load, expected.load, strict=True):
+            np.testing.assert_array_equal(ours, theirs)  # no token is dropped, however hot an expert
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    assert float(expected.load[0].max()) == 16 * 20  # hot: every token went to the first experts
+
+
+@pytest.mark.parametrize("mesh", ["pipe=2 tensor=2", "fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
+def test_evaluation_on_a_mesh(mesh):
+    def sums(overrides):
+        config = config_of(overrides)
+        layout = layout_for(config)
+        state = new_state(config, layout)
+        batch = {name: a[:, :-1] for name, a in batch_of(config, 0).items()}
+        return jax.device_get(make_eval_step(config, layout)(state.params, state.router_bias, batch))
+
+    for ours, theirs in zip(jax.tree.leaves(sums(MESHES[mesh])), jax.tree.leaves(sums([])), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+
+
+def test_a_checkpoint_of_any_mesh_is_read_on_any_other(tmp_path):
+    """Round through all of them: each mesh reads what the one before wrote, and the last is what the first was."""
+    config = config_of([])
+    expected = state = new_state(config)
+    names = [*MESHES, None]
+    for i, name in enumerate(names):
+        manager = CheckpointManager(tmp_path / str(i), keep=1)
+        manager.save(state, {"config": {}, "data": {}})
+        config = config_of(MESHES[name] if name else [])
+        state, _ = manager.restore(abstract_state(config, layout_for(config)))
+        for ours, template in zip(
+            jax.tree.leaves(state), jax.tree.leaves(abstract_state(config, layout_for(config))), strict=True
+        ):
+            assert ours.sharding == template.sharding
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
