@@ -84,13 +84,12 @@ def main() -> None:
     arguments, temporaries = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
     room = HBM[args.topology.split(":")[0]]
     print(f"{args.topology}: {len(devices)} devices, {seconds:.0f} s ({traced:.0f} of them tracing)")
-    print(
-        f"  state {arguments:.2f} GiB + temporaries {temporaries:.2f} GiB = {arguments + temporaries:.2f} of {room} GiB a device"
-    )
+    total = arguments + temporaries
+    print(f"  state {arguments:.2f} GiB + temporaries {temporaries:.2f} GiB = {total:.2f} of {room} GiB a device")
     print(json.dumps({
         "topology": args.topology, "devices": len(devices), "mesh": config.parallel.__dict__, "compile_s": seconds,
         "argument_gib": arguments, "temp_gib": temporaries, "output_gib": memory.output_size_in_bytes / GIB,
-        "alias_gib": memory.alias_size_in_bytes / GIB, "fits": arguments + temporaries < room, "collectives": collectives(hlo),
+        "alias_gib": memory.alias_size_in_bytes / GIB, "fits": total < room, "collectives": collectives(hlo),
     }))  # fmt: skip
 
 

@@ -9,9 +9,18 @@ import pytest
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.parallel.layout import layout_for
-from dsv3_jax.train.state import abstract_state, new_state
+from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import make_eval_step
-from tests.parallel.cases import MESHES, assert_same_gradients, batch_of, config_of, one_device, results
+from tests.parallel.cases import (
+    MESHES,
+    assert_same_gradients,
+    batch_of,
+    config_of,
+    initial_state,
+    one_device,
+    results,
+    state_on,
+)
 
 STEPS = 20
 
@@ -35,7 +44,7 @@ def test_evaluation_on_a_mesh(mesh):
     def sums(overrides):
         config = config_of(overrides)
         layout = layout_for(config)
-        state = new_state(config, layout)
+        state = state_on(config, layout)
         batch = {name: a[:, :-1] for name, a in batch_of(config, 0).items()}
         return jax.device_get(make_eval_step(config, layout)(state.params, state.router_bias, batch))
 
@@ -46,16 +55,15 @@ def test_evaluation_on_a_mesh(mesh):
 def test_a_checkpoint_of_any_mesh_is_read_on_any_other(tmp_path):
     """Round through all of them: each mesh reads what the one before wrote, and the last is what the first was."""
     config = config_of([])
-    expected = state = new_state(config)
+    expected = state = initial_state()
     names = [*MESHES, None]
     for i, name in enumerate(names):
         manager = CheckpointManager(tmp_path / str(i), keep=1)
         manager.save(state, {"config": {}, "data": {}})
         config = config_of(MESHES[name] if name else [])
-        state, _ = manager.restore(abstract_state(config, layout_for(config)))
-        for ours, template in zip(
-            jax.tree.leaves(state), jax.tree.leaves(abstract_state(config, layout_for(config))), strict=True
-        ):
-            assert ours.sharding == template.sharding
+        template = abstract_state(config, layout_for(config))
+        state, _ = manager.restore(template)
+        for ours, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(template), strict=True):
+            assert ours.sharding == wanted.sharding
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
