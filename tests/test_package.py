@@ -12,13 +12,14 @@ from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, tra
 from tests.conftest import ROOT
 
 # Each room may import the ones before it, its own modules and the shared ones.
-ROOMS = ["data", "model", "optim", "train", "checkpoint", "interop", "serve"]
+ROOMS = ["data", "model", "parallel", "optim", "train", "checkpoint", "interop", "serve"]
 ALLOWED = {
     "data": set(),
     "model": set(),
+    "parallel": {"model"},
     "optim": {"model"},
-    "train": {"data", "model", "optim", "checkpoint", "serve"},
-    "checkpoint": {"train", "model", "data"},
+    "train": {"data", "model", "parallel", "optim", "checkpoint", "serve"},
+    "checkpoint": {"train", "model", "parallel", "data"},
     "interop": {"model"},
     "serve": {"model"},
 }
@@ -89,7 +90,7 @@ def test_counts_equal_a_hand_count():
 
 
 def test_help_has_examples():
-    for verb in ("train", "resume", "eval", "generate", "describe"):
+    for verb in ("train", "resume", "eval", "generate", "describe", "launch"):
         done = dsv3(verb, "--help", cwd=ROOT)
         assert done.returncode == 0
         assert f"Example: dsv3 {verb}" in done.stdout
@@ -113,6 +114,9 @@ def test_describe_prints_the_table():
         ("eval", "configs"),
         ("generate", "no_such_run", "--prompt", "x"),
         ("describe", "configs/tiny.yaml", "nonsense"),
+        ("launch", "--processes", "0", "train", "configs/tiny.yaml"),
+        ("launch", "--processes", "2"),
+        ("train", "configs/tiny.yaml", "parallel.tensor=3", "name=never"),
     ],
     ids=" ".join,
 )

@@ -213,7 +213,11 @@ def _two_level_scan(body: Callable, carry: Array, layers):
     def group(carry, layers):
         return jax.lax.scan(body, carry, layers)
 
-    groups = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), layers)
+    def grouped(a):
+        a = a if whole == N else a[:whole]  # a slice, even of everything, would cost a copy of the gradients
+        return a.reshape(-1, size, *a.shape[1:])
+
+    groups = jax.tree.map(grouped, layers)
     carry, stats = jax.lax.scan(jax.checkpoint(group), carry, groups)
     stats = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), stats)
     if whole == N:

@@ -306,9 +306,7 @@ def routed(layout, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
         return y_TD.reshape(x.shape), traffic
 
     in_specs = (s.tokens, s.w_gate_up, s.w_down, s.tokens, s.tokens)
-    return layout.on_each_device(local, in_specs, (s.tokens, Traffic(P(), P())))(
-        x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK
-    )
+    return layout.on_each_device(local, in_specs, (s.tokens, P()))(x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
 
 def _routed_fwd(layout, *args):

@@ -1,6 +1,7 @@
 """Which rows of a batch this process's devices hold, and how they become one array on the mesh."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def place(layout: Layout, batch: dict[str, np.ndarray], rows: Sequence[int], bat
         return {name: jax.numpy.asarray(a) for name, a in batch.items()}
     position = {row: i for i, row in enumerate(rows)}
 
-    def piece(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    def piece(array: np.ndarray, index: Any) -> np.ndarray:
         return array[[position[row] for row in range(*index[0].indices(batch_size))]]
 
     return {

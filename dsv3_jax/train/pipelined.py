@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def _without_layers(state: nnx.State) -> nnx.State:
 def pipelined_gradients(config: Config, layout: MeshLayout, router_bias: nnx.State, share: Share) -> Callable:
     """(params, batch) -> gradients, metrics; `train.grad_accum_steps` microbatches go through the pipeline."""
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), layout))
-    block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)
+    block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)  # `rules.check` made sure that there are some
     model.moe_blocks = None
     ends_graph, _, _ = nnx.split(model, nnx.Param, RouterBias)
     ends_bias, depth = _without_layers(router_bias), config.model.num_nextn_predict_layers
@@ -49,7 +50,8 @@ def pipelined_gradients(config: Config, layout: MeshLayout, router_bias: nnx.Sta
 
     def stage(layers, bias, x_BLD, segment_BX, live_N):
         segment_BL = segment_BX[:, : x_BLD.shape[1]]
-        x_BLD, stats = model.run(nnx.merge(block_graph, layers, bias), x_BLD, segment_BL, live_N)
+        blocks: Any = nnx.merge(block_graph, layers, bias)
+        x_BLD, stats = model.run(blocks, x_BLD, segment_BL, live_N)
         stats = jax.tree.map(lambda a: jnp.where(live_N.reshape(-1, *[1] * (a.ndim - 1)), a, 0), stats)
         balance = stats.balance_loss.sum() * share.weights.balance * (segment_BX.shape[0] / share.sequences)
         return (x_BLD, balance), stats

@@ -42,7 +42,8 @@ def loss(x_TD, w_DV, target_T, weight_T, axes: tuple[str, ...] = ()):
     counts from the first of them, so that it may lie outside; call it inside `shard_map` then."""
 
     def body(carry, chunk):
-        loss, correct, _, _ = _chunk_loss(chunk[0], w_DV, *chunk[1:], axes)
+        x, target, weight = chunk
+        loss, correct, _, _ = _chunk_loss(x, w_DV, target, weight, axes)
         return (carry[0] + loss, carry[1] + correct), None
 
     return lax.scan(body, (jnp.float32(0), jnp.float32(0)), _chunks(x_TD, target_T, weight_T))[0]

@@ -117,7 +117,7 @@ def test_targets_of_other_documents_do_not_count():
     assert [float(c) for c in target_counts(segments, 1)] == [3.0, 1.0]
 
 
-@pytest.mark.parametrize("remat", ["selective", "full"])
+@pytest.mark.parametrize("remat", ["selective", "full", "offload", "sqrt"])
 def test_remat_changes_no_gradient(remat):
     ids = tokens(2, 19)
 
