@@ -21,12 +21,20 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands(command):
+    command = [word for i, word in enumerate(command) if i or not re.fullmatch(r"[A-Z_]+=\S+", word)]  # an environment's
     if command[0] == "make":
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif command[0] == "dsv3":
         assert command[1] in _VERBS
+        if command[1] == "launch":
+            command = command[command.index("train") - 1 :]
         if command[1] in ("train", "describe"):
             load_config(ROOT / command[2], command[3:])
+    elif command[0] == "sbatch":
+        script = next(i for i, word in enumerate(command) if word.startswith("scripts/"))
+        assert (ROOT / command[script]).is_file()
+        assert command[script + 1] == "train"
+        load_config(ROOT / command[script + 2], command[script + 3 :])
     else:
         assert command[0] == "python"
         assert (ROOT / command[1]).is_file()

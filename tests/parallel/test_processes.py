@@ -72,13 +72,13 @@ def test_a_missing_process_is_named_in_time():
     """Two of three come: both end within the timeout (and a start) and say that it is process 1 that is missing."""
     port, began = free_port(), time.monotonic()
     program = ["-m", "dsv3_jax.cli", "train", "configs/tiny.yaml", "name=never"]
-    running = [start(program, process, 3, port, DSV3_JOIN_TIMEOUT_S="4") for process in (0, 2)]
+    running = [start(program, process, 3, port, DSV3_JOIN_TIMEOUT_S="15") for process in (0, 2)]
     for process in running:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
-        assert "1 of 3 processes did not join within 4 s: missing 1; joined: 0 on" in errors
+        assert "1 of 3 processes did not join within 15 s: missing 1; joined: 0 on" in errors
         assert len(errors.strip().splitlines()) == 1
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 90
     assert not (ROOT / "runs" / "never").exists()
 
 
@@ -86,7 +86,7 @@ def test_a_missing_coordinator_is_named_in_time():
     process = start(
         ["-m", "dsv3_jax.cli", "train", "configs/tiny.yaml", "name=never"], 1, 2, free_port(), DSV3_JOIN_TIMEOUT_S="2"
     )
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "process 0 at 127.0.0.1:" in errors
     assert "did not answer within 2 s" in errors
@@ -95,8 +95,8 @@ def test_a_missing_coordinator_is_named_in_time():
 def test_two_with_one_number_are_refused():
     port = free_port()
     program = ["-m", "dsv3_jax.cli", "train", "configs/tiny.yaml", "name=never"]
-    running = [start(program, process, 3, port, DSV3_JOIN_TIMEOUT_S="20") for process in (0, 1, 1)]
-    outcomes = [process.communicate(timeout=60)[1] for process in running]
+    running = [start(program, process, 3, port, DSV3_JOIN_TIMEOUT_S="40") for process in (0, 1, 1)]
+    outcomes = [process.communicate(timeout=120)[1] for process in running]
     assert all("two processes have DSV3_PROCESS_ID=1" in errors for errors in outcomes[:1])
     assert all(process.returncode == 2 for process in running)
 
