@@ -17,7 +17,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.interop.hf_weights import sources
 from dsv3_jax.model.layers import RouterBias
-from dsv3_jax.train.objective import LossWeights, objective, target_counts
+from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
 from tests.conftest import FIXTURES, ROOT
 
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
@@ -50,7 +50,7 @@ def gradients(model, ids):
     counts = target_counts(batch["segments"], 0)
 
     def loss(params):
-        return objective(nnx.merge(graph, params, bias), batch, LossWeights(0.0, 0.0), counts, ids.shape[0])[0]
+        return objective(nnx.merge(graph, params, bias), batch, Share(LossWeights(0.0, 0.0), counts, ids.shape[0]))[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     return float(value), nnx.to_pure_dict(grads)

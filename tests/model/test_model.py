@@ -13,7 +13,7 @@ from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import Router, sequence_balance_loss
 from dsv3_jax.model.transformer import Transformer, positions
-from dsv3_jax.train.objective import LossWeights, objective, target_counts
+from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
 
 MICRO = ModelConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=3,
@@ -97,7 +97,7 @@ def test_router_bias_gets_no_gradient_and_changes_no_weight():
 
 def loss_of(model: Transformer, ids, segments, mtp=1.0):
     counts = target_counts(segments, len(model.mtp))
-    return objective(model, {"tokens": ids, "segments": segments}, LossWeights(mtp, 1e-3), counts, ids.shape[0])
+    return objective(model, {"tokens": ids, "segments": segments}, Share(LossWeights(mtp, 1e-3), counts, ids.shape[0]))
 
 
 def test_mtp_targets_are_further_ahead():
