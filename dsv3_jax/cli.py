@@ -66,7 +66,7 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
 
     Args:
         run: The run's directory.
-        overrides: key=value for what may change: train.steps, train.eval_every, checkpoint.*.
+        overrides: key=value for what may change: train.steps, train.eval_every, checkpoint.*, and the mesh, parallel.*.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run: it has no config.yaml")

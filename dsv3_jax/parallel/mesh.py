@@ -56,23 +56,21 @@ def _place(device) -> tuple[int, int, int]:
 def ordered(devices: Sequence, shape: Sequence[int]) -> np.ndarray:
     """`devices` as an array of `shape`, whose last axes lie on the fastest links.
 
-    Several slices, and machines without a torus, are ordered by slice, host and place. The torus of one TPU slice is laid
-    out by JAX, which maps axes onto its dimensions.
+    Machines without a torus are ordered by host and place. A TPU slice's torus is laid out by JAX, which maps axes onto its
+    dimensions; the leading axes run across slices.
     """
     devices = sorted(devices, key=_place)
-    one_torus = hasattr(devices[0], "coords") and len({_place(d)[0] for d in devices}) == 1
-    if one_torus and len(devices) > 1:
+    if not hasattr(devices[0], "coords"):
+        return np.asarray(devices).reshape(shape)
+    slices = len({_place(d)[0] for d in devices})
+    if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    per_slice = len(devices) // len({_place(d)[0] for d in devices})
-    if hasattr(devices[0], "coords"):
-        return _across_slices(devices, shape, per_slice)
-    return np.asarray(devices).reshape(shape)
+    return _across_slices(devices, shape, slices)
 
 
-def _across_slices(devices: Sequence, shape: Sequence[int], per_slice: int) -> np.ndarray:
+def _across_slices(devices: Sequence, shape: Sequence[int], slices: int) -> np.ndarray:
     """Leading axes across slices, the rest inside, each slice's torus laid out by JAX."""
-    slices, across, inside = len(devices) // per_slice, [], []
-    left = slices
+    across, inside, left = [], [], slices
     for size in shape:
         outer = math.gcd(size, left)
         across.append(outer)

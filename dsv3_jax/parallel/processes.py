@@ -197,8 +197,3 @@ def agree(stop: bool, save: bool) -> tuple[bool, bool]:
         return stop, save
     flags = np.asarray(multihost_utils.process_allgather(np.asarray([stop, save])))
     return bool(flags[:, 0].any()), bool(flags[0, 1])
-
-
-def wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -44,7 +44,6 @@ COMPUTED: dict[str, Place] = {
 # Before and after a pipeline (embedding, dense layers, head, MTP modules) `pipe` serves as more of `tensor`.
 AT_THE_ENDS: dict[str, Place] = COMPUTED | dict.fromkeys(("heads", "ffn", "vocab", "sequence"), ("tensor", "pipe"))
 BATCH = ("data", "fsdp", "expert")  # rows of a batch
-CACHE = ("batch", None, None)  # of a latent cache, after its layer axis: B, S, latent
 
 
 def _place(axis: str | None, size: int, table: Mapping[str, Place | list[Place]], mesh: Mesh) -> Place:

@@ -11,8 +11,9 @@ from dsv3_jax.checkpoint.manager import complete_steps
 from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
 from dsv3_jax.errors import UserError
 
-# Keys that may change when a run goes on: they decide how long and how often, never what a step computes.
-_MAY_CHANGE = {"train.steps", "train.eval_every", "train.eval_batches", "data.cache_dir"}
+# Keys that may change when a run goes on: they decide how long, how often and where, never what a step computes.
+_MAY_CHANGE = {"train.steps", "train.eval_every", "train.eval_batches", "train.grad_accum_steps", "data.cache_dir"}
+_SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -53,7 +54,7 @@ class RunDirectory:
             raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
         old = _leaves(config_to_dict(load_config(self.config_file)))
         for key, value in _leaves(config_to_dict(config)).items():
-            free = key in _MAY_CHANGE or key.startswith("checkpoint.")
+            free = key in _MAY_CHANGE or key.startswith(_SECTIONS_THAT_MAY_CHANGE)
             if old.get(key) != value and not free:
                 raise UserError(
                     f"{self.path} belongs to another config: {key} was {old.get(key)!r}, now {value!r}; "

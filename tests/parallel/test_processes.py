@@ -137,9 +137,13 @@ def test_launch_trains_evaluates_and_resumes(micro_overrides, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 4/4") >= 1
     assert "4 devices in 2 process(es): fsdp 2 x expert 2" in done.stdout
-    done = dsv3(*two, "resume", "runs/two", "train.steps=6")
+    # on with one device, and on with two processes again on another mesh
+    done = dsv3("resume", "runs/two", "train.steps=5", "parallel.fsdp=1", "parallel.expert=1")
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
+    done = dsv3(*two, "resume", "runs/two", "train.steps=6", "parallel.fsdp=4")
+    assert done.returncode == 0, done.stderr
+    assert "4 devices in 2 process(es): fsdp 4" in done.stdout
     alone = dsv3("train", config, *micro_overrides, "data.batch_size=8", "name=one")
     assert alone.returncode == 0, alone.stderr
     losses = [
