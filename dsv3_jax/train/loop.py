@@ -4,10 +4,9 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -132,16 +131,29 @@ def _evaluate(config: Config, layout: Layout, eval_step, state: TrainState, corp
     return row if state.ema is None else row | {"eval_loss_ema": run(state.ema).loss}
 
 
-def _start(
-    config: Config, layout: Layout, manager: CheckpointManager, source: PackedWindows, rows: list[int]
-) -> tuple[TrainState, Iterator]:
-    """A fresh state, or that of the latest checkpoint with the data where it left them."""
-    batches = train_batches(source, config.data.batch_size, rows)
+class _Data(NamedTuple):
+    """What this process reads: its `rows` of every batch, from `batches`."""
+
+    corpus: Corpus
+    source: PackedWindows
+    rows: list[int]
+    batches: Any  # a grain iterator of these rows
+
+
+def _data(config: Config, layout: Layout, corpus: Corpus) -> _Data:
+    ahead = 1 + config.model.num_nextn_predict_layers
+    source = PackedWindows(corpus.train, config.data.seq_len, ahead, config.train.seed, shuffle=True)
+    rows = local_rows(layout, config.data.batch_size)
+    return _Data(corpus, source, rows, train_batches(source, config.data.batch_size, rows))
+
+
+def _start(config: Config, layout: Layout, manager: CheckpointManager, data: _Data) -> TrainState:
+    """A fresh state, or that of the latest checkpoint, with the data moved to where it left them."""
     if manager.latest() is None:
-        return new_state(config, layout), batches
+        return new_state(config, layout)
     state, metadata = manager.restore(abstract_state(config, layout))
-    batches.set_state(metadata["data"])
-    return state, batches
+    data.batches.set_state(metadata["data"])
+    return state
 
 
 def train(config: Config, root: Path = Path("runs")) -> TrainResult:
@@ -156,12 +168,10 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache
     corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
     corpus = corpus or load_corpus(config.data, config.model.vocab_size)
-    ahead = 1 + config.model.num_nextn_predict_layers
-    source = PackedWindows(corpus.train, config.data.seq_len, ahead, config.train.seed, shuffle=True)
+    data = _data(config, layout, corpus)
     on_first(lambda: run.create(config, corpus.tokenizer))
     manager = CheckpointManager(run.checkpoints, config.checkpoint.keep)
-    rows = local_rows(layout, config.data.batch_size)
-    state, batches = _start(config, layout, manager, source, rows)
+    state = _start(config, layout, manager, data)
     done = int(state.step)
     with ProgressReporter(config.train.steps, done, quiet=not is_first()) as progress, _StopRequest() as stop:
         for line in _about_mesh(config, layout):
@@ -170,7 +180,7 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
             progress.say(f"resuming {run.path} at step {done}")
         writer = MetricsWriter(run, done) if is_first() else None
         try:
-            state, stopped = _steps(config, layout, state, batches, rows, source, corpus, manager, writer, progress, stop)
+            state, stopped = _steps(config, layout, state, data, manager, writer, progress, stop)
         finally:
             if writer is not None:
                 writer.close()
@@ -199,8 +209,8 @@ def _about_mesh(config: Config, layout: Layout) -> list[str]:
 
 
 def _steps(
-    config: Config, layout: Layout, state: TrainState, batches: Any, rows: list[int], source: PackedWindows, corpus: Corpus,
-    manager: CheckpointManager, writer: MetricsWriter | None, progress: ProgressReporter, stop: _StopRequest,
+    config: Config, layout: Layout, state: TrainState, data: _Data, manager: CheckpointManager,
+    writer: MetricsWriter | None, progress: ProgressReporter, stop: _StopRequest,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """The state after the last step, and whether a signal, in this or another process, made it the last."""
     train_step, eval_step = make_train_step(config, layout), make_eval_step(config, layout)
@@ -208,22 +218,22 @@ def _steps(
     clock = _SaveClock(config)
 
     def save() -> None:
-        manager.save(state, {"config": config_to_dict(config), "data": batches.get_state()})
+        manager.save(state, {"config": config_to_dict(config), "data": data.batches.get_state()})
         clock.saved()
 
     step, last = int(state.step), config.train.steps
-    stopping = stop.signal is not None
+    stopping, _ = agree(stop.signal is not None, save=False)
     while step < last and not stopping:
         began = time.perf_counter()
-        batch = jax.tree.map(np.asarray, next(batches))
-        state, metrics = train_step(state, place(layout, batch, rows, config.data.batch_size))
+        batch = jax.tree.map(np.asarray, next(data.batches))
+        state, metrics = train_step(state, place(layout, batch, data.rows, config.data.batch_size))
         step += 1
         metrics = jax.device_get(metrics)
         row = _row(config, step, metrics, time.perf_counter() - began)
-        _check_health(config, source, step, metrics, manager)
+        _check_health(config, data.source, step, metrics, manager)
         assert train_step._cache_size() == 1, "the training step was compiled twice"
         if step % config.train.eval_every == 0 or step == last:
-            row |= _evaluate(config, layout, eval_step, state, corpus)
+            row |= _evaluate(config, layout, eval_step, state, data.corpus)
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
         if writer is not None:
             writer.write(row)
