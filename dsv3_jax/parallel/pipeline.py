@@ -157,6 +157,11 @@ def _chunk(tree: Tree, chunk) -> Tree:
     return jax.tree.map(lambda a: a[chunk], tree)
 
 
+def _accumulated(totals: Tree, gradients: Tree) -> Tree:
+    """Their sum, in the totals' dtype."""
+    return jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals, gradients)
+
+
 class _Carry(NamedTuple):
     x: jax.Array  # [stages, rows, L, D]: what each stage takes next, forward
     dy: jax.Array  # the same, backward
@@ -269,9 +274,9 @@ class _Run:
         x = jax.eval_shape(self.pipeline.first, self.ends, microbatch)
         s, layout = self.schedule, self.layout
 
-        def zeros(spec: P, *shape: int, dtype=x.dtype):
+        def zeros(spec: P, *shape: int):
             sharding = jax.sharding.NamedSharding(layout.mesh, spec)
-            return lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+            return lax.with_sharding_constraint(jnp.zeros(shape, x.dtype), sharding)
 
         turning = 1 if s.name == "1f1b" else s.microbatches
         f32 = jnp.float32
@@ -340,7 +345,7 @@ class _Run:
             (d_ends, dy), new = gradient(self.ends, y, self._microbatch(row.leaving))
             slot = row.leaving % turning.shape[0]
             return (
-                jax.tree.map(lambda total, d: total + d.astype(total.dtype), end_gradients, d_ends),
+                _accumulated(end_gradients, d_ends),
                 jax.tree.map(jnp.add, metrics, new),
                 lax.dynamic_update_index_in_dim(turning, dy, slot, 0),
             )
@@ -384,7 +389,7 @@ class _Run:
             dx = self._to_ends(carry.dy, 0)
             microbatch = self._microbatch(row.done)
             _, vjp = jax.vjp(lambda ends: self.pipeline.first(ends, microbatch), self.ends)
-            return jax.tree.map(lambda total, d: total + d.astype(total.dtype), end_gradients, vjp(dx)[0])
+            return _accumulated(end_gradients, vjp(dx)[0])
 
         end_gradients = lax.cond(row.done >= 0, finish, lambda g: g, carry.end_gradients)
         return carry._replace(end_gradients=end_gradients)
