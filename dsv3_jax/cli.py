@@ -131,6 +131,8 @@ def generate(
 ) -> None:
     """Continue a text with a run or checkpoint; prints prompt and continuation.
 
+    Takes the run's mesh if this machine has the devices for it, and one device if not.
+
     Example: dsv3 generate runs/tiny --prompt "def main(" --max-new-tokens 50 --temperature 0.8
 
     Args:
@@ -141,10 +143,12 @@ def generate(
         top_p: Sample from the smallest set of tokens with this probability.
         seed: Of the sampling.
     """
+    _join()
     import numpy as np
 
     from dsv3_jax.checkpoint.load import load_with_config
     from dsv3_jax.data.tokenizer import special_ids
+    from dsv3_jax.parallel.processes import is_first
     from dsv3_jax.serve.generate import generate as run_generation
 
     loaded = load_with_config(run)
@@ -152,7 +156,8 @@ def generate(
     bos, eos = special_ids(tokenizer)
     ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     out = run_generation(loaded.model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=eos)
-    print(tokenizer.decode(np.asarray(out[0]).tolist()))
+    if is_first():
+        print(tokenizer.decode(np.asarray(out)[0].tolist()))
 
 
 def describe(config: ConfigPath, overrides: Overrides = ()) -> None:

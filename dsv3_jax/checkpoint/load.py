@@ -17,6 +17,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.processes import on_first
+from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.train.state import abstract_model, abstract_state
 
 
@@ -56,13 +57,6 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     return Checkpoint(path, config_from_dict(read_metadata(path)["config"], str(path)))
 
 
-def load_with_config(run_or_checkpoint: str | Path) -> Loaded:
-    """The model on one device. Raises as `open_checkpoint`."""
-    found = open_checkpoint(run_or_checkpoint)
-    graph, params, router_bias = abstract_model(found.config)
-    return Loaded(found.path, found.config, nnx.merge(graph, *load_weights(found.path, params, router_bias)))
-
-
 def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
     """The weights on the run's mesh, or on one device where there are too few for it. Raises as `open_checkpoint`."""
     found = open_checkpoint(run_or_checkpoint)
@@ -72,10 +66,16 @@ def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
         config = replace(config, parallel=ParallelConfig())
     layout = layout_for(config)
     state = abstract_state(config, layout)
-    weights = load_weights(found.path, state.params, state.router_bias)
-    return LoadedWeights(found.path, config, layout, *weights)
+    return LoadedWeights(found.path, config, layout, *load_weights(found.path, state.params, state.router_bias))
+
+
+def load_with_config(run_or_checkpoint: str | Path) -> Loaded:
+    """The model where `load_for_evaluation` puts its weights. Raises as `open_checkpoint`."""
+    loaded = load_for_evaluation(run_or_checkpoint)
+    graph, _, _ = abstract_model(loaded.config, for_serving(loaded.layout))
+    return Loaded(loaded.path, loaded.config, nnx.merge(graph, loaded.params, loaded.router_bias))
 
 
 def load(run_or_checkpoint: str | Path) -> Transformer:
-    """The model of a run (its latest checkpoint) or of one checkpoint, on one device."""
+    """The model of a run (its latest checkpoint) or of one checkpoint, on the run's mesh if there are the devices for it."""
     return load_with_config(run_or_checkpoint).model

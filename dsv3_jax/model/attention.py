@@ -96,7 +96,9 @@ class Attention(nnx.Module):
         visible_BLS: Bool[Array, "B L S"],
     ) -> Float[Array, "B L D"]:
         """Attention of L new tokens over the cached latents, with the up-projections absorbed."""
-        q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
+        # tokens and weights meet on all devices; in between, sequences go to where their cache is
+        q_BLHX = self.queries(x_BLD, rope)
+        q_nope_BLHN, q_rope_BLHR = (self.layout.constrain(q, "cache_batch", None, "heads", None) for q in q_BLHX)
         w_kv_b_CHX = self.w_kv_b_CHX.astype(x_BLD.dtype)
         w_k_CHN, w_v_CHU = jnp.split(w_kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
         q_latent_BLHC = jnp.einsum("blhn,chn->blhc", q_nope_BLHN, w_k_CHN)
@@ -105,4 +107,5 @@ class Attention(nnx.Module):
         scores_BHLS = jnp.where(visible_BLS[:, None], scores_BHLS * attention_scale(self.config), -jnp.inf)
         probs_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(x_BLD.dtype)
         out_latent_BLHC = jnp.einsum("bhls,bsc->blhc", probs_BHLS, c_kv_BSC)
-        return self.output(jnp.einsum("blhc,chu->blhu", out_latent_BLHC, w_v_CHU))
+        out_BLHU = jnp.einsum("blhc,chu->blhu", out_latent_BLHC, w_v_CHU)
+        return self.output(self.layout.constrain(out_BLHU, None, None, "heads", None))

@@ -65,6 +65,21 @@ class Layout:
         )
         return y_TD.reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))
 
+    def held_experts(
+        self,
+        f: Callable[..., Array],
+        weights: tuple[Array, ...],
+        axes: tuple[tuple[str | None, ...], ...],
+        x_TD: Float[Array, "T D"],
+        expert_TK: Int[Array, "T K"],
+        weight_TK: Float[Array, "T K"],
+    ) -> Float[Array, "T D"]:
+        """f(*weights, x_TD, expert_TK, weight_TK), a sum over experts, by those who hold them; for decoding.
+
+        An expert's number is counted among those that the weights given to `f` have; f skips the number after the last.
+        """
+        return f(*weights, x_TD, expert_TK, weight_TK)
+
     def cross_entropy(
         self,
         x_BLD: Float[Array, "B L D"],

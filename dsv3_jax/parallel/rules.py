@@ -43,6 +43,17 @@ COMPUTED: dict[str, Place] = {
 }
 # Before and after a pipeline (embedding, dense layers, head, MTP modules) `pipe` serves as more of `tensor`.
 AT_THE_ENDS: dict[str, Place] = COMPUTED | dict.fromkeys(("heads", "ffn", "vocab", "sequence"), ("tensor", "pipe"))
+# Decoding (see `serving.py`): a step's few tokens are whole everywhere, weights stay as they are stored but for the routed
+# experts, which are spread over all devices that they divide over; so are the sequences of a cache.
+SERVED: dict[str, Place | list[Place]] = {
+    "cache_batch": [
+        ("data", "fsdp", "expert", "pipe"), ("data", "fsdp", "expert"), ("fsdp", "expert", "pipe"), ("fsdp", "expert"),
+        ("expert",), ("fsdp",), ("data",), ("pipe",), (),
+    ],
+    "experts": [("expert", "fsdp", "pipe", "data"), ("expert", "fsdp", "pipe"), ("expert", "fsdp"), ("expert",)],
+    "heads": ("tensor",),
+    "moe_ffn": ("tensor",),
+}  # fmt: skip
 BATCH = ("data", "fsdp", "expert")  # rows of a batch
 
 

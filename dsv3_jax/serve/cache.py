@@ -3,6 +3,7 @@
 A token costs kv_lora_rank + qk_rope_head_dim numbers a layer, whatever the number of heads.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
 from dsv3_jax.model.rope import rope_table
 from dsv3_jax.model.transformer import Block, Transformer
@@ -31,9 +33,16 @@ class Layer(NamedTuple):
     experts: RoutedExperts | None  # None: a dense layer
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty_cache(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
+    """Where the layout of the model that will fill it wants it."""
     shape = (config.num_hidden_layers, batch, length)
-    return LatentCache(jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype))
+    c_kv_NBSC = jnp.zeros((*shape, config.kv_lora_rank), dtype)
+    return _in_place(layout, LatentCache(c_kv_NBSC, jnp.zeros((*shape, config.qk_rope_head_dim), dtype)))
+
+
+def _in_place(layout: Layout, cache: LatentCache) -> LatentCache:
+    return LatentCache(*(layout.constrain(a, None, "cache_batch", None, None) for a in cache))
 
 
 def unstack(model: Transformer, tokens: int) -> list[Layer]:
@@ -64,16 +73,31 @@ def _without_experts(blocks: Block) -> nnx.State:
 
 def _routed_experts(stack: MoE, layer: int, tokens: int, dtype: jnp.dtype) -> RoutedExperts:
     """Layer `layer`'s experts, in the layout that a step of `tokens` tokens reads fastest."""
-    E, K = stack.config.n_routed_experts, stack.config.num_experts_per_tok
+    layout = stack.layout
     w_gate_up_NED2M, w_down_NEMD = stack.w_gate_up_ED2M.astype(dtype), stack.w_down_EMD.astype(dtype)
-    if dense_is_worthwhile(tokens, K, E):
+    w_gate_up_NED2M = layout.constrain(w_gate_up_NED2M, None, "experts", None, None, "moe_ffn")
+    w_down_NEMD = layout.constrain(w_down_NEMD, None, "experts", "moe_ffn", None)
+    if dense_is_worthwhile(tokens, stack.config.num_experts_per_tok, stack.config.n_routed_experts):
         # the barrier keeps one plain transpose of the whole stack, which is much faster than one fused into each slice
         w_gate_up_NDE2M = jax.lax.optimization_barrier(jnp.moveaxis(w_gate_up_NED2M, 1, 2))
-        w_gate_up_DE2M, w_down_EMD = w_gate_up_NDE2M[layer], w_down_NEMD[layer]
-        return lambda x_TD, expert_TK, weight_TK: dense_swiglu(x_TD, w_gate_up_DE2M, w_down_EMD, expert_TK, weight_TK)
-    # all layers' experts as one long list: the grouped kernel reads those that are chosen, and nothing is copied
-    w_gate_up, w_down = (w.reshape(-1, *w.shape[2:]) for w in (w_gate_up_NED2M, w_down_NEMD))
-    return lambda x_TD, expert_TK, weight_TK: grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK + layer * E, weight_TK)
+        weights = w_gate_up_NDE2M[layer], w_down_NEMD[layer]
+        axes = (None, "experts", None, "moe_ffn"), ("experts", "moe_ffn", None)
+
+        def held(w_gate_up_DE2M, w_down_EMD, x_TD, expert_TK, weight_TK):
+            return dense_swiglu(x_TD, w_gate_up_DE2M, w_down_EMD, expert_TK, weight_TK)
+
+    else:
+        # all layers' experts as one long list: the grouped kernel reads those that are chosen, and nothing is copied
+        weights = w_gate_up_NED2M, w_down_NEMD
+        axes = (None, "experts", None, None, "moe_ffn"), (None, "experts", "moe_ffn", None)
+
+        def held(w_gate_up_NED2M, w_down_NEMD, x_TD, expert_TK, weight_TK):
+            N, E = w_down_NEMD.shape[:2]
+            expert_TK = jnp.where(expert_TK < E, expert_TK + layer * E, N * E)
+            w_gate_up, w_down = (w.reshape(N * E, *w.shape[2:]) for w in (w_gate_up_NED2M, w_down_NEMD))
+            return grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
+
+    return functools.partial(layout.held_experts, held, weights, axes)
 
 
 def extend(
@@ -88,7 +112,7 @@ def extend(
     rope = rope_table(model.config, jnp.broadcast_to(position_L, (B, L)))
     visible_LS = jnp.arange(cache.c_kv_NBSC.shape[2]) <= position_L[:, None]
     visible_BLS = jnp.broadcast_to(visible_LS, (B, *visible_LS.shape))
-    c_kv_NBSC, k_rope_NBSR = cache
+    c_kv_NBSC, k_rope_NBSR = _in_place(model.layout, cache)
 
     x_BLD = model.embed(token_BL)
     for i, (block, experts) in enumerate(layers):
@@ -103,4 +127,4 @@ def extend(
             x_BLD += block.ffn.decode(normed_BLD, experts)
         else:
             x_BLD += block.ffn(normed_BLD)
-    return model.norm(x_BLD), LatentCache(c_kv_NBSC, k_rope_NBSR)
+    return model.norm(x_BLD), _in_place(model.layout, LatentCache(c_kv_NBSC, k_rope_NBSR))

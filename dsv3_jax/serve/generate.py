@@ -17,7 +17,8 @@ _LENGTH_STEP = 128  # cache lengths are multiples of this, so that few programs 
 
 
 def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
-    return jnp.dot(x_BD, model.head_weight().astype(x_BD.dtype), preferred_element_type=jnp.float32)
+    logits_BV = jnp.dot(x_BD, model.head_weight().astype(x_BD.dtype), preferred_element_type=jnp.float32)
+    return model.layout.constrain(logits_BV, None, None)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -44,10 +45,10 @@ def _sample(logits_BV: Array, key: Array, temperature: Array, top_p: Array) -> I
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, key, eos_id):
+def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, seed, eos_id):
     """Fill token_BS[:, begin:end]; rows that reached `eos_id` (-1: none) repeat it, and all rows there end the loop."""
     model = nnx.merge(graph, state)
-    layers = unstack(model, token_BS.shape[0])
+    layers, key = unstack(model, token_BS.shape[0]), jax.random.key(seed)
 
     def running(carry):
         position, _, _, _, done_B = carry
@@ -64,7 +65,7 @@ def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, t
     done_B = jnp.zeros(token_BS.shape[0], bool)
     position, token_BS, _, _, done_B = jax.lax.while_loop(running, step, (begin, token_BS, logits_BV, cache, done_B))
     after = (jnp.arange(token_BS.shape[1]) >= position) & (jnp.arange(token_BS.shape[1]) < end)
-    return jnp.where(after, eos_id, token_BS)
+    return model.layout.constrain(jnp.where(after, eos_id, token_BS), None, None)
 
 
 def generate(
@@ -99,17 +100,17 @@ def generate(
 
     graph, state = nnx.split(model)
     length = -(-(T + max_new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
-    cache = empty_cache(config, B, length, model.dtype)
+    cache = empty_cache(config, model.layout, B, length, model.dtype)
     token_BS = np.zeros((B, length), np.int32)
     token_BS[:, :T] = prompt_BT
     logits_BV = None
     size = next(c for c in (8, 16, 32, _PREFILL_CHUNK) if c >= min(T, _PREFILL_CHUNK))
+    # what comes from the host is numpy's, which several processes' devices take as one value
     for start in range(0, T, size):
         last = min(T - start, size) - 1
-        chunk = jnp.asarray(token_BS[:, start : start + size])
-        logits_BV, cache = _prefill(graph, state, cache, chunk, jnp.int32(start), jnp.int32(last))
+        logits_BV, cache = _prefill(graph, state, cache, token_BS[:, start : start + size], np.int32(start), np.int32(last))
     out_BS = _decode(
-        graph, state, cache, jnp.asarray(token_BS), logits_BV, jnp.int32(T), jnp.int32(T + max_new_tokens),
-        jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), jnp.int32(-1 if eos_id is None else eos_id),
+        graph, state, cache, token_BS, logits_BV, np.int32(T), np.int32(T + max_new_tokens), np.float32(temperature),
+        np.float32(top_p), np.uint32(seed), np.int32(-1 if eos_id is None else eos_id),
     )  # fmt: skip
     return out_BS[:, : T + max_new_tokens]

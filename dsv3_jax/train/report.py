@@ -5,29 +5,26 @@ import json
 import lzma
 from pathlib import Path
 
-import jax
 import matplotlib
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from dsv3_jax.checkpoint.manager import load_weights, resolve
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import documents, is_validation
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.data.tokenizer import special_ids
-from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.processes import is_first
+from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.loop import TrainResult
 from dsv3_jax.train.run import read_metrics
-from dsv3_jax.train.state import ONE_DEVICE, abstract_model
+from dsv3_jax.train.state import abstract_model
 from dsv3_jax.train.step import make_eval_step
 
 _MAX_BYTES = 2**21  # of held-out text: enough for a stable figure, and seconds to evaluate
 _SAMPLE_TOKENS = 120
-_SAMPLE_MAX_BYTES = 8e9  # of float32 weights
 
 
 def first_documents(store: TokenStore, max_bytes: int) -> TokenStore:
@@ -80,22 +77,10 @@ def plot_loss(metrics_file: Path, png: Path, title: str) -> None:
     figure.savefig(png, dpi=120)
 
 
-def _on_one_device(config: Config, result: TrainResult) -> Transformer | None:
-    """The trained model on one device; None where several processes trained it, or it is too large for that."""
-    graph, params, router_bias = abstract_model(config)
-    if result.layout == ONE_DEVICE:
-        return nnx.merge(graph, result.state.params, result.state.router_bias)
-    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
-    if jax.process_count() > 1 or size > _SAMPLE_MAX_BYTES:
-        return None
-    return nnx.merge(graph, *load_weights(resolve(result.run.path), params, router_bias))
-
-
 def sample(config: Config, result: TrainResult) -> str:
     """A continuation of the beginning of a held-out document."""
-    model = _on_one_device(config, result)
-    if model is None:
-        return "(none here; dsv3 generate makes one)"
+    graph, _, _ = abstract_model(config, for_serving(result.layout))
+    model = nnx.merge(graph, result.state.params, result.state.router_bias)
     tokenizer, store = result.corpus.tokenizer, result.corpus.validation
     room = config.model.max_position_embeddings - _SAMPLE_TOKENS
     prompt = np.asarray(store.tokens[: min(32, int(store.offsets[1]) - 1, max(room, 1))])
@@ -103,18 +88,17 @@ def sample(config: Config, result: TrainResult) -> str:
     ids = generate(
         model, prompt[None], new, temperature=0.7, top_p=0.95, seed=config.train.seed, eos_id=special_ids(tokenizer)[1]
     )
-    return tokenizer.decode(np.asarray(ids[0]).tolist())
+    return tokenizer.decode(np.asarray(ids)[0].tolist())
 
 
 def finish(config: Config, result: TrainResult) -> None:
     """Write report.json, loss.png and sample.txt into the run, and print them (process 0)."""
     run = result.run
-    figures = compression(config, result)  # all processes' devices take part
+    figures, text = compression(config, result), sample(config, result)  # all processes' devices take part
     if not is_first():
         return
     (run.path / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
     plot_loss(run.metrics_file, run.path / "loss.png", f"{config.name}: step {int(result.state.step)}")
-    text = sample(config, result)
     (run.path / "sample.txt").write_text(text + "\n")
     print(f"held-out text, {figures['held_out_bytes']:,} bytes:")
     for name, key in (("model", "bits_per_byte"), ("gzip -9", "gzip_9_bits_per_byte"), ("xz -9", "xz_9_bits_per_byte")):

@@ -33,6 +33,6 @@ def grouped_swiglu(
     if implementation == "auto":
         return jax.lax.platform_dependent(
             x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK,
-            cpu=_IMPLEMENTATIONS["blocked"], default=_IMPLEMENTATIONS["ragged"],
+            tpu=_IMPLEMENTATIONS["ragged"], default=_IMPLEMENTATIONS["blocked"],
         )  # fmt: skip
     return _IMPLEMENTATIONS[implementation](x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)

@@ -19,7 +19,7 @@ def test_cached_hidden_states_equal_uncached(model):
     """Token by token and in uneven pieces, past where the cache was padded."""
     ids = np.load(FIXTURES / "v3_tiny" / "reference.npz")["input_ids_0"]
     expected, _ = model.hidden(jnp.asarray(ids), jnp.zeros(ids.shape, jnp.int32))
-    cache = empty_cache(model.config, ids.shape[0], 80, jnp.dtype("float32"))
+    cache = empty_cache(model.config, model.layout, ids.shape[0], 80, jnp.dtype("float32"))
     start = 0
     for size in (5, 1, 1, 17, 1, 20):
         hidden, cache = extend(

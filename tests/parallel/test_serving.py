@@ -1,0 +1,60 @@
+"""Decoding on a mesh: one device's tokens, caches that are spread out, weights that stay where they are."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dsv3_jax as dsv3
+from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.parallel.serving import for_serving
+from dsv3_jax.serve import generate as serving
+from dsv3_jax.serve.cache import empty_cache
+from dsv3_jax.train.state import abstract_model
+from tests.parallel.cases import MESHES, config_of, initial_state, state_on
+
+SERVED = ["expert=8", "tensor=4", "fsdp=4 tensor=2", "fsdp=2 expert=4", "data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"]
+
+
+def model_on(mesh: str):
+    """The same weights on any mesh; no name of one is one device."""
+    config = config_of(MESHES.get(mesh, []))
+    layout = layout_for(config)
+    state = state_on(config, layout) if mesh else initial_state()
+    graph, _, _ = abstract_model(config, for_serving(layout))
+    return nnx.merge(graph, state.params, state.router_bias)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return model_on("")
+
+
+@pytest.mark.parametrize("mesh", SERVED)
+def test_a_mesh_generates_what_one_device_does(alone, mesh):
+    """Both ways of running experts (few tokens and many), batches that devices divide and that they don't."""
+    model = model_on(mesh)
+    for batch, length in ((1, 3), (8, 11)):
+        prompt = np.random.default_rng(batch).integers(0, 72, (batch, length))
+        ours, theirs = (np.asarray(dsv3.generate(m, prompt, 8)) for m in (model, alone))
+        np.testing.assert_array_equal(ours, theirs)
+    logits = [np.asarray(m(np.arange(15).reshape(3, 5))) for m in (model, alone)]
+    np.testing.assert_allclose(*logits, atol=1e-5 * np.abs(logits[1]).max())  # float32, other orders of summation
+
+
+def test_sampling_on_a_mesh_draws_what_one_device_does(alone):
+    draws = [np.asarray(dsv3.generate(m, [[1, 2, 3]], 12, temperature=1.0, seed=5)) for m in (model_on("expert=8"), alone)]
+    np.testing.assert_array_equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "parts"),
+    [("expert=8", 8, 8), ("expert=8", 3, 1), ("fsdp=2 expert=4", 4, 4), ("data=2 pipe=2 expert=2", 16, 8), ("tensor=4", 4, 1)],
+)
+def test_caches_are_spread_by_the_table(mesh, batch, parts):
+    model = model_on(mesh)
+    for array in empty_cache(model.config, model.layout, batch, 128, jnp.dtype("float32")):
+        assert array.sharding.shard_shape(array.shape)[1] == batch // parts
