@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import FailedElsewhere, UserError
 from dsv3_jax.parallel.processes import on_first
 from dsv3_jax.train.state import TrainState
 
@@ -132,6 +132,8 @@ class CheckpointManager:
         try:
             ocp.save_checkpointables(str(target), parts, custom_metadata=metadata)
             on_first(lambda: _write_manifest(target))
+        except FailedElsewhere:
+            raise
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
             with contextlib.suppress(OSError):
                 shutil.rmtree(target, ignore_errors=True)
@@ -177,15 +179,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
-    """Arrays of the named parts, each in the structure and shardings of its template; on one local device without any."""
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def place(shape):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shape.sharding or one_device)
-
-    abstract = {name: jax.tree.map(place, _flat(tree)) for name, tree in templates.items()}
+    """Arrays of the named parts, each in the structure and shardings of its template."""
     try:
-        flat = ocp.load_checkpointables(str(directory), abstract)
+        flat = ocp.load_checkpointables(str(directory), {name: _flat(tree) for name, tree in templates.items()})
     except Exception as error:  # the same: whatever tensorstore or Orbax raise, the file is at fault
         raise UserError(f"cannot load checkpoint {directory}: {_reason(error)}") from error
     return {name: _unflat(templates[name], flat[name]) for name in templates}

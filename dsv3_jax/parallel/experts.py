@@ -276,9 +276,8 @@ def _scatter(dw, axes: tuple[str, ...], dim: int):
     return lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw
 
 
-def _weights(s: _Setting, w_gate_up, w_down, dtype):
+def _weights(s: _Setting, w_gate_up, w_down):
     """This device's experts, whole."""
-    w_gate_up, w_down = w_gate_up.astype(dtype), w_down.astype(dtype)
     return _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
 
 
@@ -297,7 +296,7 @@ def routed(layout, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
     s, experts = _setting(layout), w_down_EMD.shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight):
-        whole = _weights(s, w_gate_up, w_down, x.dtype)
+        whole = _weights(s, w_gate_up, w_down)
         expert_TK = _flat(expert)
         route = _route(layout, expert_TK, experts)
         y_TD = _forward(route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
@@ -317,7 +316,7 @@ def _routed_bwd(layout, args, cotangents):
     s, experts = _setting(layout), args[2].shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight, dy):
-        whole = _weights(s, w_gate_up, w_down, x.dtype)
+        whole = _weights(s, w_gate_up, w_down)
         expert_TK = _flat(expert)
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in whole)
         dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(

@@ -249,16 +249,10 @@ class _Run:
 
     @property
     def _layer_specs(self) -> Tree:
-        """Of one stage's piece: [most, ...]."""
+        """Of one stage's piece, [most, ...]; its arrays are [stages, chunks, most, ...]."""
 
         def of(v):
-            stored = without_pipe(spec_of(v, self.layout))
-            return P(None, *stored)
-
-        def spec_of(v, layout):
-            axes = v.get_metadata("logical_axes")
-            stacked = jax.ShapeDtypeStruct(v.get_value().shape[2:], jnp.float32)
-            return P(*stored_spec(v.replace(stacked), layout.mesh)[-len(axes) :])
+            return P(*without_pipe(stored_spec(v, self.layout.mesh))[2:])
 
         return jax.tree.map(of, self.staged, is_leaf=is_variable)
 

@@ -52,6 +52,7 @@ SERVED: dict[str, Place | list[Place]] = {
     ],
     "experts": [("expert", "fsdp", "pipe", "data"), ("expert", "fsdp", "pipe"), ("expert", "fsdp"), ("expert",)],
     "heads": ("tensor",),
+    "ffn": ("tensor",),
     "moe_ffn": ("tensor",),
 }  # fmt: skip
 BATCH = ("data", "fsdp", "expert")  # rows of a batch

@@ -73,31 +73,36 @@ def _without_experts(blocks: Block) -> nnx.State:
 
 def _routed_experts(stack: MoE, layer: int, tokens: int, dtype: jnp.dtype) -> RoutedExperts:
     """Layer `layer`'s experts, in the layout that a step of `tokens` tokens reads fastest."""
-    layout = stack.layout
     w_gate_up_NED2M, w_down_NEMD = stack.w_gate_up_ED2M.astype(dtype), stack.w_down_EMD.astype(dtype)
-    w_gate_up_NED2M = layout.constrain(w_gate_up_NED2M, None, "experts", None, None, "moe_ffn")
-    w_down_NEMD = layout.constrain(w_down_NEMD, None, "experts", "moe_ffn", None)
-    if dense_is_worthwhile(tokens, stack.config.num_experts_per_tok, stack.config.n_routed_experts):
-        # the barrier keeps one plain transpose of the whole stack, which is much faster than one fused into each slice
-        w_gate_up_NDE2M = jax.lax.optimization_barrier(jnp.moveaxis(w_gate_up_NED2M, 1, 2))
-        weights = w_gate_up_NDE2M[layer], w_down_NEMD[layer]
-        axes = (None, "experts", None, "moe_ffn"), ("experts", "moe_ffn", None)
+    w_gate_up_NED2M = stack.layout.constrain(w_gate_up_NED2M, None, "experts", None, None, "moe_ffn")
+    w_down_NEMD = stack.layout.constrain(w_down_NEMD, None, "experts", "moe_ffn", None)
+    dense = dense_is_worthwhile(tokens, stack.config.num_experts_per_tok, stack.config.n_routed_experts)
+    return (_dense if dense else _grouped)(stack.layout, layer, w_gate_up_NED2M, w_down_NEMD)
 
-        def held(w_gate_up_DE2M, w_down_EMD, x_TD, expert_TK, weight_TK):
-            return dense_swiglu(x_TD, w_gate_up_DE2M, w_down_EMD, expert_TK, weight_TK)
 
-    else:
-        # all layers' experts as one long list: the grouped kernel reads those that are chosen, and nothing is copied
-        weights = w_gate_up_NED2M, w_down_NEMD
-        axes = (None, "experts", None, None, "moe_ffn"), (None, "experts", "moe_ffn", None)
+def _dense(layout: Layout, layer: int, w_gate_up_NED2M: Array, w_down_NEMD: Array) -> RoutedExperts:
+    # the barrier keeps one plain transpose of the whole stack, which is much faster than one fused into each slice
+    w_gate_up_NDE2M = jax.lax.optimization_barrier(jnp.moveaxis(w_gate_up_NED2M, 1, 2))
+    weights = w_gate_up_NDE2M[layer], w_down_NEMD[layer]
+    axes = (None, "experts", None, "moe_ffn"), ("experts", "moe_ffn", None)
 
-        def held(w_gate_up_NED2M, w_down_NEMD, x_TD, expert_TK, weight_TK):
-            N, E = w_down_NEMD.shape[:2]
-            expert_TK = jnp.where(expert_TK < E, expert_TK + layer * E, N * E)
-            w_gate_up, w_down = (w.reshape(N * E, *w.shape[2:]) for w in (w_gate_up_NED2M, w_down_NEMD))
-            return grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
+    def held(w_gate_up_DE2M, w_down_EMD, x_TD, expert_TK, weight_TK):
+        return dense_swiglu(x_TD, w_gate_up_DE2M, w_down_EMD, expert_TK, weight_TK)
 
     return functools.partial(layout.held_experts, held, weights, axes)
+
+
+def _grouped(layout: Layout, layer: int, w_gate_up_NED2M: Array, w_down_NEMD: Array) -> RoutedExperts:
+    axes = (None, "experts", None, None, "moe_ffn"), (None, "experts", "moe_ffn", None)
+
+    def held(w_gate_up_NED2M, w_down_NEMD, x_TD, expert_TK, weight_TK):
+        # all layers' experts as one long list: the kernel reads those that are chosen, and nothing is copied
+        N, E = w_down_NEMD.shape[:2]
+        expert_TK = jnp.where(expert_TK < E, expert_TK + layer * E, N * E)
+        w_gate_up, w_down = (w.reshape(N * E, *w.shape[2:]) for w in (w_gate_up_NED2M, w_down_NEMD))
+        return grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
+
+    return functools.partial(layout.held_experts, held, (w_gate_up_NED2M, w_down_NEMD), axes)
 
 
 def extend(

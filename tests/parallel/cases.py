@@ -1,6 +1,7 @@
 """What the tests of sharding share: an odd-sized model, meshes, and one device's results to compare with."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -88,23 +89,30 @@ def state_on(config: Config, layout: Layout) -> TrainState:
     return jax.device_put(initial_state(), shardings)
 
 
-def results(overrides: list[str], steps: int, hot: bool) -> tuple[list, list]:
-    """(gradients and metrics of the first step, losses of all): on the mesh that the overrides give."""
+class Trained(NamedTuple):
+    first: list  # gradients and metrics of the first step
+    losses: list[float]
+
+
+def results(overrides: list[str], steps: int) -> tuple[Trained, Trained]:
+    """On the mesh that the overrides give: `steps` steps, and one with hot experts."""
     config = config_of(overrides)
     layout, step = step_of(config)
-    state = state_on(config, layout)
-    state = make_hot(state) if hot else state
-    first, losses = None, []
-    for i in range(steps):
-        state, *out = step(state, batch_of(config, i))
-        losses.append(float(out[1].loss))
-        first = first or jax.device_get(out)
-    return first, losses
+
+    def train(state: TrainState, steps: int) -> Trained:
+        first, losses = [], []
+        for i in range(steps):
+            state, *out = step(state, batch_of(config, i))
+            losses.append(float(out[1].loss))
+            first = first or jax.device_get(out)
+        return Trained(first, losses)
+
+    return train(state_on(config, layout), steps), train(make_hot(state_on(config, layout)), 1)
 
 
 @functools.cache
-def one_device(steps: int, hot: bool) -> tuple[list, list]:
-    return results([], steps, hot)
+def one_device(steps: int) -> tuple[Trained, Trained]:
+    return results([], steps)
 
 
 def assert_same_gradients(ours, theirs, rtol: float) -> None:

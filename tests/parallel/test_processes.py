@@ -153,6 +153,10 @@ def test_launch_trains_evaluates_and_resumes(micro_overrides, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     evaluations = [json.loads(dsv3(*how, "eval", "runs/two").stdout.splitlines()[-1]) for how in ([], two)]
     assert evaluations[0]["loss"] == pytest.approx(evaluations[1]["loss"], rel=1e-5)
+    texts = [dsv3(*how, "generate", "runs/two", "--prompt", "the quick", "--max-new-tokens", "5") for how in ([], two)]
+    assert all(done.returncode == 0 for done in texts), texts[1].stderr
+    assert texts[0].stdout.splitlines()[-1] == texts[1].stdout.splitlines()[-1]
+    assert (tmp_path / "runs" / "two" / "sample.txt").read_text().startswith("document")
 
 
 def test_launch_ends_all_when_one_fails(tmp_path):

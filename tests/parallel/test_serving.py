@@ -1,5 +1,6 @@
 """Decoding on a mesh: one device's tokens, caches that are spread out, weights that stay where they are."""
 
+import math
 import re
 
 import jax
@@ -58,3 +59,24 @@ def test_caches_are_spread_by_the_table(mesh, batch, parts):
     model = model_on(mesh)
     for array in empty_cache(model.config, model.layout, batch, 128, jnp.dtype("float32")):
         assert array.sharding.shard_shape(array.shape)[1] == batch // parts
+
+
+@pytest.mark.parametrize("mesh", ["expert=8", "fsdp=4 tensor=2"])
+def test_a_step_moves_tokens_and_no_weights(mesh):
+    """In the decoding loop, no collective's result is larger than the widest activation; whatever weights move, move before."""
+    model, batch = model_on(mesh), 1
+    m = model.config
+    graph, state = nnx.split(model)
+    cache = empty_cache(m, model.layout, batch, 128, model.dtype)
+    token_BS, logits_BV = np.zeros((batch, 128), np.int32), jax.ShapeDtypeStruct((batch, m.vocab_size), jnp.float32)
+    scalars = np.int32(3), np.int32(9), np.float32(0), np.float32(1), np.uint32(0), np.int32(-1)
+    hlo = serving._decode.lower(graph, state, cache, token_BS, logits_BV, *scalars).compile().as_text()
+    widest = max(2 * m.intermediate_size, m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), m.vocab_size)
+    found = [
+        math.prod(map(int, filter(None, shape.split(","))))
+        for line in hlo[: hlo.index("\nENTRY ")].splitlines()
+        if (match := re.search(r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", line))
+        for shape in re.findall(r"\[([\d,]*)\]", match[1])
+    ]
+    assert found
+    assert max(found) <= batch * widest

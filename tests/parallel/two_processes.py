@@ -7,29 +7,41 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsv3_jax.config import Config
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.processes import join
 from dsv3_jax.parallel.rows import local_rows, place
-from dsv3_jax.train.state import ONE_DEVICE, init_state, new_state
+from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_state, init_state
 from dsv3_jax.train.step import gradients
 from tests.parallel.cases import MESHES, batch_of, config_of, step_of
 
 
 def on_one_device():
-    """(gradients, metrics) as each process finds them by itself."""
+    """A fresh state, and its (gradients, metrics), as each process finds them by itself."""
     config = config_of([])
     with jax.default_device(jax.local_devices()[0]):
         state = jax.jit(lambda: init_state(config))()
-        return jax.device_get(jax.jit(lambda s, b: gradients(config, ONE_DEVICE, s, b))(state, batch_of(config, 0)))
+        out = jax.jit(lambda s, b: gradients(config, ONE_DEVICE, s, b))(state, batch_of(config, 0))
+        return jax.device_get(state), jax.device_get(out)
 
 
-def compare(mesh: str, expected) -> dict[str, float]:
+def spread(config: Config, layout: Layout, state: TrainState) -> TrainState:
+    """A state on the host, where the layout wants it."""
+
+    def put(a, abstract):
+        return jax.make_array_from_callback(a.shape, abstract.sharding, lambda index: a[index])
+
+    return jax.tree.map(put, state, abstract_state(config, layout))
+
+
+def compare(mesh: str, state: TrainState, expected) -> dict[str, float]:
     """Largest relative differences of loss and of any gradient tensor on this mesh."""
     config = config_of(MESHES[mesh])
     layout, step = step_of(config)
     size = config.data.batch_size
     rows = local_rows(layout, size)
     batch = {name: a[rows] for name, a in batch_of(config, 0).items()}
-    _, grads, metrics = step(new_state(config, layout), place(layout, batch, rows, size))
+    _, grads, metrics = step(spread(config, layout, state), place(layout, batch, rows, size))
     grads = multihost_utils.process_allgather(grads, tiled=True)
     worst = max(
         float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(a).max())
@@ -41,8 +53,8 @@ def compare(mesh: str, expected) -> dict[str, float]:
 
 def main() -> None:
     join()
-    expected = on_one_device()
-    results = {mesh: compare(mesh, expected) for mesh in sys.argv[1:]}
+    state, expected = on_one_device()
+    results = {mesh: compare(mesh, state, expected) for mesh in sys.argv[1:]}
     if jax.process_index() == 0:
         print(json.dumps(results))
 
