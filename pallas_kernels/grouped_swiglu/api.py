@@ -27,8 +27,8 @@ def grouped_swiglu(
     No token is dropped, whatever the load of an expert. Weights have x's dtype; `weight_TK` is float32. Differentiable in
     everything but `expert_TK`, whose entries lie in [0, E), or are E for a choice that counts for nothing.
 
-    `blocked` cuts each expert's tokens into blocks and loops over those that exist: the fast path on CPU, where
-    `ragged_dot` is lowered to a masked dense product. `ragged` is `jax.lax.ragged_dot`. "auto" takes `blocked` on CPU.
+    `blocked` cuts each expert's tokens into blocks and loops over those that exist. `ragged` is `jax.lax.ragged_dot`, which
+    XLA lowers to a dense product of all tokens and all experts on CPU and GPU, in time and memory; "auto" takes it on TPU.
     """
     if implementation == "auto":
         return jax.lax.platform_dependent(

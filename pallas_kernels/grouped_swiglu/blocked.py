@@ -1,4 +1,4 @@
-"""Grouped SwiGLU for CPU: loops over blocks of tokens that share an expert, with a hand-written gradient.
+"""Grouped SwiGLU for CPU and GPU: loops over blocks of tokens that share an expert, with a hand-written gradient.
 
 Slots (token, choice) are laid out as rows: each expert owns a region of whole blocks, large ones first and small ones for
 the rest, so that most of the work is in large matmuls and little of it is padding. The rows that pad a region have weight 0,
