@@ -54,6 +54,7 @@ class Attention(nnx.Module):
                 c_q_BLQ += self.b_q_a_Q.astype(x_BLD.dtype)
             c_q_BLQ = checkpoint_name(c_q_BLQ, LATENTS)
             q_BLHX = linear(self.q_a_norm(c_q_BLQ), self.w_q_b_QHX[...])
+        q_BLHX = self.layout.constrain(q_BLHX, "batch", None, "heads", None)
         q_nope_BLHN, q_rope_BLHR = jnp.split(q_BLHX, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope_BLHN, rotate(q_rope_BLHR, rope)
 
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
         c_BLX = linear(x_BLD, self.w_kv_a_DX[...])
         if self.config.attention_bias:
             c_BLX += self.b_kv_a_X.astype(x_BLD.dtype)
-        c_BLX = checkpoint_name(c_BLX, LATENTS)
+        c_BLX = checkpoint_name(self.layout.constrain(c_BLX, "batch", None, None), LATENTS)
         c_kv_BLC, k_rope_BLR = jnp.split(c_BLX, [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_norm(c_kv_BLC), rotate(k_rope_BLR, rope)
 
