@@ -256,10 +256,13 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`float32`: everything. `bf16`: matmuls and activations in bfloat16, master weights and router in float32."""
+    """`float32`: everything. `bf16`: matmuls and activations in bfloat16, master weights and router in float32.
+
+    `deepseek`, `article`, `int8`, `fp8_per_tensor`: as bf16, with products in 8 bits (see precision/recipes.py).
+    """
 
     __pydantic_config__ = _STRICT
-    recipe: Literal["float32", "bf16"] = "float32"
+    recipe: Literal["float32", "bf16", "deepseek", "article", "int8", "fp8_per_tensor"] = "float32"
 
 
 @dataclass(frozen=True)

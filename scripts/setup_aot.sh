@@ -1,6 +1,7 @@
 #!/bin/sh
-# Make .venv-aot: .venv with TPU's compiler (libtpu) beside it, for scripts/aot_compile.py. It is kept apart because JAX looks
-# for TPUs wherever libtpu is installed. For GPU targets: .venv-aot/bin/pip install 'jax[cuda13]' absl-py (4 GB).
+# Make .venv-aot: .venv with the compilers of TPU and NVIDIA GPUs beside it, for scripts/aot_compile.py and compile_kernels.py.
+# Of CUDA, only what compiling needs: no cuDNN, cuBLAS, NCCL (4 GB). It is kept apart because JAX looks
+# for accelerators wherever these are installed.
 set -eu
 cd "$(dirname "$0")/.."
 scripts/setup.sh

@@ -12,15 +12,16 @@ from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, tra
 from tests.conftest import ROOT
 
 # Each room may import the ones before it, its own modules and the shared ones.
-ROOMS = ["data", "model", "parallel", "optim", "train", "checkpoint", "interop", "serve"]
+ROOMS = ["data", "precision", "model", "parallel", "optim", "train", "checkpoint", "interop", "serve"]
 ALLOWED = {
     "data": set(),
-    "model": set(),
-    "parallel": {"model"},
+    "precision": set(),
+    "model": {"precision"},
+    "parallel": {"model", "precision"},
     "optim": {"model"},
-    "train": {"data", "model", "parallel", "optim", "checkpoint", "serve"},
-    "checkpoint": {"train", "model", "parallel", "data"},
-    "interop": {"model"},
+    "train": {"data", "precision", "model", "parallel", "optim", "checkpoint", "serve"},
+    "checkpoint": {"train", "precision", "model", "parallel", "data"},
+    "interop": {"model", "precision"},
     "serve": {"model"},
 }
 

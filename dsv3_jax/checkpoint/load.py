@@ -17,8 +17,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.processes import on_first
-from dsv3_jax.parallel.serving import for_serving
-from dsv3_jax.train.state import abstract_model, abstract_state
+from dsv3_jax.train.state import abstract_state, serving_graph
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
 def load_with_config(run_or_checkpoint: str | Path) -> Loaded:
     """The model where `load_for_evaluation` puts its weights. Raises as `open_checkpoint`."""
     loaded = load_for_evaluation(run_or_checkpoint)
-    graph, _, _ = abstract_model(loaded.config, for_serving(loaded.layout))
-    return Loaded(loaded.path, loaded.config, nnx.merge(graph, loaded.params, loaded.router_bias))
+    model = nnx.merge(serving_graph(loaded.config, loaded.layout), loaded.params, loaded.router_bias)
+    return Loaded(loaded.path, loaded.config, model)
 
 
 def load(run_or_checkpoint: str | Path) -> Transformer:

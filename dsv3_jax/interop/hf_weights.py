@@ -21,6 +21,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.precision.recipes import Recipe
 
 Path_ = tuple[str | int, ...]
 
@@ -223,7 +224,7 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32) -> Transformer:
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in files.names):
         config = replace(config, num_nextn_predict_layers=0)
     _check_names(config, files.names, directory)
-    model = nnx.eval_shape(lambda: Transformer(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, recipe=Recipe(jnp.dtype(dtype).name), rngs=nnx.Rngs(0)))
     graph, shapes = nnx.split(model)
     state = to_state(config, nnx.to_pure_dict(shapes), files.read)
     nnx.replace_by_pure_dict(shapes, jax.tree.map(jnp.asarray, state))

@@ -13,9 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import NORM_EPS_LATENT, RMSNorm, constant, linear, weight
+from dsv3_jax.model.layers import NORM_EPS_LATENT, Linear, RMSNorm, constant, weight
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.rope import attention_scale, rotate
+from dsv3_jax.precision.recipes import Recipe
 from pallas_kernels import causal_attention
 
 RopeTable = tuple[Array, Array]
@@ -23,8 +24,8 @@ LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
-        self.config, self.layout = config, layout
+    def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
+        self.config, self.layout, self.linear = config, layout, Linear(recipe.attention, layout)
         D, H, C, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         N, U, X, Q = config.qk_nope_head_dim, config.v_head_dim, config.qk_head_dim, config.q_lora_rank
         std = config.initializer_range
@@ -47,20 +48,20 @@ class Attention(nnx.Module):
     def queries(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H R"]]:
         """Equations 6-9: the part without and the part with position."""
         if self.config.q_lora_rank is None:
-            q_BLHX = linear(x_BLD, self.w_q_DHX[...])
+            q_BLHX = self.linear(x_BLD, self.w_q_DHX[...], "embed", "heads", None)
         else:
-            c_q_BLQ = linear(x_BLD, self.w_q_a_DQ[...])
+            c_q_BLQ = self.linear(x_BLD, self.w_q_a_DQ[...], "embed", None)
             if self.config.attention_bias:
                 c_q_BLQ += self.b_q_a_Q.astype(x_BLD.dtype)
             c_q_BLQ = checkpoint_name(c_q_BLQ, LATENTS)
-            q_BLHX = linear(self.q_a_norm(c_q_BLQ), self.w_q_b_QHX[...])
+            q_BLHX = self.linear(self.q_a_norm(c_q_BLQ), self.w_q_b_QHX[...], "latent", "heads", None)
         q_BLHX = self.layout.constrain(q_BLHX, "batch", None, "heads", None)
         q_nope_BLHN, q_rope_BLHR = jnp.split(q_BLHX, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope_BLHN, rotate(q_rope_BLHR, rope)
 
     def latents(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
         """Equations 1 and 3: all that decoding has to cache."""
-        c_BLX = linear(x_BLD, self.w_kv_a_DX[...])
+        c_BLX = self.linear(x_BLD, self.w_kv_a_DX[...], "embed", None)
         if self.config.attention_bias:
             c_BLX += self.b_kv_a_X.astype(x_BLD.dtype)
         c_BLX = checkpoint_name(self.layout.constrain(c_BLX, "batch", None, None), LATENTS)
@@ -70,7 +71,7 @@ class Attention(nnx.Module):
     def output(self, out_BLHU: Array) -> Float[Array, "B L D"]:
         """Equation 11."""
         H, U, D = self.w_o_HUD.shape
-        u_BLD = linear(out_BLHU.reshape(*out_BLHU.shape[:2], H * U), self.w_o_HUD.reshape(H * U, D))
+        u_BLD = self.linear(out_BLHU.reshape(*out_BLHU.shape[:2], H * U), self.w_o_HUD.reshape(H * U, D), "heads", "embed")
         return u_BLD + self.b_o_D.astype(u_BLD.dtype) if self.config.attention_bias else u_BLD
 
     def __call__(self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable) -> Float[Array, "B L D"]:
@@ -78,7 +79,7 @@ class Attention(nnx.Module):
         x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
         q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)
-        kv_BLHX = linear(c_kv_BLC, self.w_kv_b_CHX[...])
+        kv_BLHX = self.linear(c_kv_BLC, self.w_kv_b_CHX[...], "latent", "heads", None)
         k_nope_BLHN, v_BLHU = jnp.split(kv_BLHX, [self.config.qk_nope_head_dim], axis=-1)
         k_rope_BLHR = jnp.broadcast_to(k_rope_BLR[:, :, None], q_rope_BLHR.shape)
         q_BLHX = jnp.concatenate([q_nope_BLHN, q_rope_BLHR], axis=-1)

@@ -4,6 +4,8 @@ Axis letters: B batch, L length, T = B*L tokens, D hidden, H heads, V vocabulary
 U v_head_dim, F dense ffn, M moe ffn, E experts, G expert groups, K choices a token.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,8 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.precision.recipes import Recipe
+from pallas_kernels.scaled import Gemms
 
 FFN_GATE_UP = "ffn_gate_up"  # checkpoint_name of a dense feed-forward layer's first product
 NORM_EPS_LATENT = 1e-6  # transformers fixes the two latent norms' epsilon, whatever rms_norm_eps says
@@ -58,6 +62,18 @@ def linear(x: Float[Array, "... K"], w: Float[Array, "K ..."]) -> Float[Array, "
     return _matmul(x, w_KN).reshape(*x.shape[:-1], *w.shape[1:])
 
 
+@dataclass(frozen=True)
+class Linear:
+    """`linear` in a module's formats: in 8 bits with `gemms`, whose products the layout runs."""
+
+    gemms: Gemms | None
+    layout: Layout
+
+    def __call__(self, x_BLK: Float[Array, "B L K"], w: Float[Array, "K ..."], *axes: str | None) -> Float[Array, "B L ..."]:
+        """x w; `axes` are w's logical axes."""
+        return self.layout.scaled_linear(x_BLK, w, self.gemms, axes) if self.gemms else linear(x_BLK, w)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32."""
 
@@ -90,14 +106,15 @@ swiglu.defvjp(lambda gate_up_X2F: (swiglu(gate_up_X2F), gate_up_X2F), _swiglu_bw
 class SwiGLU(nnx.Module):
     """(silu(x W_gate) * (x W_up)) W_down: the dense feed-forward layer, and the shared experts."""
 
-    def __init__(self, config: ModelConfig, ffn_size: int, layout: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, ffn_size: int, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         std, D = config.initializer_range, config.hidden_size
-        self.layout = layout
+        self.layout, self.linear = layout, Linear(recipe.ffn, layout)
         self.w_gate_up_D2F = weight(rngs, std, embed=D, gate_up=2, ffn=ffn_size)
         self.w_down_FD = weight(rngs, std, ffn=ffn_size, embed=D)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
-        gate_up_BL2F = self.layout.constrain(linear(x_BLD, self.w_gate_up_D2F[...]), "batch", None, None, "ffn")
+        gate_up_BL2F = self.linear(x_BLD, self.w_gate_up_D2F[...], "embed", None, "ffn")
+        gate_up_BL2F = self.layout.constrain(gate_up_BL2F, "batch", None, None, "ffn")
         h_BLF = swiglu(checkpoint_name(gate_up_BL2F, FFN_GATE_UP))
-        return self.layout.constrain(linear(h_BLF, self.w_down_FD[...]), "batch", "sequence", None)
+        return self.layout.constrain(self.linear(h_BLF, self.w_down_FD[...], "ffn", "embed"), "batch", "sequence", None)

@@ -13,6 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_swiglu, linear_cross_entropy
+from pallas_kernels.scaled import Gemms
+from pallas_kernels.scaled_linear import scaled_linear
 
 
 class Traffic(NamedTuple):
@@ -46,6 +48,13 @@ class Layout:
     def embed(self, table_VD: Float[Array, "V D"], token_BL: Int[Array, "B L"], dtype: jnp.dtype) -> Float[Array, "B L D"]:
         return table_VD[token_BL].astype(dtype)
 
+    def scaled_linear(
+        self, x_BLK: Float[Array, "B L K"], w: Float[Array, "K ..."], gemms: Gemms, axes: tuple[str | None, ...]
+    ) -> Float[Array, "B L ..."]:
+        """x w from operands in 8 bits (see `pallas_kernels.scaled_linear`); `axes` are w's logical axes."""
+        y_TN = scaled_linear(x_BLK.reshape(-1, x_BLK.shape[-1]), w.reshape(w.shape[0], -1), gemms)
+        return y_TN.reshape(*x_BLK.shape[:2], *w.shape[1:])
+
     def experts(
         self,
         x_BLD: Float[Array, "B L D"],
@@ -53,6 +62,7 @@ class Layout:
         w_down_EMD: Float[Array, "E M D"],
         expert_BLK: Int[Array, "B L K"],
         weight_BLK: Float[Array, "B L K"],
+        gemms: Gemms | None,
     ) -> tuple[Float[Array, "B L D"], Traffic]:
         """The routed experts' weighted sum, wherever they live (see `pallas_kernels.grouped_swiglu`); drops no token."""
         B, L, D = x_BLD.shape
@@ -62,6 +72,7 @@ class Layout:
             w_down_EMD.astype(x_BLD.dtype),
             expert_BLK.reshape(B * L, -1),
             weight_BLK.reshape(B * L, -1),
+            gemms,
         )
         return y_TD.reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))
 

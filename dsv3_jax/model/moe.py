@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, SwiGLU, linear, weight
 from dsv3_jax.model.layout import Layout, Traffic
+from dsv3_jax.precision.recipes import Recipe
 
 # (x_TD, expert_TK, weight_TK) -> y_TD
 RoutedExperts = Callable[[Array, Array, Array], Array]
@@ -77,8 +78,8 @@ def sequence_balance_loss(score_BLE: Float[Array, "B L E"], top_BLK: Int[Array, 
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
-        self.config, self.layout = config, layout
+    def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
+        self.config, self.layout, self.gemms = config, layout, recipe.experts
         D, E, M, std = (
             config.hidden_size,
             config.n_routed_experts,
@@ -88,13 +89,15 @@ class MoE(nnx.Module):
         self.router = Router(config, layout, rngs)
         self.w_gate_up_ED2M = weight(rngs, std, experts=E, expert_embed=D, gate_up=2, moe_ffn=M)
         self.w_down_EMD = weight(rngs, std, experts=E, moe_ffn=M, expert_embed=D)
-        self.shared = SwiGLU(config, M * config.n_shared_experts, layout, rngs)
+        self.shared = SwiGLU(config, M * config.n_shared_experts, layout, recipe, rngs)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RouterStats]:
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         score_BLE = self.router.scores(x_BLD)
         expert_BLK, weight_BLK = self.router.choose(score_BLE)
-        y_BLD, traffic = self.layout.experts(x_BLD, self.w_gate_up_ED2M[...], self.w_down_EMD[...], expert_BLK, weight_BLK)
+        y_BLD, traffic = self.layout.experts(
+            x_BLD, self.w_gate_up_ED2M[...], self.w_down_EMD[...], expert_BLK, weight_BLK, self.gemms
+        )
         top_BLK = self.layout.tokenwise(lambda s: jax.lax.top_k(s, K)[1], jax.lax.stop_gradient(score_BLE))
         load_E = _counts(expert_BLK, E).sum(0)
         stats = RouterStats(load_E, sequence_balance_loss(score_BLE, top_BLK), traffic)

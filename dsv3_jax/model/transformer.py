@@ -20,10 +20,10 @@ from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, linear, weight
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import ROUTING, MoE, RouterStats
 from dsv3_jax.model.rope import rope_table
+from dsv3_jax.precision.recipes import RECIPES, Recipe
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
 
-FLOAT32 = jnp.dtype("float32")
 MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
 # What `selective` keeps of a layer besides its input. Norms, rotations, MLA up-projections and SwiGLU are recomputed
 # (section 3.2.3): they cost little, and their results are most of the bytes.
@@ -51,11 +51,14 @@ _POLICIES: dict[str, Callable[..., bool] | None] = {
 class Block(nnx.Module):
     """Pre-norm residual block: MLA, then a dense or an MoE feed-forward layer."""
 
-    def __init__(self, config: ModelConfig, moe: bool, layout: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, moe: bool, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layout, rngs)
+        self.attention = Attention(config, layout, recipe, rngs)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = MoE(config, layout, rngs) if moe else SwiGLU(config, config.intermediate_size, layout, rngs)
+        if moe:
+            self.ffn = MoE(config, layout, recipe, rngs)
+        else:
+            self.ffn = SwiGLU(config, config.intermediate_size, layout, recipe, rngs)
 
     def __call__(self, x_BLD: Array, segment_BL: Array, rope: RopeTable) -> tuple[Array, RouterStats | None]:
         with jax.named_scope("attention"):
@@ -69,23 +72,23 @@ class Block(nnx.Module):
             return x_BLD + self.ffn(normed_BLD), None
 
 
-def stacked_blocks(config: ModelConfig, moe: bool, layers: int, layout: Layout, rngs: nnx.Rngs) -> Block | None:
+def stacked_blocks(config: ModelConfig, moe: bool, layers: int, layout: Layout, recipe: Recipe, rngs: nnx.Rngs) -> Block | None:
     """`layers` blocks in one module with a leading layer axis on every parameter, or None for no layers."""
     if layers == 0:
         return None
-    make = nnx.vmap(lambda rngs: Block(config, moe, layout, rngs), axis_size=layers)
+    make = nnx.vmap(lambda rngs: Block(config, moe, layout, recipe, rngs), axis_size=layers)
     return nnx.split_rngs(splits=layers)(make)(rngs)
 
 
 class MTPModule(nnx.Module):
     """One multi-token-prediction module (section 2.2, equations 21-23); embedding and head are the main model's."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         D = config.hidden_size
         self.embed_norm = RMSNorm(D, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(D, config.rms_norm_eps)
         self.w_XD = weight(rngs, config.initializer_range, embed_and_hidden=2 * D, embed=D)
-        self.block = Block(config, True, layout, rngs)
+        self.block = Block(config, True, layout, recipe, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
 
     def __call__(
@@ -105,7 +108,7 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 class Transformer(nnx.Module):
-    """`dtype` is that of activations and matmuls; parameters are float32. `remat` is what the backward pass recomputes.
+    """`recipe` says in which formats products run; parameters are float32. `remat` is what the backward pass recomputes.
 
     `layout` says where arrays live; with its `ends`, embedding, dense layers, head and MTP modules may live otherwise.
     """
@@ -114,20 +117,21 @@ class Transformer(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        dtype: jnp.dtype = FLOAT32,
+        recipe: Recipe = RECIPES["float32"],
         remat: str = "none",
         layout: Layout = Layout(),  # noqa: B008  (immutable)
         rngs: nnx.Rngs,
     ):
-        self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
+        self.config, self.dtype, self.remat, self.layout = config, jnp.dtype(recipe.dtype), remat, layout
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.embed_VD = weight(rngs, std, vocab_in=V, embed_in=D)
-        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.ends, rngs)
-        self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, layout, rngs)
+        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.ends, recipe, rngs)
+        self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, layout, recipe, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head_DV = weight(rngs, std, embed=D, vocab=V)
-        self.mtp = nnx.List([MTPModule(config, layout.ends, rngs) for _ in range(config.num_nextn_predict_layers)])
+        depths = range(config.num_nextn_predict_layers)
+        self.mtp = nnx.List([MTPModule(config, layout.ends, recipe, rngs) for _ in depths])
 
     def embed(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return self.layout.ends.embed(self.embed_VD[...], token_BL, self.dtype)

@@ -13,6 +13,7 @@ backward pass sends rows again rather than keeping what arrived, and has the gra
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.layout import Traffic
 from pallas_kernels import grouped_swiglu
+from pallas_kernels.scaled import Gemms
 
 # Room for a pair of ranks over its mean number of rows. 2 holds the imbalance of a trained router within a sequence, so that
 # a second round is rare; buffers grow in proportion.
@@ -184,25 +186,29 @@ def _deliver(round_: _Round, x_TD, expert_TK, weight_TK) -> _Rows:
     return _Rows(round_.send(x_TD[token_C]), jnp.where(elsewhere, hop.experts, expert_CK), weight_CK)
 
 
-def _forward(route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK) -> Float[Array, "T D"]:
+def _forward(
+    kernel: Callable, route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK
+) -> Float[Array, "T D"]:
     if not route:
-        return grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
+        return kernel(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
     hop, K = route[0], expert_TK.shape[1]
     plan = _plan(hop, expert_TK)
 
     def body(number, y_TD):
         round_ = _round(hop, plan, number)
-        y_CD = round_.back(_forward(route[1:], all_axes, w_gate_up, w_down, *_deliver(round_, x_TD, expert_TK, weight_TK)))
+        y_CD = round_.back(
+            _forward(kernel, route[1:], all_axes, w_gate_up, w_down, *_deliver(round_, x_TD, expert_TK, weight_TK))
+        )
         return y_TD + sum(round_.choice(k, y_CD) for k in range(K))
 
     y_TD = lax.fori_loop(0, _rounds(hop, plan, all_axes), body, jnp.zeros(x_TD.shape, jnp.float32))
     return y_TD.astype(x_TD.dtype)
 
 
-def _backward(route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK, dy_TD, dw):
+def _backward(kernel: Callable, route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK, dy_TD, dw):
     """(dx, dweight, dw + the weights' gradients), all but dx in float32."""
     if not route:
-        _, vjp = jax.vjp(lambda x, w1, w2, g: grouped_swiglu(x, w1, w2, expert_TK, g), x_TD, w_gate_up, w_down, weight_TK)
+        _, vjp = jax.vjp(lambda x, w1, w2, g: kernel(x, w1, w2, expert_TK, g), x_TD, w_gate_up, w_down, weight_TK)
         dx_TD, *dw_here, dweight_TK = vjp(dy_TD)
         return dx_TD, dweight_TK, tuple(a + b.astype(jnp.float32) for a, b in zip(dw, dw_here, strict=True))
     hop, K = route[0], expert_TK.shape[1]
@@ -212,7 +218,7 @@ def _backward(route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_
         dx_TD, dweight_TK, dw = carry
         round_ = _round(hop, plan, number)
         rows, dy_CD = _deliver(round_, x_TD, expert_TK, weight_TK), round_.send(dy_TD[round_.slot_C // K])
-        dx_CD, dweight_CK, dw = _backward(route[1:], all_axes, w_gate_up, w_down, *rows, dy_CD, dw)
+        dx_CD, dweight_CK, dw = _backward(kernel, route[1:], all_axes, w_gate_up, w_down, *rows, dy_CD, dw)
         dx_CD, dweight_CK = round_.back(dx_CD), round_.back(dweight_CK)
         dweights = [round_.choice(k, dweight_CK) for k in range(K)]
         dweight_TK += sum(dweights) if hop.once else jnp.concatenate(dweights, axis=1)
@@ -290,16 +296,17 @@ def _flat(a):
     return a.reshape(-1, a.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def routed(layout, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def routed(layout, gemms: Gemms | None, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
     """See `model.layout.Layout.experts`; `layout` is a `MeshLayout`."""
+    kernel = functools.partial(grouped_swiglu, gemms=gemms)
     s, experts = _setting(layout), w_down_EMD.shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight):
         whole = _weights(s, w_gate_up, w_down)
         expert_TK = _flat(expert)
         route = _route(layout, expert_TK, experts)
-        y_TD = _forward(route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
+        y_TD = _forward(kernel, route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
         traffic = _traffic(route, layout.ranks_per_node, expert_TK, experts)
         traffic = lax.psum(traffic, s.token_axes) if s.token_axes else traffic
         return y_TD.reshape(x.shape), traffic
@@ -308,11 +315,12 @@ def routed(layout, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
     return layout.on_each_device(local, in_specs, (s.tokens, P()))(x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
 
-def _routed_fwd(layout, *args):
-    return routed(layout, *args), args
+def _routed_fwd(layout, gemms, *args):
+    return routed(layout, gemms, *args), args
 
 
-def _routed_bwd(layout, args, cotangents):
+def _routed_bwd(layout, gemms, args, cotangents):
+    kernel = functools.partial(grouped_swiglu, gemms=gemms)
     s, experts = _setting(layout), args[2].shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight, dy):
@@ -320,7 +328,7 @@ def _routed_bwd(layout, args, cotangents):
         expert_TK = _flat(expert)
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in whole)
         dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(
-            _route(layout, expert_TK, experts), s.all_axes, *whole, _flat(x), expert_TK, _flat(weight), _flat(dy), zeros
+            kernel, _route(layout, expert_TK, experts), s.all_axes, *whole, _flat(x), expert_TK, _flat(weight), _flat(dy), zeros
         )
         dw_gate_up = _scatter(_scatter(dw_gate_up, s.embed, 1), s.ffn, 3).astype(w_gate_up.dtype)
         dw_down = _scatter(_scatter(dw_down, s.embed, 2), s.ffn, 1).astype(w_down.dtype)

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout, is_float32
-from dsv3_jax.parallel import experts
+from dsv3_jax.parallel import experts, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
 from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, spec, stored_spec
 from pallas_kernels.linear_cross_entropy import chunked
@@ -106,8 +106,11 @@ class MeshLayout(Layout):
     def embed(self, table_VD, token_BL, dtype):
         return _embed(self, dtype, table_VD, token_BL)
 
-    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
-        return experts.routed(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
+    def scaled_linear(self, x_BLK, w, gemms, axes):
+        return linear.scaled(self, gemms, axes, x_BLK, w)
+
+    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms):
+        return experts.routed(self, gemms, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
     def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL):
         return _cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL)

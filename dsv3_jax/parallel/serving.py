@@ -35,9 +35,9 @@ class ServingLayout(Layout):
         # XLA's partitioner would gather top_k's operand from where it finds it
         return jax.shard_map(f, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
 
-    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
+    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms):
         def held(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
-            return grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)
+            return grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms)
 
         (B, L, D), K = x_BLD.shape, expert_BLK.shape[-1]
         weights = w_gate_up_ED2M.astype(x_BLD.dtype), w_down_EMD.astype(x_BLD.dtype)

@@ -15,12 +15,11 @@ from dsv3_jax.data.corpus import documents, is_validation
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.parallel.processes import is_first
-from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.loop import TrainResult
 from dsv3_jax.train.run import read_metrics
-from dsv3_jax.train.state import abstract_model
+from dsv3_jax.train.state import serving_graph
 from dsv3_jax.train.step import make_eval_step
 
 _MAX_BYTES = 2**21  # of held-out text: enough for a stable figure, and seconds to evaluate
@@ -79,8 +78,7 @@ def plot_loss(metrics_file: Path, png: Path, title: str) -> None:
 
 def sample(config: Config, result: TrainResult) -> str:
     """A continuation of the beginning of a held-out document."""
-    graph, _, _ = abstract_model(config, for_serving(result.layout))
-    model = nnx.merge(graph, result.state.params, result.state.router_bias)
+    model = nnx.merge(serving_graph(config, result.layout), result.state.params, result.state.router_bias)
     tokenizer, store = result.corpus.tokenizer, result.corpus.validation
     room = config.model.max_position_embeddings - _SAMPLE_TOKENS
     prompt = np.asarray(store.tokens[: min(32, int(store.offsets[1]) - 1, max(room, 1))])

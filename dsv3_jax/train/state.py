@@ -15,6 +15,8 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.adamw import adamw
 from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.rules import state_shardings
+from dsv3_jax.parallel.serving import for_serving
+from dsv3_jax.precision.recipes import RECIPES, unquantised
 
 
 @jax.tree_util.register_dataclass
@@ -33,15 +35,12 @@ class TrainState:
     ema: nnx.State | None  # moving average of params, or None
 
 
-DTYPES = {"float32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
-
-
 ONE_DEVICE = Layout()
 
 
 def make_model(config: Config, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE) -> Transformer:
-    dtype, remat = DTYPES[config.precision.recipe], config.remat.policy
-    return Transformer(config.model, dtype=dtype, remat=remat, layout=layout, rngs=rngs)
+    recipe = RECIPES[config.precision.recipe]
+    return Transformer(config.model, recipe=recipe, remat=config.remat.policy, layout=layout, rngs=rngs)
 
 
 def abstract_model(config: Config, layout: Layout = ONE_DEVICE) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -49,6 +48,13 @@ def abstract_model(config: Config, layout: Layout = ONE_DEVICE) -> tuple[nnx.Gra
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), layout))
     graph, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
     return graph, params, router_bias
+
+
+def serving_graph(config: Config, layout: Layout) -> nnx.GraphDef:
+    """Of the model that decodes with parameters stored for training with `layout`: in 16 or 32 bits, for any batch."""
+    recipe = unquantised(RECIPES[config.precision.recipe])
+    model = nnx.eval_shape(lambda: Transformer(config.model, recipe=recipe, layout=for_serving(layout), rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param, RouterBias)[0]
 
 
 def init_state(config: Config) -> TrainState:

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_swiglu import blocked, ragged, reference
+from pallas_kernels.scaled import Gemms
 
 _IMPLEMENTATIONS = {
     "reference": reference.grouped_swiglu,
@@ -20,6 +21,7 @@ def grouped_swiglu(
     w_down_EMD: Float[Array, "E M D"],
     expert_TK: Int[Array, "T K"],
     weight_TK: Float[Array, "T K"],
+    gemms: Gemms | None = None,
     implementation: Literal["auto", "blocked", "ragged", "reference"] = "auto",
 ) -> Float[Array, "T D"]:
     """y_t = sum_k weight_tk * swiglu_{expert_tk}(x_t), with swiglu_e(x) = (silu(x W_gate) * (x W_up)) W_down.
@@ -29,7 +31,13 @@ def grouped_swiglu(
 
     `blocked` cuts each expert's tokens into blocks and loops over those that exist. `ragged` is `jax.lax.ragged_dot`, which
     XLA lowers to a dense product of all tokens and all experts on CPU and GPU, in time and memory; "auto" takes it on TPU.
+
+    With `gemms`, operands are rounded to 8 bits with their scales (see `scaled_linear`) and multiplied in float32: the numbers
+    of a low-precision kernel, on any platform, at no gain in speed. Only `blocked` does that.
     """
+    if gemms is not None:
+        assert implementation in ("auto", "blocked"), f"grouped_swiglu has no 8-bit {implementation} implementation"
+        return blocked.grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms)
     if implementation == "auto":
         return jax.lax.platform_dependent(
             x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK,

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.quantize.reference import rounded
+from pallas_kernels.scaled import TILE, Gemms
+
 RESIDUALS = "grouped_swiglu"  # checkpoint_name of what the forward pass keeps for the backward pass
 
 
@@ -118,16 +121,40 @@ def _tokens(x_TD, layout: _Layout, row, size: int):
     return x_TD.at[_rows(layout.token_R, row, size)].get(mode="clip")
 
 
-def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
-    layout = _layout(expert_TK, w_down_EMD.shape[0])
+class _Rounding(NamedTuple):
+    """What operands go through on their way into a product: nothing, or 8 bits."""
+
+    gemms: Gemms | None
+
+    def _rounded(self, a, rows: int, format: str):
+        assert self.gemms is not None
+        return rounded(a, None if self.gemms.per_tensor else rows, getattr(self.gemms, format), self.gemms.power_of_two)
+
+    def tiles(self, a, product: str):
+        """Rows of activations; a scale for 128 numbers of a row."""
+        return a if self.gemms is None else self._rounded(a, 1, product)
+
+    def columns(self, a, weight_R):
+        """The same rows, for a sum over them: a scale for 128 rows of a block; padding, whose weight is 0, has no say in it."""
+        return a if self.gemms is None else self._rounded(jnp.where(weight_R != 0, a, 0).T, 1, "wgrad").T
+
+    def weights(self, w_EXY, product: str):
+        return w_EXY if self.gemms is None else jax.vmap(lambda w: self._rounded(w, TILE, product))(w_EXY)
+
+
+def _forward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
+    layout, to = _layout(expert_TK, w_down_EMD.shape[0]), _Rounding(gemms)
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
+    tokens_TD = to.tiles(x_TD, "forward")
+    w_gate_up_EDX, w_down_EMD = to.weights(w_gate_up_EDX, "forward"), to.weights(w_down_EMD, "forward")
 
     def block(carry, size, row, expert):
         y_RD, gate_up_RX = carry
-        gate_up = _dot(_tokens(x_TD, layout, row, size), w_gate_up_EDX[expert], (1, 0))
+        gate_up = _dot(_tokens(tokens_TD, layout, row, size), w_gate_up_EDX[expert], (1, 0))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         h = jax.nn.silu(gate) * up * _rows(weight_R, row, size)[:, None]
-        y_RD = _put_rows(y_RD, _dot(h.astype(x_TD.dtype), w_down_EMD[expert], (1, 0)), row)
+        h = to.tiles(h.astype(x_TD.dtype), "forward")
+        y_RD = _put_rows(y_RD, _dot(h, w_down_EMD[expert], (1, 0)), row)
         return y_RD, _put_rows(gate_up_RX, gate_up, row)
 
     R = layout.token_R.size
@@ -136,24 +163,28 @@ def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
     return _sum_choices(y_RD, layout), gate_up_RX
 
 
-def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX, dy_TD):
-    layout = _layout(expert_TK, w_down_EMD.shape[0])
+def _backward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX, dy_TD):
+    layout, to = _layout(expert_TK, w_down_EMD.shape[0]), _Rounding(gemms)
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
+    tokens_TD, dtokens_TD = to.tiles(x_TD, "forward"), to.tiles(dy_TD, "dgrad")
+    wd_gate_up_EDX, wd_down_EMD = to.weights(w_gate_up_EDX, "dgrad"), to.weights(w_down_EMD, "dgrad")
 
     def block(carry, size, row, expert):
         dx_RD, dw_gate_up_EDX, dw_down_EMD, dweight_R = carry
-        x, dy = _tokens(x_TD, layout, row, size), _tokens(dy_TD, layout, row, size)
         gate, up = jnp.split(_rows(gate_up_RX, row, size).astype(jnp.float32), 2, axis=-1)
         weight = _rows(weight_R, row, size)[:, None]
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
-        dweighted = _dot(dy, w_down_EMD[expert], (1, 1))
+        dweighted = _dot(_tokens(dtokens_TD, layout, row, size), wd_down_EMD[expert], (1, 1))
         dweight = jnp.sum(dweighted * silu * up, axis=-1)
         dh = dweighted * weight
-        dgate_up = jnp.concatenate([dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu], axis=-1).astype(x.dtype)
-        dx_RD = _put_rows(dx_RD, _dot(dgate_up, w_gate_up_EDX[expert], (1, 1)), row)
+        dgate_up = jnp.concatenate([dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu], axis=-1).astype(x_TD.dtype)
+        dx_RD = _put_rows(dx_RD, _dot(to.tiles(dgate_up, "dgrad"), wd_gate_up_EDX[expert], (1, 1)), row)
+        x, dy = _tokens(tokens_TD, layout, row, size), _tokens(dy_TD, layout, row, size)
+        h = to.tiles((silu * up * weight).astype(x_TD.dtype), "forward")
+        x, dy, h, dgate_up = (to.columns(a, weight) for a in (x, dy, h, dgate_up))
         dw_gate_up_EDX = dw_gate_up_EDX.at[expert].add(_dot(x, dgate_up, (0, 0)))
-        dw_down_EMD = dw_down_EMD.at[expert].add(_dot((silu * up * weight).astype(x.dtype), dy, (0, 0)))
+        dw_down_EMD = dw_down_EMD.at[expert].add(_dot(h, dy, (0, 0)))
         return dx_RD, dw_gate_up_EDX, dw_down_EMD, _put_rows(dweight_R, dweight, row)
 
     init = (
@@ -172,26 +203,26 @@ def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX,
     )
 
 
-@jax.custom_vjp
-def _swiglu(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
-    return _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
+    return _forward(gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK)[0]
 
 
-def _swiglu_fwd(*args):
-    y_TD, gate_up_RX = _forward(*args)
+def _swiglu_fwd(gemms: Gemms | None, *args):
+    y_TD, gate_up_RX = _forward(gemms, *args)
     return y_TD, (args, checkpoint_name(gate_up_RX, RESIDUALS))
 
 
-def _swiglu_bwd(residuals, dy_TD):
+def _swiglu_bwd(gemms: Gemms | None, residuals, dy_TD):
     args, gate_up_RX = residuals
-    return _backward(*args, gate_up_RX=gate_up_RX, dy_TD=dy_TD)
+    return _backward(gemms, *args, gate_up_RX=gate_up_RX, dy_TD=dy_TD)
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 @functools.partial(jax.named_call, name="grouped_swiglu_blocked")
-def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK):
+def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms: Gemms | None = None):
     """See `api.grouped_swiglu`."""
     E, D, _, M = w_gate_up_ED2M.shape
-    return _swiglu(x_TD, w_gate_up_ED2M.reshape(E, D, 2 * M), w_down_EMD, expert_TK, weight_TK)
+    return _swiglu(gemms, x_TD, w_gate_up_ED2M.reshape(E, D, 2 * M), w_down_EMD, expert_TK, weight_TK)

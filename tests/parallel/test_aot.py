@@ -1,22 +1,12 @@
 """The released model's training step, compiled by TPU's own compiler for a slice that is not here."""
 
-import fcntl
 import json
-import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.aot import in_aot_environment
 
 MAXTEXT_TEMPORARIES_GIB = 47.1  # its preset for this model on the same 512 chips: half of that is the bar
-
-
-def in_aot_environment(*arguments: str) -> subprocess.CompletedProcess:
-    with open(ROOT / "requirements-aot.lock") as file:  # test workers must not set it up at once
-        fcntl.flock(file, fcntl.LOCK_EX)
-        subprocess.run([ROOT / "scripts" / "setup_aot.sh"], check=True, timeout=300)
-    command = [str(ROOT / ".venv-aot" / "bin" / "python"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
 
 
 _SLICES = """

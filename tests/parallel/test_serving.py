@@ -11,10 +11,9 @@ from flax import nnx
 
 import dsv3_jax as dsv3
 from dsv3_jax.parallel.layout import layout_for
-from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.serve import generate as serving
 from dsv3_jax.serve.cache import empty_cache
-from dsv3_jax.train.state import abstract_model
+from dsv3_jax.train.state import serving_graph
 from tests.parallel.cases import MESHES, config_of, initial_state, state_on
 
 SERVED = ["expert=8", "tensor=4", "fsdp=4 tensor=2", "fsdp=2 expert=4", "data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"]
@@ -25,8 +24,7 @@ def model_on(mesh: str):
     config = config_of(MESHES.get(mesh, []))
     layout = layout_for(config)
     state = state_on(config, layout) if mesh else initial_state()
-    graph, _, _ = abstract_model(config, for_serving(layout))
-    return nnx.merge(graph, state.params, state.router_bias)
+    return nnx.merge(serving_graph(config, layout), state.params, state.router_bias)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,40 @@
+"""Which products run in which format: a recipe is data.
+
+Embedding, head, cross-entropy, router, norms, the attention core and the MTP projection take the activations' dtype (the router
+float32) in every recipe; master weights and their gradients' sums are float32. Op classes: `attention`, MLA's projections;
+`ffn`, dense layers and shared experts; `experts`, the routed ones.
+"""
+
+from dataclasses import dataclass
+
+from pallas_kernels.scaled import Gemms
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`dtype` is that of activations and of every product without formats of its own."""
+
+    dtype: str
+    attention: Gemms | None = None
+    ffn: Gemms | None = None
+    experts: Gemms | None = None
+
+
+_E4M3 = Gemms()
+_INT8 = Gemms("int8", "int8", "int8")
+_PER_TENSOR = Gemms(per_tensor=True)
+
+RECIPES = {
+    "float32": Recipe("float32"),
+    "bf16": Recipe("bfloat16"),
+    # arXiv 2412.19437, section 3.3: e4m3 in all three products, which scales for 128 numbers allow
+    "deepseek": Recipe("bfloat16", attention=_E4M3, ffn=_E4M3, experts=_E4M3),
+    "article": Recipe("bfloat16", ffn=_E4M3, experts=_E4M3),  # attention stays in 16 bits
+    "int8": Recipe("bfloat16", attention=_INT8, ffn=_INT8, experts=_INT8),
+    "fp8_per_tensor": Recipe("bfloat16", attention=_PER_TENSOR, ffn=_PER_TENSOR, experts=_PER_TENSOR),  # the control
+}
+
+
+def unquantised(recipe: Recipe) -> Recipe:
+    """For decoding, whose steps are too small to gain by 8 bits."""
+    return Recipe(recipe.dtype)

@@ -1,0 +1,54 @@
+"""Quantisation for TPU (Mosaic)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.quantize.reference import encode, scale_of
+from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
+
+_ROWS = 256  # of a program's block; both kinds of groups fit
+_COLUMNS = 1024
+
+
+def columns(K: int, most: int) -> int:
+    """The widest block of whole tiles that divides K."""
+    return max(c for c in range(TILE, min(K, most) + 1, TILE) if K % c == 0)
+
+
+def _kernel(x_ref, values_ref, scales_ref, *, rows: int, format: Format, power_of_two: bool):
+    for tile in range(x_ref.shape[1] // TILE):
+        at = slice(tile * TILE, (tile + 1) * TILE)
+        x = x_ref[:, at].astype(jnp.float32)
+        amax = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+        if rows > 1:
+            groups = [jnp.broadcast_to(jnp.max(amax[i : i + rows]), (rows, 1)) for i in range(0, x.shape[0], rows)]
+            amax = jnp.concatenate(groups)
+        scale = scale_of(amax, format, power_of_two)
+        values_ref[:, at] = encode(x, 1 / scale, format)
+        scales_ref[tile] = scale.T  # Mosaic wants the long axis on lanes
+
+
+def quantize(x: jax.Array, rows: int, format: Format, power_of_two: bool, interpret: bool = False) -> Scaled:
+    """See `api.quantize`."""
+    M, K = x.shape
+    x = jnp.pad(x, ((0, -M % rows), (0, -K % TILE))) if M % rows or K % TILE else x
+    padded, width = x.shape[0], columns(x.shape[1], _COLUMNS)
+    values, scales = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, format=format, power_of_two=power_of_two),
+        grid=(pl.cdiv(padded, _ROWS), x.shape[1] // width),
+        in_specs=[pl.BlockSpec((_ROWS, width), lambda i, k: (i, k))],
+        out_specs=[
+            pl.BlockSpec((_ROWS, width), lambda i, k: (i, k)),
+            pl.BlockSpec((width // TILE, 1, _ROWS), lambda i, k: (k, 0, i)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, DTYPES[format]),
+            jax.ShapeDtypeStruct((x.shape[1] // TILE, 1, padded), jnp.float32),
+        ],
+        interpret=interpret,
+        name="quantize",
+    )(x)
+    return Scaled(values[:M, :K], scales[:, 0, ::rows])

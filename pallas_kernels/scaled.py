@@ -1,0 +1,67 @@
+"""Numbers of 8 bits with one scale for each tile: what the low-precision kernels exchange (arXiv 2412.19437, section 3.3)."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+TILE: Literal[128] = 128  # numbers along the axis that a matrix product sums over, which share a scale
+
+Format = Literal["e4m3", "e5m2", "int8"]
+DTYPES: dict[Format, jnp.dtype] = {
+    "e4m3": jnp.dtype("float8_e4m3fn"),
+    "e5m2": jnp.dtype("float8_e5m2"),
+    "int8": jnp.dtype("int8"),
+}
+LARGEST: dict[Format, float] = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}  # what a tile's largest magnitude becomes
+
+
+class Scaled(NamedTuple):
+    """A matrix [M, K] whose entry (m, k) is values[m, k] * scales[k // 128, m // rows].
+
+    `rows` is 1 (tiles of 1 x 128, for activations) or 128 (blocks of 128 x 128, for weights). A product sums along K.
+    """
+
+    values: Array  # [M, K], of one of DTYPES
+    scales: Float[Array, "k_tiles m_groups"]  # float32
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.scales.shape[1] == self.values.shape[0] else TILE
+
+    def row_scales(self) -> Float[Array, "k_tiles M"]:
+        """The scales, one for each row."""
+        M = self.values.shape[0]
+        return self.scales if self.rows == 1 else jnp.repeat(self.scales, TILE, axis=1)[:, :M]
+
+    def transposed(self) -> "Scaled":
+        """[K, M], summed along M: the same numbers, because blocks are square."""
+        assert self.rows == TILE, "tiles of 1 x 128 lie along one axis: quantise the transposed matrix instead"
+        return Scaled(self.values.T, self.scales.T)
+
+
+def tiles(size: int) -> int:
+    """How many tiles cover an axis; the last may be smaller."""
+    return -(-size // TILE)
+
+
+def dequantize(x: Scaled) -> Float[Array, "M K"]:
+    """float32."""
+    K = x.values.shape[1]
+    return x.values.astype(jnp.float32) * jnp.repeat(x.row_scales().T, TILE, axis=1)[:, :K]
+
+
+@dataclass(frozen=True)
+class Gemms:
+    """The formats of a linear layer's three products, y = x w, dx = dy w^T and dw = x^T dy (arXiv 2412.19437, figure 6).
+
+    Activations have a scale for 1 x 128 numbers along what is summed over (for dw: 128 tokens), weights one for 128 x 128.
+    `per_tensor` gives a whole array one scale instead: what blocks are compared with.
+    """
+
+    forward: Format = "e4m3"
+    dgrad: Format = "e4m3"
+    wgrad: Format = "e4m3"
+    power_of_two: bool = False
+    per_tensor: bool = False

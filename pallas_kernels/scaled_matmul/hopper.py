@@ -1,0 +1,85 @@
+"""The scaled matrix product for NVIDIA Hopper (Mosaic GPU).
+
+A block computes 128 x 128 results with two warpgroups of 64 rows each, while a third fetches the next tiles. After each 128
+numbers of the sum, the tensor cores' partial result goes to float32 registers with its scales: their accumulators keep
+about 14 bits (section 3.3.2), and a fresh one every 128 is what keeps long sums right.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.scaled import TILE, Scaled
+
+_HALF = 64  # rows of a warpgroup
+_STAGES = 4  # tiles on their way at once: 132 KiB of shared memory
+
+
+def _padded(x: Scaled):
+    M, K = x.values.shape
+    values = jnp.pad(x.values, ((0, -M % TILE), (0, -K % TILE))) if M % TILE or K % TILE else x.values
+    return values, jnp.pad(x.row_scales(), ((0, 0), (0, -M % TILE)))
+
+
+def _tiling(dtype) -> tuple:
+    """How TMA lays out rows of 128 bytes so that the tensor cores read them without bank conflicts."""
+    tiling: Any = plgpu.TilingTransform  # whose base class pyright takes for abstract
+    swizzle: Any = plgpu.SwizzleTransform
+    return tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
+
+
+def _body(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
+    warpgroup = lax.axis_index("warpgroup")
+    rows, cols = pl.ds(lax.axis_index("m") * TILE, TILE), pl.ds(lax.axis_index("n") * TILE, TILE)
+    mine, shape = pl.ds(warpgroup * _HALF, _HALF), (_HALF, TILE)
+
+    def step(_, a_smem, a_scale_smem, b_smem, b_scale_smem, total):
+        def dot(accumulator):
+            plgpu.wgmma(accumulator, a_smem.at[mine], b_smem.transpose((1, 0)))
+            return accumulator[...]
+
+        partial = pl.run_scoped(dot, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
+        a_scale = plgpu.load(a_scale_smem.at[0, mine], layout=plgpu.Layout.WGMMA.reduce(1))
+        b_scale = plgpu.load(b_scale_smem.at[0], layout=plgpu.Layout.WGMMA.reduce(0))
+        scale = lax.broadcast_in_dim(a_scale, shape, (0,)) * lax.broadcast_in_dim(b_scale, shape, (1,))
+        return total + partial * scale
+
+    def compute(run_steps):
+        total = run_steps(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
+        y_smem[mine] = total.astype(y_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_smem.at[mine], y_gmem.at[rows, cols].at[mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    values = {"memory_space": plgpu.SMEM, "transforms": _tiling(a_gmem.dtype)}
+    plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(a_gmem.shape[1] // TILE,),
+        in_specs=[
+            plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), **values),
+            plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
+            plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), **values),
+            plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
+        ],
+        compute_context=compute, num_compute_wgs=2, wg_axis="warpgroup", memory_registers=40, max_concurrent_steps=_STAGES,
+    )(a_gmem.at[rows], a_scale_gmem.at[:, rows], b_gmem.at[cols], b_scale_gmem.at[:, cols])  # fmt: skip
+
+
+def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Array:
+    """See `api.scaled_matmul`. Raises `NotImplementedError` for int8, which Mosaic GPU's wgmma does not take."""
+    if a.values.dtype == jnp.int8:
+        raise NotImplementedError("scaled_matmul has no int8 kernel for Hopper; use e4m3")
+    (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
+    M, N = a_MK.shape[0], b_NK.shape[0]
+    y_MN = plgpu.kernel(
+        _body,
+        out_type=jax.ShapeDtypeStruct((M, N), dtype),
+        scratch_types=(plgpu.SMEM((TILE, TILE), dtype, transforms=_tiling(dtype)),),
+        grid=(M // TILE, N // TILE), grid_names=("m", "n"), num_threads=3, thread_name="warpgroup",
+        interpret=interpret,
+    )(a_MK, a_scale, b_NK, b_scale)  # fmt: skip
+    return y_MN[: a.values.shape[0], : b.values.shape[0]]

@@ -1,0 +1,121 @@
+"""Compile the low-precision kernels for accelerators that are not here; print what each target's compiler said.
+
+A target is v5p, v6e, tpu7x (libtpu) or h100 (CUDA's compilers): scripts/setup_aot.sh makes .venv-aot with all of them. For
+H100 also registers and spilled bytes, and the tensor cores' instruction. Nothing is run: these are no speed figures.
+Example: .venv-aot/bin/python scripts/compile_kernels.py v5p tpu7x h100
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.update({
+    "MOSAIC_GPU_DUMP_TO": tempfile.mkdtemp(), "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1",
+    "PATH": ":".join([os.environ["PATH"], *map(str, Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin"))]),
+})  # fmt: skip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aot_compile import devices_of
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.quantize.api import quantize
+from pallas_kernels.scaled import DTYPES, Format, Scaled, tiles
+from pallas_kernels.scaled_matmul.api import scaled_matmul
+
+TARGETS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h100": "h100:1x1"}
+TOKENS, HIDDEN, FFN, KV_A = 4096, 7168, 2048, 576  # the released model's; KV_A is no multiple of 128
+
+
+def _matrix(rows: int, columns: int, format: Format, group: int) -> Scaled:
+    scales = jax.ShapeDtypeStruct((tiles(columns), -(-rows // group)), jnp.float32)
+    return Scaled(jax.ShapeDtypeStruct((rows, columns), DTYPES[format]), scales)  # type: ignore[arg-type]
+
+
+def cases() -> dict:
+    """name -> (function of the implementation, arguments)."""
+    found = {}
+    x = jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((HIDDEN, KV_A), jnp.bfloat16)
+    for format in DTYPES:
+        found[f"quantize {format} tiles 1x128"] = functools.partial(quantize, rows=1, format=format), (x,)
+        found[f"quantize {format} blocks 128x128"] = functools.partial(quantize, rows=128, format=format), (w,)
+    for format in DTYPES:
+        for name, N, K, rows in (("forward", FFN, HIDDEN, 128), ("forward", KV_A, HIDDEN, 128), ("wgrad", HIDDEN, TOKENS, 1)):
+            M = TOKENS if name == "forward" else FFN
+            operands = _matrix(M, K, format, 1), _matrix(N, K, format, rows)
+            f = functools.partial(scaled_matmul, dtype=jnp.dtype("bfloat16" if name == "forward" else "float32"))
+            found[f"scaled_matmul {format} {name} {M}x{K}x{N}"] = (f, operands)
+    return found
+
+
+def _too_large(x, implementation: str):
+    """A block larger than a TPU's VMEM: what a compiler must refuse, or the other answers mean nothing."""
+    assert implementation == "tpu"
+
+    def copy(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    return pl.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+
+def _resources() -> dict:
+    """Of the kernel that was compiled last, from what Mosaic GPU dumped."""
+    logs = sorted(Path(os.environ["MOSAIC_GPU_DUMP_TO"]).glob("*.ptxas"), key=lambda p: p.stat().st_mtime)
+    if not logs:
+        return {}
+    log = logs[-1].read_text(errors="replace")
+    sass = logs[-1].with_suffix(".sass_ctrl")
+    found = {
+        "registers": int(re.findall(r"[Uu]sed (\d+) registers", log)[0]),
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "tensor_core": sorted(set(re.findall(r"\b[A-Z]+GMMA\S*", sass.read_text(errors="replace")))) if sass.exists() else [],
+    }
+    for path in Path(os.environ["MOSAIC_GPU_DUMP_TO"]).iterdir():
+        path.unlink()
+    return found
+
+
+def compile_one(target: str, device, f, arguments) -> dict:
+    """{"compiled": True, ...}, or {"compiled": False, "reason": the compiler's first line}."""
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
+    gpu = target == "h100"
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+    arguments = jax.tree.map(lambda a: place(a.shape, a.dtype), arguments)
+    try:
+        with jax.set_mesh(mesh) if gpu else contextlib.nullcontext():
+            jax.jit(functools.partial(f, implementation="hopper" if gpu else "tpu")).lower(*arguments).compile()
+    except Exception as error:  # whatever a compiler raises is the answer
+        return {"compiled": False, "reason": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
+    return {"compiled": True} | (_resources() if gpu else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=[], metavar="target", help=f"of {', '.join(TARGETS)}; all if none")
+    args = parser.parse_args()
+    if unknown := set(args.targets) - set(TARGETS):
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; valid: {', '.join(TARGETS)}")
+    results = {}
+    for target in args.targets or TARGETS:
+        device = devices_of(TARGETS[target])[0]
+        tried = cases()
+        if target != "h100":
+            tried["block larger than VMEM"] = (_too_large, (jax.ShapeDtypeStruct((8 * TOKENS, HIDDEN), jnp.float32),))
+        for name, (f, arguments) in tried.items():
+            found = results[f"{target}: {name}"] = compile_one(target, device, f, arguments)
+            print(f"{target:6s} {name:42s} {' '.join(f'{k}={v}' for k, v in found.items())}", flush=True)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""The environment with the compilers of accelerators that are not here."""
+
+import fcntl
+import subprocess
+
+from tests.conftest import ROOT
+
+
+def in_aot_environment(*arguments: str) -> subprocess.CompletedProcess:
+    with open(ROOT / "requirements-aot.lock") as file:  # test workers must not set it up at once
+        fcntl.flock(file, fcntl.LOCK_EX)
+        subprocess.run([ROOT / "scripts" / "setup_aot.sh"], check=True, timeout=300)
+    command = [str(ROOT / ".venv-aot" / "bin" / "python"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)

@@ -1,0 +1,26 @@
+"""Every low-precision kernel through the targets' own compilers, at the released model's sizes."""
+
+import json
+
+import pytest
+
+from tests.aot import in_aot_environment
+
+REFUSED = {"h100: scaled_matmul int8": "no int8 kernel", "block larger than VMEM": "vmem"}  # and what the reason says
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_their_targets():
+    done = in_aot_environment("scripts/compile_kernels.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    assert {name.split(":")[0] for name in results} == {"v5p", "v6e", "tpu7x", "h100"}
+    for name, found in results.items():
+        reason = next((reason for part, reason in REFUSED.items() if part in name), None)
+        assert found["compiled"] == (reason is None), f"{name}: {found}"
+        if reason is not None:
+            assert reason in found["reason"].lower(), f"{name}: {found}"
+        elif name.startswith("h100"):
+            assert found["spilled_bytes"] == 0, name
+            if "scaled_matmul" in name:
+                assert any(op.startswith("QGMMA") for op in found["tensor_core"]), name

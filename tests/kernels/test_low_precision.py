@@ -1,0 +1,195 @@
+"""Quantisation and the products of 8-bit operands: definitions against numpy, kernels (interpreted) against definitions."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import grouped_swiglu
+from pallas_kernels.quantize.api import quantize
+from pallas_kernels.quantize.reference import rounded
+from pallas_kernels.scaled import DTYPES, LARGEST, Gemms, Scaled, dequantize
+from pallas_kernels.scaled_linear import scaled_linear
+from pallas_kernels.scaled_matmul.api import scaled_matmul
+
+INTERPRET = {"tpu": True, "hopper": plgpu.InterpretGPUParams()}
+SHAPES = [(256, 512), (100, 130), (3, 40), (129, 7168 // 8)]  # whole tiles, edges on both sides, less than one tile
+FORMATS = ["e4m3", "e5m2", "int8"]
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def numpy_rounded(x: np.ndarray, rows: int, format: str, power_of_two: bool = False) -> np.ndarray:
+    """Tile by tile, in numpy with ml_dtypes' conversions."""
+    out = np.zeros_like(x)
+    dtype = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}.get(format)
+    for i in range(0, x.shape[0], rows):
+        for k in range(0, x.shape[1], 128):
+            tile = x[i : i + rows, k : k + 128]
+            scale = np.float32(max(np.abs(tile).max(), 1e-30)) * np.float32(1 / LARGEST[format])
+            scale = np.float32(2.0 ** np.ceil(np.log2(scale))) if power_of_two else scale
+            scaled = tile * (np.float32(1) / scale)
+            scaled = np.clip(scaled, -LARGEST[format], LARGEST[format])
+            out[i : i + rows, k : k + 128] = (
+                np.round(scaled) if dtype is None else scaled.astype(dtype).astype(np.float32)
+            ) * scale
+    return out
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_quantisation_is_what_numpy_makes_of_every_tile(format, rows, power_of_two):
+    for shape in SHAPES:
+        x = normal(1, *shape).at[0].set(0)
+        expected = numpy_rounded(np.asarray(x), rows, format, power_of_two)
+        found = quantize(x, rows, format, power_of_two)
+        assert found.values.dtype == DTYPES[format]
+        assert found.scales.shape == (-(-shape[1] // 128), -(-shape[0] // rows))
+        np.testing.assert_array_equal(dequantize(found), expected)
+        np.testing.assert_array_equal(rounded(x, rows, format, power_of_two), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    exponent=st.integers(-60, 60), format=st.sampled_from(FORMATS), rows=st.sampled_from([1, 128]), seed=st.integers(0, 99),
+    power_of_two=st.booleans(),
+)  # fmt: skip
+def test_quantisation_errs_by_half_a_step(exponent, format, rows, seed, power_of_two):
+    """Whatever the magnitude: half the format's relative step, or of its smallest number times the tile's scale."""
+    x = normal(seed, 40, 200) * 2.0**exponent
+    q = quantize(x, rows, format, power_of_two)
+    scale = np.repeat(np.asarray(q.row_scales()).T, 128, axis=1)[:, :200]
+    relative = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "int8": 0.0}[format]
+    smallest = {"e4m3": 2.0**-9, "e5m2": 2.0**-16, "int8": 1.0}[format]
+    bound = np.maximum(relative * np.abs(x), 0.5 * smallest * scale) * (1 + 1e-5)
+    assert (np.abs(np.asarray(dequantize(q)) - x) <= bound).all()
+    if power_of_two:
+        assert (np.frexp(np.asarray(q.scales))[0] == 0.5).all()
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_what_is_not_finite_stays_so(format):
+    x = normal(0, 4, 256).at[1, 3].set(jnp.inf).at[2, 200].set(jnp.nan)
+    found = np.isfinite(np.asarray(dequantize(quantize(x, 1, format))))
+    assert not found[1, 3]
+    assert not found[2, 200]
+    assert found[[0, 3]].all()
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "hopper"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 128])
+def test_quantising_kernels_equal_the_definition_exactly(implementation, format, rows):
+    for shape, power_of_two in zip(SHAPES, (False, True, False, True), strict=True):
+        x = normal(2, *shape, dtype=jnp.bfloat16)
+        ours = quantize(x, rows, format, power_of_two, implementation, INTERPRET[implementation])
+        theirs = quantize(x, rows, format, power_of_two, "reference")
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def operands(M: int, N: int, K: int, rows: int, format: str) -> tuple[Scaled, Scaled]:
+    return quantize(normal(3, M, K), 1, format), quantize(normal(4, N, K), rows, format)
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "hopper"])
+@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize(("M", "N", "K"), [(256, 128, 384), (100, 70, 130), (3, 200, 40)])
+def test_products_equal_the_definition(implementation, rows, M, N, K):
+    """float32 sums in another order, of up to 384 terms; a result in bfloat16 has 8 bits."""
+    a, b = operands(M, N, K, rows, "e4m3")
+    expected = np.asarray(dequantize(a), np.float64) @ np.asarray(dequantize(b), np.float64).T
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(scaled_matmul(a, b) / largest, expected / largest, atol=2e-6)
+    for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)):
+        ours = scaled_matmul(a, b, jnp.dtype(dtype), implementation, INTERPRET[implementation])
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ours, np.float32) / largest, expected / largest, atol=tolerance)
+    # the check can fail: scales that belong to other tiles
+    wrong = Scaled(a.values, jnp.roll(a.scales, 1, axis=1) * 1.5)
+    assert (
+        np.abs(scaled_matmul(wrong, b, jnp.dtype("float32"), implementation, INTERPRET[implementation]) - expected).max() > 0.1
+    )
+
+
+def test_int8_products():
+    a, b = operands(100, 70, 130, 128, "int8")
+    expected = scaled_matmul(a, b, implementation="reference")
+    np.testing.assert_allclose(scaled_matmul(a, b, implementation="tpu", interpret=True), expected, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="int8"):
+        scaled_matmul(a, b, implementation="hopper")
+
+
+@pytest.mark.parametrize(
+    "gemms", [Gemms(), Gemms(power_of_two=True), Gemms("e4m3", "e5m2", "e5m2"), Gemms("int8", "int8", "int8")]
+)
+@pytest.mark.parametrize(("T", "K", "N"), [(256, 128, 384), (150, 200, 72)])
+def test_all_three_products_of_a_linear_layer(gemms, T, K, N):
+    """Against numpy: which operand is rounded in which tiles, in which product."""
+    x, w, dy = (np.asarray(normal(5 + i, *shape)) for i, shape in enumerate(((T, K), (K, N), (T, N))))
+    y, vjp = jax.vjp(lambda x, w: scaled_linear(x, w, gemms), x, w)
+    dx, dw = vjp(jnp.asarray(dy))
+
+    def r(a, rows, product):
+        return numpy_rounded(a, rows, getattr(gemms, product), gemms.power_of_two)
+
+    expected_y = r(x, 1, "forward") @ r(w, 128, "forward")
+    expected_dx = r(dy, 1, "dgrad") @ r(w, 128, "dgrad").T
+    expected_dw = r(r(x, 1, "forward").T.copy(), 1, "wgrad") @ r(dy.T.copy(), 1, "wgrad").T
+    for ours, expected in ((y, expected_y), (dx, expected_dx), (dw, expected_dw)):
+        np.testing.assert_allclose(ours, expected, atol=3e-6 * np.abs(expected).max())
+    for ours, exact in ((y, x @ w), (dx, dy @ w.T), (dw, x.T @ dy)):
+        error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+        assert error < (0.12 if "e5m2" in (gemms.dgrad, gemms.wgrad) else 0.06)  # two operands of 2-3% (e5m2: 5-6%) each
+
+
+def test_blocks_withstand_outliers_that_one_scale_for_all_does_not():
+    """An activation channel a million times larger: tiles lose 128 of 1024 channels, one scale all but this one."""
+    x, w = normal(8, 64, 1024).at[:, 5].multiply(1e6), normal(9, 1024, 32).at[5].set(0)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+
+    def error(gemms):
+        return np.linalg.norm(scaled_linear(x, w, gemms) - exact) / np.linalg.norm(exact)
+
+    assert error(Gemms()) < 0.5
+    assert error(Gemms(per_tensor=True)) > 0.9
+
+
+@pytest.mark.parametrize("gemms", [Gemms(), Gemms("int8", "int8", "int8")])
+def test_grouped_swiglu_rounds_as_linear_layers_of_each_expert_do(gemms):
+    """Every expert's 6 tokens fit one block, of 8, so that tiles along tokens are the same."""
+    T, D, M, E, K = 12, 130, 70, 4, 2
+    x, w_gate_up, w_down = normal(0, T, D), normal(1, E, D, 2, M) * 0.1, normal(2, E, M, D) * 0.1
+    expert = (jnp.arange(T)[:, None] + jnp.arange(K)) % E
+    weight = jax.random.uniform(jax.random.key(4), (T, K), minval=0.1)
+
+    def by_expert(x, w_gate_up, w_down, weight):
+        y = jnp.zeros_like(x)
+        for e in range(E):
+            token, choice = np.nonzero(np.asarray(expert) == e)
+            gate_up = scaled_linear(x[token], w_gate_up[e].reshape(D, 2 * M), gemms)
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+            h = jax.nn.silu(gate) * up * weight[token, choice][:, None]
+            y = y.at[token].add(scaled_linear(h, w_down[e], gemms))
+        return y
+
+    def scalar(f):
+        return lambda *a: jnp.sum(f(*a) * normal(5, T, D))
+
+    args = (x, w_gate_up, w_down, weight)
+    ours = jax.jit(jax.value_and_grad(scalar(lambda x, a, b, g: grouped_swiglu(x, a, b, expert, g, gemms)), (0, 1, 2, 3)))(
+        *args
+    )
+    theirs = jax.value_and_grad(scalar(by_expert), (0, 1, 2, 3))(*args)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        # gradients that differ in a last bit may round to neighbours in 8 bits: most numbers agree, and all nearly do
+        difference = np.abs(np.asarray(a) - np.asarray(b)) / np.abs(b).max()
+        assert np.quantile(difference, 0.99) < 1e-5
+        assert difference.max() < 0.02
