@@ -254,15 +254,24 @@ class ParallelConfig:
             _positive("parallel", self, "expert_ranks_per_node")
 
 
+RecipeName = Literal["float32", "bf16", "deepseek", "article", "int8", "fp8_per_tensor"]
+
+
 @dataclass(frozen=True)
 class PrecisionConfig:
     """`float32`: everything. `bf16`: matmuls and activations in bfloat16, master weights and router in float32.
 
     `deepseek`, `article`, `int8`, `fp8_per_tensor`: as bf16, with products in 8 bits (see precision/recipes.py).
+    The first `first_steps` steps are in `first_recipe`; nothing of the state depends on it.
     """
 
     __pydantic_config__ = _STRICT
-    recipe: Literal["float32", "bf16", "deepseek", "article", "int8", "fp8_per_tensor"] = "float32"
+    recipe: RecipeName = "float32"
+    first_recipe: RecipeName = "bf16"
+    first_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _not_negative("precision", self, "first_steps")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ BAD = [
     ("parallel.pipe_chunks=0", "parallel.pipe_chunks=0"),
     ("parallel.expert_ranks_per_node=0", "parallel.expert_ranks_per_node=0"),
     ("precision.recipe=fp4", "precision.recipe='fp4'"),
+    ("precision.first_steps=-1", "precision.first_steps=-1"),
     ("name=../x", "name='../x'"),
     ("model.rope_parameters.factor=0.5", "must be at least 1"),
 ]

@@ -26,7 +26,7 @@ from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.progress import ProgressReporter
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
 from dsv3_jax.train.state import TrainState, abstract_state, new_state
-from dsv3_jax.train.step import StepMetrics, make_eval_step, make_train_step
+from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _steps(
     writer: MetricsWriter | None, progress: ProgressReporter, stop: _StopRequest,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """The state after the last step, and whether a signal, in this or another process, made it the last."""
-    train_step, eval_step = make_train_step(config, layout), make_eval_step(config, layout)
+    train_step, eval_step = ScheduledSteps(config, layout), make_eval_step(config, layout)
     flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
     clock = _SaveClock(config)
 
@@ -226,12 +226,11 @@ def _steps(
     while step < last and not stopping:
         began = time.perf_counter()
         batch = jax.tree.map(np.asarray, next(data.batches))
-        state, metrics = train_step(state, place(layout, batch, data.rows, config.data.batch_size))
+        state, metrics = train_step(step, state, place(layout, batch, data.rows, config.data.batch_size))
         step += 1
         metrics = jax.device_get(metrics)
         row = _row(config, step, metrics, time.perf_counter() - began)
         _check_health(config, data.source, step, metrics, manager)
-        assert train_step._cache_size() == 1, "the training step was compiled twice"
         if step % config.train.eval_every == 0 or step == last:
             row |= _evaluate(config, layout, eval_step, state, data.corpus)
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")

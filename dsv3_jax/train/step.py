@@ -1,5 +1,6 @@
 """The training step: a pure function (state, batch) -> (state, metrics), and the evaluation step beside it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -129,6 +130,28 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
     return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))
+
+
+class ScheduledSteps:
+    """The training steps of a run: each in the recipe that `precision` names for it, and each recipe compiled once."""
+
+    def __init__(self, config: Config, layout: Layout = ONE_DEVICE):
+        self._config, self._layout, self._made = config, layout, {}
+
+    def recipe(self, step: int) -> str:
+        """Of step `step`, counted from 0."""
+        precision = self._config.precision
+        return precision.first_recipe if step < precision.first_steps else precision.recipe
+
+    def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        recipe = self.recipe(step)
+        if recipe not in self._made:
+            precision = dataclasses.replace(self._config.precision, recipe=recipe)
+            self._made[recipe] = make_train_step(dataclasses.replace(self._config, precision=precision), self._layout)
+        train_step = self._made[recipe]
+        result = train_step(state, batch)
+        assert train_step._cache_size() == 1, f"the training step in {recipe} was compiled twice"
+        return result
 
 
 def make_eval_step(
