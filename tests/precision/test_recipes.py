@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.recipes import RECIPES, Recipe
 from dsv3_jax.train.state import new_state, serving_graph
-from dsv3_jax.train.step import make_train_step
-from tests.parallel.cases import MESHES, batch_of, config_of, state_on, step_of
+from dsv3_jax.train.step import gradients, make_train_step
+from tests.parallel.cases import MESHES, batch_of, config_of
 
+SMALL = ["train.grad_accum_steps=1", "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0"]
 LOW = [name for name, recipe in RECIPES.items() if recipe != Recipe(recipe.dtype)]
 
 
 def losses(recipe: str, steps: int) -> list[float]:
-    config = config_of([f"precision.recipe={recipe}", "train.grad_accum_steps=1"])
+    config = config_of([f"precision.recipe={recipe}", *SMALL])
     state, step, found = new_state(config), make_train_step(config), []
     for i in range(steps):
         state, metrics = step(state, batch_of(config, i))
@@ -45,10 +48,10 @@ def test_a_mesh_computes_what_one_device_does_in_8_bits(monkeypatch):
     monkeypatch.setitem(RECIPES, "deepseek", replace(RECIPES["deepseek"], dtype="float32"))
 
     def first_step(mesh: list[str]):
-        config = config_of(["precision.recipe=deepseek", *mesh])
-        layout, step = step_of(config)
-        _, gradients, metrics = step(state_on(config, layout), batch_of(config, 0))
-        return jax.device_get((gradients, metrics))
+        config = config_of(["precision.recipe=deepseek", *SMALL, *mesh])
+        layout = layout_for(config)
+        state = new_state(config, layout)
+        return jax.device_get(jax.jit(lambda s, b: gradients(config, layout, s, b))(state, batch_of(config, 0)))
 
     (ours, metrics), (theirs, expected) = first_step(MESHES["fsdp=2 expert=4"]), first_step([])
     assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-4)
@@ -57,13 +60,9 @@ def test_a_mesh_computes_what_one_device_does_in_8_bits(monkeypatch):
 
 
 def test_decoding_is_in_16_bits():
-    config = config_of(["precision.recipe=deepseek"])
+    config = config_of(["precision.recipe=deepseek", *SMALL])
     state = new_state(config)
-    model = nnx.merge(serving_graph(config, config_layout(config)), state.params, state.router_bias)
+    model = nnx.merge(serving_graph(config, Layout()), state.params, state.router_bias)
     assert model.dtype == np.dtype("bfloat16")
     assert model.moe_blocks.ffn.gemms is None
     assert model.moe_blocks.attention.linear.gemms is None
-
-
-def config_layout(config):
-    return step_of(config)[0]

@@ -75,11 +75,12 @@ def test_a_run_and_its_bit_for_bit_resume(config_with, tmp_path, capsys):
 @pytest.mark.parametrize(("first", "then"), [("bf16", "deepseek"), ("deepseek", "bf16")])
 def test_a_precision_schedule_loses_no_state_and_resumes(config_with, tmp_path, first, then):
     """The first steps are those of a run in the first recipe alone; a run cut off at the switch goes on bit for bit."""
-    schedule = [f"precision.first_recipe={first}", "precision.first_steps=3", f"precision.recipe={then}"]
+    small = ["model.num_hidden_layers=2", "model.num_nextn_predict_layers=0", "train.eval_every=6"]
+    schedule = [*small, f"precision.first_recipe={first}", "precision.first_steps=3", f"precision.recipe={then}"]
     train(config_with("name=whole", *schedule), tmp_path)
     train(config_with("name=parts", *schedule, "train.steps=3"), tmp_path)
     train(config_with("name=parts", *schedule), tmp_path)
-    train(config_with("name=alone", f"precision.recipe={first}"), tmp_path)
+    train(config_with("name=alone", *small, f"precision.recipe={first}"), tmp_path)
     whole, parts, alone = (
         [row["loss"] for row in rows_of(tmp_path / name) if "loss" in row] for name in ("whole", "parts", "alone")
     )
