@@ -22,8 +22,8 @@ def quantize(
     """x as 8-bit values and float32 scales, the largest magnitude of each `rows` x 128 numbers becoming the format's largest.
 
     Tiles at the edges may be smaller. `power_of_two` rounds scales up to powers of two, so that scaling is exact. An
-    infinity makes its tile NaN or saturated, never plausible numbers. "auto": kernels on TPU and NVIDIA GPUs (Hopper and
-    later), plain JAX elsewhere. `interpret` is given to the kernel that was asked for.
+    infinity makes its tile NaN or saturated, never plausible numbers. "auto": kernels on TPU and CUDA (whose one is for
+    Hopper; other NVIDIA GPUs refuse it when compiling), plain JAX elsewhere. `interpret` is given to the kernel that was asked for.
     """
     if implementation == "auto":
         return jax.lax.platform_dependent(
