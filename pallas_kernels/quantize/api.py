@@ -23,7 +23,8 @@ def quantize(
 
     Tiles at the edges may be smaller. `power_of_two` rounds scales up to powers of two, so that scaling is exact. An
     infinity makes its tile NaN or saturated, never plausible numbers. "auto": kernels on TPU and CUDA (whose one is for
-    Hopper; other NVIDIA GPUs refuse it when compiling), plain JAX elsewhere. `interpret` is given to the kernel that was asked for.
+    Hopper; other NVIDIA GPUs refuse it when compiling), plain JAX elsewhere. `interpret` goes to the
+    kernel that was asked for.
     """
     if implementation == "auto":
         return jax.lax.platform_dependent(
