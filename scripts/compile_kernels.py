@@ -29,11 +29,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.quantize.api import quantize
-from pallas_kernels.scaled import DTYPES, Format, Scaled, tiles
-from pallas_kernels.scaled_matmul.api import scaled_matmul
+from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, tiles
+from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, scaled_matmul
 
 TARGETS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h100": "h100:1x1"}
-TOKENS, HIDDEN, FFN, KV_A = 4096, 7168, 2048, 576  # the released model's; KV_A is no multiple of 128
+TOKENS, EXPERTS = 4096, 4  # of a device
+HIDDEN, FFN, KV_A = 7168, 2048, 576  # the released model's; KV_A is no multiple of 128
 
 
 def _matrix(rows: int, columns: int, format: Format, group: int) -> Scaled:
@@ -55,6 +56,10 @@ def cases() -> dict:
             operands = _matrix(M, K, format, 1), _matrix(N, K, format, rows)
             f = functools.partial(scaled_matmul, dtype=jnp.dtype("bfloat16" if name == "forward" else "float32"))
             found[f"scaled_matmul {format} {name} {M}x{K}x{N}"] = (f, operands)
+        f = functools.partial(grouped_scaled_matmul, N=2 * FFN, dtype=jnp.dtype("bfloat16"))
+        operands = _matrix(TOKENS, HIDDEN, format, 1), _matrix(EXPERTS * 2 * FFN, HIDDEN, format, 128)
+        blocks = jax.ShapeDtypeStruct((TOKENS // TILE,), jnp.int32)
+        found[f"grouped scaled_matmul {format} {EXPERTS} experts"] = (f, (*operands, blocks))
     return found
 
 

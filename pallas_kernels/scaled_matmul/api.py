@@ -1,20 +1,22 @@
-"""The product of two block-scaled matrices, summed in float32 (arXiv 2412.19437, section 3.3.2)."""
+"""Products of block-scaled matrices, summed in float32 (arXiv 2412.19437, section 3.3.2): of two, or one for each group."""
 
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.scaled import Scaled
+from pallas_kernels.scaled import TILE, Scaled
 from pallas_kernels.scaled_matmul import hopper, reference, tpu
+
+Implementation = Literal["auto", "reference", "tpu", "hopper"]
 
 
 def scaled_matmul(
     a: Scaled,
     b: Scaled,
     dtype: jnp.dtype = jnp.dtype("float32"),  # noqa: B008  (immutable)
-    implementation: Literal["auto", "reference", "tpu", "hopper"] = "auto",
+    implementation: Implementation = "auto",
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
     """y[m, n] = sum_k a[m, k] b[n, k] of a: [M, K] and b: [N, K], each with scales of any kind, summed in float32.
@@ -36,3 +38,34 @@ def scaled_matmul(
     if implementation == "reference":
         return reference.scaled_matmul(a, b, dtype)
     return {"tpu": tpu.scaled_matmul, "hopper": hopper.scaled_matmul}[implementation](a, b, dtype, interpret)
+
+
+def grouped_scaled_matmul(
+    a: Scaled,
+    b: Scaled,
+    group_b: Int[Array, " blocks"],
+    N: int,
+    dtype: jnp.dtype = jnp.dtype("float32"),  # noqa: B008  (immutable)
+    implementation: Implementation = "auto",
+    interpret: Any = None,
+) -> Float[Array, "P N"]:
+    """y[p] = a[p] b_g^T for rows p of block p // 128, whose group is g = group_b[p // 128]; routed experts are groups.
+
+    a: [P, K], each group's rows filled up to blocks of 128; b: [groups * N, K], the groups' matrices one below the other;
+    N a multiple of 128. Forward, tiles of x and blocks of w^T; dgrad, tiles of dy and blocks of w. Otherwise as
+    `scaled_matmul`.
+    """
+    assert a.values.shape == (TILE * group_b.size, b.values.shape[1]), f"{a.values.shape} for {group_b.size} blocks"
+    assert N % TILE == 0, f"N={N} is no multiple of {TILE}"
+    if implementation == "auto":
+        cuda = reference if a.values.dtype == jnp.int8 else hopper
+        return jax.lax.platform_dependent(
+            a, b, group_b,
+            tpu=lambda a, b, group_b: tpu.grouped_scaled_matmul(a, b, group_b, N, dtype),
+            cuda=lambda a, b, group_b: cuda.grouped_scaled_matmul(a, b, group_b, N, dtype),
+            default=lambda a, b, group_b: reference.grouped_scaled_matmul(a, b, group_b, N, dtype),
+        )  # fmt: skip
+    if implementation == "reference":
+        return reference.grouped_scaled_matmul(a, b, group_b, N, dtype)
+    kernel = {"tpu": tpu, "hopper": hopper}[implementation].grouped_scaled_matmul
+    return kernel(a, b, group_b, N, dtype, interpret)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.scaled import TILE, Scaled
+from pallas_kernels.scaled import TILE, Scaled, tiles
 
 _HALF = 64  # rows of a warpgroup
 _STAGES = 4  # tiles on their way at once: 132 KiB of shared memory
@@ -32,9 +32,10 @@ def _tiling(dtype) -> tuple:
     return tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
 
 
-def _body(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
-    warpgroup = lax.axis_index("warpgroup")
-    rows, cols = pl.ds(lax.axis_index("m") * TILE, TILE), pl.ds(lax.axis_index("n") * TILE, TILE)
+def _body(group_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
+    warpgroup, m, n = lax.axis_index("warpgroup"), lax.axis_index("m"), lax.axis_index("n")
+    rows, cols = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
+    of_group = pl.ds(group_gmem[m] * y_gmem.shape[1] + n * TILE, TILE)  # the rows of b that are this block's columns
     mine, shape = pl.ds(warpgroup * _HALF, _HALF), (_HALF, TILE)
 
     def step(_, a_smem, a_scale_smem, b_smem, b_scale_smem, total):
@@ -66,20 +67,31 @@ def _body(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
             plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
         ],
         compute_context=compute, num_compute_wgs=2, wg_axis="warpgroup", memory_registers=40, max_concurrent_steps=_STAGES,
-    )(a_gmem.at[rows], a_scale_gmem.at[:, rows], b_gmem.at[cols], b_scale_gmem.at[:, cols])  # fmt: skip
+    )(a_gmem.at[rows], a_scale_gmem.at[:, rows], b_gmem.at[of_group], b_scale_gmem.at[:, of_group])  # fmt: skip
 
 
-def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Array:
-    """See `api.scaled_matmul`. Raises `NotImplementedError` for int8, which Mosaic GPU's wgmma does not take."""
+def _run(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any) -> jax.Array:
+    """128 rows of a at a time, each with the N rows of b that its group has."""
     if a.values.dtype == jnp.int8:
         raise NotImplementedError("scaled_matmul has no int8 kernel for Hopper; use e4m3")
     (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
-    M, N = a_MK.shape[0], b_NK.shape[0]
-    y_MN = plgpu.kernel(
+    M = a_MK.shape[0]
+    return plgpu.kernel(
         _body,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
         scratch_types=(plgpu.SMEM((TILE, TILE), dtype, transforms=_tiling(dtype)),),
         grid=(M // TILE, N // TILE), grid_names=("m", "n"), num_threads=3, thread_name="warpgroup",
         interpret=interpret,
-    )(a_MK, a_scale, b_NK, b_scale)  # fmt: skip
-    return y_MN[: a.values.shape[0], : b.values.shape[0]]
+    )(group_b, a_MK, a_scale, b_NK, b_scale)  # fmt: skip
+
+
+def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Array:
+    """See `api.scaled_matmul`. Raises `NotImplementedError` for int8, which Mosaic GPU's wgmma does not take."""
+    M, N = a.values.shape[0], b.values.shape[0]
+    one_group = jnp.zeros(tiles(M), jnp.int32)
+    return _run(a, b, one_group, tiles(N) * TILE, dtype, interpret)[:M, :N]
+
+
+def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any = None) -> jax.Array:
+    """See `api.grouped_scaled_matmul`. Raises `NotImplementedError` as `scaled_matmul`."""
+    return _run(a, b, group_b, N, dtype, interpret)

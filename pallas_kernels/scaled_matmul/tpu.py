@@ -12,7 +12,7 @@ from pallas_kernels.scaled import TILE, Scaled
 _M, _N, _K = 512, 512, 1024  # of a program's block: 4 MB of VMEM with double buffering
 
 
-def _kernel(a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref, sum_ref):
+def _kernel(_, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref, sum_ref):
     @pl.when(pl.program_id(2) == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -35,24 +35,35 @@ def _padded(x: Scaled):
     return (jnp.pad(x.values, ((0, 0), (0, pad))) if pad else x.values), x.row_scales()[:, None]
 
 
+def _run(a: Scaled, b: Scaled, group_b: jax.Array, blocks: tuple[int, int], N: int, dtype, interpret: bool) -> jax.Array:
+    """Blocks of rows of a, each with the N rows of b that its group has."""
+    (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
+    (M, K), (block_m, block_n) = a_MK.shape, blocks
+    width, per_group = columns(K, _K), pl.cdiv(N, block_n)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(pl.cdiv(M, block_m), per_group, K // width),
+        in_specs=[
+            pl.BlockSpec((block_m, width), lambda i, j, k, _: (i, k)),
+            pl.BlockSpec((width // TILE, 1, block_m), lambda i, j, k, _: (k, 0, i)),
+            pl.BlockSpec((block_n, width), lambda i, j, k, group: (group[i] * per_group + j, k)),
+            pl.BlockSpec((width // TILE, 1, block_n), lambda i, j, k, group: (k, 0, group[i] * per_group + j)),
+        ],
+        out_specs=pl.BlockSpec((block_m, block_n), lambda i, j, k, _: (i, j)),
+        scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
+    )
+    return pl.pallas_call(
+        _kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((M, N), dtype), interpret=interpret, name="scaled_matmul",
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    )(group_b, a_MK, a_scale, b_NK, b_scale)  # fmt: skip
+
+
 def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: bool = False) -> jax.Array:
     """See `api.scaled_matmul`."""
-    (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
-    (M, K), N = a_MK.shape, b_NK.shape[0]
-    width = columns(K, _K)
-    return pl.pallas_call(
-        _kernel,
-        grid=(pl.cdiv(M, _M), pl.cdiv(N, _N), K // width),
-        in_specs=[
-            pl.BlockSpec((_M, width), lambda i, j, k: (i, k)),
-            pl.BlockSpec((width // TILE, 1, _M), lambda i, j, k: (k, 0, i)),
-            pl.BlockSpec((_N, width), lambda i, j, k: (j, k)),
-            pl.BlockSpec((width // TILE, 1, _N), lambda i, j, k: (k, 0, j)),
-        ],
-        out_specs=pl.BlockSpec((_M, _N), lambda i, j, k: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((M, N), dtype),
-        scratch_shapes=[pltpu.VMEM((_M, _N), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=interpret,
-        name="scaled_matmul",
-    )(a_MK, a_scale, b_NK, b_scale)
+    one_group = jnp.zeros(pl.cdiv(a.values.shape[0], _M), jnp.int32)
+    return _run(a, b, one_group, (_M, _N), b.values.shape[0], dtype, interpret)
+
+
+def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: bool = False) -> jax.Array:
+    """See `api.grouped_scaled_matmul`."""
+    return _run(a, b, group_b, (TILE, columns(N, _N)), N, dtype, interpret)

@@ -14,7 +14,7 @@ from pallas_kernels.quantize.api import quantize
 from pallas_kernels.quantize.reference import rounded
 from pallas_kernels.scaled import DTYPES, LARGEST, Gemms, Scaled, dequantize
 from pallas_kernels.scaled_linear import scaled_linear
-from pallas_kernels.scaled_matmul.api import scaled_matmul
+from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, scaled_matmul
 
 INTERPRET = {"tpu": True, "hopper": plgpu.InterpretGPUParams()}
 SHAPES = [(256, 512), (100, 130), (3, 40), (129, 7168 // 8)]  # whole tiles, edges on both sides, less than one tile
@@ -117,6 +117,24 @@ def test_products_equal_the_definition(implementation, rows, M, N, K):
     assert (
         np.abs(scaled_matmul(wrong, b, jnp.dtype("float32"), implementation, INTERPRET[implementation]) - expected).max() > 0.1
     )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu", "hopper"])
+@pytest.mark.parametrize("groups", [[2, 0, 2], [1]])
+def test_grouped_products_are_each_groups_own(implementation, groups):
+    """Groups in any order, with several blocks or none; each block against a product of its own."""
+    N, K, E = 256, 130, 3
+    a, w = quantize(normal(3, 128 * len(groups), K), 1), normal(4, E, N, K)
+    b = jax.vmap(lambda w: quantize(w, 128, implementation="reference"))(w)
+    b = Scaled(b.values.reshape(E * N, K), jnp.moveaxis(b.scales, 0, 1).reshape(b.scales.shape[1], -1))
+    ours = grouped_scaled_matmul(
+        a, b, jnp.array(groups, jnp.int32), N, implementation=implementation, interpret=INTERPRET.get(implementation)
+    )
+    for block, group in enumerate(groups):
+        rows = slice(block * 128, (block + 1) * 128)
+        mine = Scaled(a.values[rows], a.scales[:, rows])
+        expected = scaled_matmul(mine, quantize(w[group], 128, implementation="reference"), implementation="reference")
+        np.testing.assert_allclose(ours[rows], expected, atol=2e-6 * np.abs(expected).max())
 
 
 def test_int8_products():
