@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,15 +136,23 @@ class CheckpointManager:
         except FailedElsewhere:
             raise
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
-            with contextlib.suppress(OSError):
-                shutil.rmtree(target, ignore_errors=True)
-                for leftover in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_rest(step)
             latest = self.latest()
             kept = f"the checkpoint of step {latest} is intact" if latest is not None else "there is no earlier one"
             raise UserError(f"cannot save the checkpoint of step {step}: {_reason(error)}; {kept}") from error
         on_first(self._remove_old)
         return target
+
+    def _remove_rest(self, step: int) -> None:
+        """What a failed save left. Orbax's threads may still be writing there, so it is tried until nothing is left."""
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                rest = [p for p in self._directory.glob(f"{step}*") if p.name.partition(".")[0] == str(step)]
+                if not rest:
+                    return
+                for path in rest:
+                    shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.1)
 
     def _remove_old(self) -> None:
         for old in complete_steps(self._directory)[: -self._keep]:

@@ -13,6 +13,7 @@ from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import Router, sequence_balance_loss
 from dsv3_jax.model.transformer import Transformer, positions
+from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
 
 MICRO = ModelConfig(
@@ -163,7 +164,7 @@ def test_program_does_not_grow_with_depth():
 
 def test_bfloat16_stays_close():
     ids = tokens(1, 16)
-    exact, rounded = make()(ids), make(dtype=jnp.dtype("bfloat16"))(ids)
+    exact, rounded = make()(ids), make(recipe=RECIPES["bf16"])(ids)
     assert rounded.dtype == jnp.float32
     cosine = jnp.vdot(exact, rounded) / (jnp.linalg.norm(exact) * jnp.linalg.norm(rounded))
     assert float(cosine) > 0.99  # near-ties in routing may fall the other way

@@ -37,7 +37,7 @@ def run(transport: str | None):
 
     def f(x, w_gate_up, w_down, expert, weight, dy):
         def y(x, w_gate_up, w_down, weight):
-            return layout.experts(x, w_gate_up, w_down, expert, weight)
+            return layout.experts(x, w_gate_up, w_down, expert, weight, None)
 
         out, vjp, traffic = jax.vjp(y, x, w_gate_up, w_down, weight, has_aux=True)
         return out, vjp(dy), traffic
