@@ -65,16 +65,15 @@ class Layout:
         gemms: Gemms | None,
     ) -> tuple[Float[Array, "B L D"], Traffic]:
         """The routed experts' weighted sum, wherever they live (see `pallas_kernels.grouped_swiglu`); drops no token."""
-        B, L, D = x_BLD.shape
-        y_TD = grouped_swiglu(
-            x_BLD.reshape(B * L, D),
-            w_gate_up_ED2M.astype(x_BLD.dtype),
-            w_down_EMD.astype(x_BLD.dtype),
-            expert_BLK.reshape(B * L, -1),
-            weight_BLK.reshape(B * L, -1),
-            gemms,
-        )
-        return y_TD.reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))
+        (B, L, D), K = x_BLD.shape, expert_BLK.shape[-1]
+        weights = w_gate_up_ED2M.astype(x_BLD.dtype), w_down_EMD.astype(x_BLD.dtype)
+        axes = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
+
+        def held(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
+            return grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms)
+
+        tokens = x_BLD.reshape(B * L, D), expert_BLK.reshape(B * L, K), weight_BLK.reshape(B * L, K)
+        return self.held_experts(held, weights, axes, *tokens).reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))
 
     def held_experts(
         self,
@@ -85,7 +84,7 @@ class Layout:
         expert_TK: Int[Array, "T K"],
         weight_TK: Float[Array, "T K"],
     ) -> Float[Array, "T D"]:
-        """f(*weights, x_TD, expert_TK, weight_TK), a sum over experts, by those who hold them; for decoding.
+        """f(*weights, x_TD, expert_TK, weight_TK), a sum over experts, by those who hold them.
 
         An expert's number is counted among those that the weights given to `f` have; f skips the number after the last.
         """

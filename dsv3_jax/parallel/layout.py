@@ -24,16 +24,12 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout, is_float32
 from dsv3_jax.parallel import experts, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
-from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, spec, stored_spec
+from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, mesh_axes, spec, stored_spec
 from pallas_kernels.linear_cross_entropy import chunked
 
 
 def without_pipe(spec: P) -> P:
-    def rest(place):
-        places = (place,) if isinstance(place, str) else place or ()  # PartitionSpec keeps single names bare
-        return tuple(a for a in places if a != "pipe") or None
-
-    return P(*map(rest, spec))
+    return P(*(tuple(a for a in mesh_axes(entry) if a != "pipe") or None for entry in spec))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ along the sequence). Weights' gradients are summed over the batch's devices, eac
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -37,20 +38,13 @@ def _plan(layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
 
     batch, places = layout.axes("batch"), [place(name) for name in axes]
     summed, outputs = places[0], next((p for p in places[1:] if p), ())
-    parts = _product(layout, batch)
+    parts = math.prod(layout.mesh.shape[a] for a in batch)
     stored = next((i for i, name in enumerate(axes) if name in ("embed", "latent")), None)
     scatter = stored if batch and stored is not None and w_shape[stored] % parts == 0 else None
     dw = [place or (batch if i == scatter else ()) for i, place in enumerate(places)]
     y = layout.spec("batch", "sequence", None) if summed else P(batch or None, None, *(p or None for p in places[1:]))
     x = P(batch or None, None, summed or None)
     return _Plan(batch, summed, outputs, x, P(*(p or None for p in places)), y, P(*(p or None for p in dw)), scatter)
-
-
-def _product(layout, mesh_axes: tuple[str, ...]) -> int:
-    size = 1
-    for axis in mesh_axes:
-        size *= layout.mesh.shape[axis]
-    return size
 
 
 def _flat(w):

@@ -86,6 +86,11 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, m
     return P(*[None] * leading, *(place or None for place in places))
 
 
+def mesh_axes(entry: str | Place | None) -> Place:
+    """Of one entry of a PartitionSpec, which keeps single names bare."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def stored_spec(variable: nnx.Variable, mesh: Mesh) -> P:
     """Of a parameter, or of an optimiser's array beside it."""
     return spec(variable.get_metadata("logical_axes"), variable.get_value().shape, STORED, mesh)
