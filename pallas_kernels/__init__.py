@@ -8,5 +8,6 @@ from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.grouped_swiglu.dense import dense_is_worthwhile, dense_swiglu
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pallas_kernels.registry import register
 
-__all__ = ["causal_attention", "dense_is_worthwhile", "dense_swiglu", "grouped_swiglu", "linear_cross_entropy"]
+__all__ = ["causal_attention", "dense_is_worthwhile", "dense_swiglu", "grouped_swiglu", "linear_cross_entropy", "register"]

@@ -57,7 +57,8 @@ class Gemms:
     """The formats of a linear layer's three products, y = x w, dx = dy w^T and dw = x^T dy (arXiv 2412.19437, figure 6).
 
     Activations have a scale for 1 x 128 numbers along what is summed over (for dw: 128 tokens), weights one for 128 x 128.
-    `per_tensor` gives a whole array one scale instead: what blocks are compared with.
+    `per_tensor` gives a whole array one scale instead: what blocks are compared with. `implementation` is that of `quantize`
+    and `scaled_matmul`.
     """
 
     forward: Format = "e4m3"
@@ -65,3 +66,4 @@ class Gemms:
     wgrad: Format = "e4m3"
     power_of_two: bool = False
     per_tensor: bool = False
+    implementation: str = "auto"

@@ -4,18 +4,25 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, dequantize
 from pallas_kernels.scaled_matmul.api import scaled_matmul
+from pallas_kernels.swiglu_quantize import api as activation
+from pallas_kernels.swiglu_quantize.api import swiglu_quantize
+
+RESIDUALS = "scaled_swiglu"  # checkpoint_name of the gate and what passes it, as the backward pass needs them
 
 
-def _quantized(x, rows: Literal[1, 128], format: Format, gemms: Gemms) -> Scaled:
+def quantized(x, rows: Literal[1, 128], format: Format, gemms: Gemms) -> Scaled:
+    """As `gemms` says: with scales for tiles or blocks, or with one."""
     if gemms.per_tensor:
         return reference.quantize(x, None, format, gemms.power_of_two)
-    return quantize(x, rows, format, gemms.power_of_two)
+    return quantize(x, rows, format, gemms.power_of_two, gemms.implementation)
 
 
 def _transposed(w: Scaled, gemms: Gemms) -> Scaled:
@@ -24,21 +31,58 @@ def _transposed(w: Scaled, gemms: Gemms) -> Scaled:
 
 def forward(x_TK: Float[Array, "T K"], w_KN: Float[Array, "K N"], gemms: Gemms) -> tuple[Float[Array, "T N"], Scaled]:
     """(x w in x's dtype, x in the 8 bits that the backward pass needs)."""
-    x = _quantized(x_TK, 1, gemms.forward, gemms)
-    w = _transposed(_quantized(w_KN, TILE, gemms.forward, gemms), gemms)
-    return scaled_matmul(x, w, x_TK.dtype), x
+    x = quantized(x_TK, 1, gemms.forward, gemms)
+    w = _transposed(quantized(w_KN, TILE, gemms.forward, gemms), gemms)
+    return scaled_matmul(x, w, x_TK.dtype, gemms.implementation), x
 
 
 def backward(
     x: Scaled, w_KN: Float[Array, "K N"], dy_TN: Float[Array, "T N"], gemms: Gemms
 ) -> tuple[Float[Array, "T K"], Float[Array, "K N"]]:
     """(dx in dy's dtype, dw in float32)."""
-    dy = _quantized(dy_TN, 1, gemms.dgrad, gemms)
-    dx_TK = scaled_matmul(dy, _quantized(w_KN, TILE, gemms.dgrad, gemms), dy_TN.dtype)
-    # for the sum over tokens, both are quantised again in tiles along tokens: x from its 8 bits, dy from what came
-    x_KT = _quantized(dequantize(x).T, 1, gemms.wgrad, gemms)
-    dy_NT = _quantized(dy_TN.T, 1, gemms.wgrad, gemms)
-    return dx_TK, scaled_matmul(x_KT, dy_NT)
+    return _gradients(dequantize(x), w_KN, dy_TN, gemms)
+
+
+def _gradients(x_TK, w_KN, dy_TN, gemms: Gemms):
+    """For the sum over tokens, both operands are quantised in tiles along tokens."""
+    dy = quantized(dy_TN, 1, gemms.dgrad, gemms)
+    dx_TK = scaled_matmul(dy, quantized(w_KN, TILE, gemms.dgrad, gemms), dy_TN.dtype, gemms.implementation)
+    x_KT = quantized(x_TK.T, 1, gemms.wgrad, gemms)
+    dy_NT = quantized(dy_TN.T, 1, gemms.wgrad, gemms)
+    return dx_TK, scaled_matmul(x_KT, dy_NT, implementation=gemms.implementation)
+
+
+def swiglu_forward(
+    gate_up_TX: Float[Array, "T 2*F"], w_FN: Float[Array, "F N"], gemms: Gemms
+) -> tuple[Float[Array, "T N"], Scaled]:
+    """((silu(gate) * up) w in the input's dtype, [gate, up] in the 8 bits that the backward pass needs)."""
+    h, gate_up = swiglu_quantized(gate_up_TX, gemms)
+    w = _transposed(quantized(w_FN, TILE, gemms.forward, gemms), gemms)
+    return scaled_matmul(h, w, gate_up_TX.dtype, gemms.implementation), gate_up
+
+
+def swiglu_quantized(gate_up_TX: Float[Array, "T 2*F"], gemms: Gemms) -> tuple[Scaled, Scaled]:
+    """As `swiglu_quantize`."""
+    if not gemms.per_tensor:
+        return swiglu_quantize(gate_up_TX, gemms.forward, gemms.power_of_two, gemms.implementation)
+    gate, up = jnp.split(gate_up_TX.astype(jnp.float32), 2, axis=1)
+    return quantized(jax.nn.silu(gate) * up, 1, gemms.forward, gemms), quantized(gate_up_TX, 1, gemms.forward, gemms)
+
+
+def swiglu_again(gate_up: Scaled) -> Float[Array, "T F"]:
+    """silu(gate) * up of what was kept, float32."""
+    gate, up = jnp.split(dequantize(gate_up), 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+
+def swiglu_backward(
+    gate_up: Scaled, w_FN: Float[Array, "F N"], dy_TN: Float[Array, "T N"], gemms: Gemms
+) -> tuple[Float[Array, "T 2*F"], Float[Array, "F N"]]:
+    """(d[gate, up] in dy's dtype, dw in float32)."""
+    h_TF = swiglu_again(gate_up)
+    dh_TF, dw_FN = _gradients(h_TF, w_FN, dy_TN, gemms)
+    ones_T = jnp.ones(dy_TN.shape[0], jnp.float32)
+    return activation.swiglu_backward(gate_up, dh_TF, ones_T, gemms.implementation)[0], dw_FN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -62,3 +106,23 @@ def _bwd(gemms: Gemms, residuals, dy_TN):
 
 
 scaled_linear.defvjp(_fwd, _bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scaled_swiglu_linear(gate_up_TX: Float[Array, "T 2*F"], w_FN: Float[Array, "F N"], gemms: Gemms) -> Float[Array, "T N"]:
+    """(silu(gate) * up) w as `scaled_linear`; for the backward pass [gate, up] is kept in 8 bits, their product not at all."""
+    return swiglu_forward(gate_up_TX, w_FN, gemms)[0]
+
+
+def _swiglu_fwd(gate_up_TX, w_FN, gemms: Gemms):
+    y_TN, gate_up = swiglu_forward(gate_up_TX, w_FN, gemms)
+    return y_TN, (checkpoint_name(gate_up, RESIDUALS), w_FN)
+
+
+def _swiglu_bwd(gemms: Gemms, residuals, dy_TN):
+    gate_up, w_FN = residuals
+    dgate_up_TX, dw_FN = swiglu_backward(gate_up, w_FN, dy_TN, gemms)
+    return dgate_up_TX, dw_FN.astype(w_FN.dtype)
+
+
+scaled_swiglu_linear.defvjp(_swiglu_fwd, _swiglu_bwd)

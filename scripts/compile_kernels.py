@@ -28,12 +28,16 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.causal_attention.api import causal_attention
+from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, tiles
-from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, scaled_matmul
+from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad, scaled_matmul
+from pallas_kernels.swiglu_quantize.api import swiglu_backward, swiglu_quantize
 
 TARGETS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h100": "h100:1x1"}
 TOKENS, EXPERTS = 4096, 4  # of a device
+WIDEST_FFN = 8192  # that a TPU's SwiGLU kernel takes
 HIDDEN, FFN, KV_A = 7168, 2048, 576  # the released model's; KV_A is no multiple of 128
 
 
@@ -50,6 +54,16 @@ def cases() -> dict:
     for format in DTYPES:
         found[f"quantize {format} tiles 1x128"] = functools.partial(quantize, rows=1, format=format), (x,)
         found[f"quantize {format} blocks 128x128"] = functools.partial(quantize, rows=128, format=format), (w,)
+    row, bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jnp.bfloat16
+    norm, rows, gate_up = row((HIDDEN,)), row((TOKENS,)), jax.ShapeDtypeStruct((TOKENS, 2 * FFN), bf16)
+    for format in DTYPES:
+        found[f"rms_norm_quantize {format}"] = functools.partial(rms_norm_quantize, eps=1e-6, format=format), (x, norm)
+        found[f"swiglu_quantize {format}"] = functools.partial(swiglu_quantize, format=format), (gate_up,)
+        kept, dh = _matrix(TOKENS, 2 * FFN, format, 1), jax.ShapeDtypeStruct((TOKENS, FFN), bf16)
+        found[f"swiglu_backward {format}"] = swiglu_backward, (kept, dh, rows)
+    found["rms_norm_backward"] = rms_norm_backward, (x, norm, rows, x)
+    widest = jax.ShapeDtypeStruct((TOKENS, 2 * WIDEST_FFN), bf16)
+    found["swiglu_quantize e4m3 widest"] = swiglu_quantize, (widest,)
     for format in DTYPES:
         for name, N, K, rows in (("forward", FFN, HIDDEN, 128), ("forward", KV_A, HIDDEN, 128), ("wgrad", HIDDEN, TOKENS, 1)):
             M = TOKENS if name == "forward" else FFN
@@ -60,7 +74,26 @@ def cases() -> dict:
         operands = _matrix(TOKENS, HIDDEN, format, 1), _matrix(EXPERTS * 2 * FFN, HIDDEN, format, 128)
         blocks = jax.ShapeDtypeStruct((TOKENS // TILE,), jnp.int32)
         found[f"grouped scaled_matmul {format} {EXPERTS} experts"] = (f, (*operands, blocks))
+        f = functools.partial(grouped_scaled_wgrad, groups=EXPERTS)
+        operands = _matrix(HIDDEN, TOKENS, format, 1), _matrix(2 * FFN, TOKENS, format, 1)
+        found[f"grouped scaled_wgrad {format} {EXPERTS} experts"] = (f, (*operands, blocks))
     return found
+
+
+def _attention(q, k, v, segment, implementation: str):
+    """Forward and gradients."""
+    assert implementation == "tpu"
+
+    def total(q, k, v):
+        return causal_attention(q, k, v, segment, 0.1, "splash").astype(jnp.float32).sum()
+
+    return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+
+def _attention_arguments() -> tuple:
+    """Two heads of the released model: keys of 128 + 64 numbers, values of 128."""
+    q, v = (jax.ShapeDtypeStruct((1, TOKENS, 2, size), jnp.bfloat16) for size in (192, 128))
+    return q, q, v, jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
 
 
 def _too_large(x, implementation: str):
@@ -115,6 +148,7 @@ def main() -> None:
         device = devices_of(TARGETS[target])[0]
         tried = cases()
         if target != "h100":
+            tried["splash attention, forward and backward"] = (_attention, _attention_arguments())
             tried["block larger than VMEM"] = (_too_large, (jax.ShapeDtypeStruct((8 * TOKENS, HIDDEN), jnp.float32),))
         for name, (f, arguments) in tried.items():
             found = results[f"{target}: {name}"] = compile_one(target, device, f, arguments)

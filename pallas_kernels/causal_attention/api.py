@@ -1,6 +1,6 @@
 """Causal attention within segments: the core of MLA once q, k and v are expanded (arXiv 2412.19437, equation 10)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
@@ -15,12 +15,18 @@ def causal_attention(
     v_BLHU: Float[Array, "B L H U"],
     segment_BL: Int[Array, "B L"],
     scale: float,
-    implementation: Literal["auto", "blockwise", "reference"] = "auto",
+    implementation: Literal["auto", "blockwise", "splash", "reference"] = "auto",
+    interpret: Any = None,
 ) -> Float[Array, "B L H U"]:
     """softmax(scale * q k^T) v over keys at or before the query and in its segment. Differentiable in q, k, v.
 
     Key and value head sizes may differ. `blockwise` (what "auto" takes) never holds more than one block of scores a head,
-    forward or backward.
+    forward or backward, on every platform; being plain JAX, it is partitioned by XLA. `splash` is JAX's kernel for TPU, for one
+    device's heads and lengths that are multiples of 128; `interpret` goes to it.
     """
+    if implementation == "splash":
+        from pallas_kernels.causal_attention import splash  # its import takes a second
+
+        return splash.causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret)
     chosen = "blockwise" if implementation == "auto" else implementation
     return _IMPLEMENTATIONS[chosen](q_BLHX, k_BLHX, v_BLHU, segment_BL, scale)

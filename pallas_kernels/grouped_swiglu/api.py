@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_swiglu import blocked, ragged, reference
+from pallas_kernels.grouped_swiglu import blocked, ragged, reference, scaled
 from pallas_kernels.scaled import Gemms
 
 _IMPLEMENTATIONS = {
@@ -32,12 +32,11 @@ def grouped_swiglu(
     `blocked` cuts each expert's tokens into blocks and loops over those that exist. `ragged` is `jax.lax.ragged_dot`, which
     XLA lowers to a dense product of all tokens and all experts on CPU and GPU, in time and memory; "auto" takes it on TPU.
 
-    With `gemms`, operands are rounded to 8 bits with their scales (see `scaled_linear`) and multiplied in float32: the numbers
-    of a low-precision kernel, on any platform, at no gain in speed. Only `blocked` does that.
+    With `gemms`, all products take 8-bit operands (see `scaled_linear`), by the kernels that `gemms.implementation` names.
     """
     if gemms is not None:
-        assert implementation in ("auto", "blocked"), f"grouped_swiglu has no 8-bit {implementation} implementation"
-        return blocked.grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms)
+        assert implementation == "auto", f"grouped_swiglu has no 8-bit {implementation} implementation"
+        return scaled.grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms)
     if implementation == "auto":
         return jax.lax.platform_dependent(
             x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK,

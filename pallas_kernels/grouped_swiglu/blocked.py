@@ -8,33 +8,15 @@ in place.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.quantize.reference import rounded
-from pallas_kernels.scaled import TILE, Gemms
+from pallas_kernels.grouped_swiglu.rows import Rows, rows_of_slots, sum_choices
 
 RESIDUALS = "grouped_swiglu"  # checkpoint_name of what the forward pass keeps for the backward pass
-
-
-class _Blocks(NamedTuple):
-    """Blocks of one size: how many there are, and the expert and first row of each."""
-
-    size: int
-    count: jax.Array
-    expert_b: jax.Array
-    row_b: jax.Array
-
-
-class _Layout(NamedTuple):
-    row_TK: jax.Array  # where a slot lies; R (the row after the last) for one without an expert
-    token_R: jax.Array  # the token of a row; T (out of bounds) for padding
-    slot_R: jax.Array  # the slot t*K + k of a row; T*K for padding
-    blocks: tuple[_Blocks, ...]
 
 
 def _block_sizes(slots: int, experts: int) -> tuple[int, ...]:
@@ -47,48 +29,8 @@ def _block_sizes(slots: int, experts: int) -> tuple[int, ...]:
     return sizes or ((1,) if slots <= 8 else (8,))
 
 
-def _regions(count_E, sizes: tuple[int, ...]):
-    """Blocks of each size that every expert gets: as many large ones as fill up to less than a smallest one's rows."""
-    left_E, blocks = count_E, []
-    for size in sizes:
-        blocks_E = (left_E + sizes[-1] - 1) // size
-        left_E = jnp.maximum(left_E - blocks_E * size, 0)
-        blocks.append(blocks_E)
-    return blocks
-
-
-def _layout(expert_TK, experts: int) -> _Layout:
-    (T, K), P = expert_TK.shape, expert_TK.size
-    sizes = _block_sizes(P, experts)
-    slot_expert_P = expert_TK.reshape(-1)
-    count_E = jnp.bincount(slot_expert_P, length=experts)
-    blocks_sE = _regions(count_E, sizes)
-    rows_E = sum(b * size for b, size in zip(blocks_sE, sizes, strict=True))
-    first_E = jnp.cumsum(rows_E) - rows_E
-
-    # place of a slot among those of its expert, in token order
-    order_P = jnp.argsort(slot_expert_P, stable=True)
-    rank_P = jnp.arange(P) - (jnp.cumsum(count_E) - count_E)[slot_expert_P[order_P]]
-    rows = P + experts * sizes[-1]  # no region is padded by more than a smallest block
-    placed_P = jnp.where(slot_expert_P[order_P] < experts, first_E[slot_expert_P[order_P]] + rank_P, rows)
-    row_P = jnp.zeros(P, jnp.int32).at[order_P].set(placed_P.astype(jnp.int32))
-    slot_R = jnp.full(rows, P, jnp.int32).at[row_P].set(jnp.arange(P, dtype=jnp.int32))
-
-    blocks, begin_E = [], first_E
-    for size, blocks_E in zip(sizes, blocks_sE, strict=True):
-        last_E = jnp.cumsum(blocks_E)
-        b = jnp.arange(min(P, rows // size + experts))
-        expert_b = jnp.minimum(jnp.searchsorted(last_E, b, side="right"), experts - 1)
-        row_b = begin_E[expert_b] + (b - (last_E - blocks_E)[expert_b]) * size
-        blocks.append(_Blocks(size, last_E[-1], expert_b, row_b))
-        begin_E = begin_E + blocks_E * size
-    return _Layout(row_P.reshape(T, K), slot_R // K, slot_R, tuple(blocks))
-
-
-def _sum_choices(y_RD, layout: _Layout):
-    """Back to tokens: the sum over a token's K choices."""
-    # K gathers and adds: one gather and a reduction over K costs ten times as much on CPU
-    return sum(y_RD[layout.row_TK[:, k]] for k in range(layout.row_TK.shape[1]))
+def _layout(expert_TK, experts: int) -> Rows:
+    return rows_of_slots(expert_TK, experts, _block_sizes(expert_TK.size, experts))
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -105,7 +47,7 @@ def _put_rows(array, rows, start):
     return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), start, 0)
 
 
-def _over_blocks(layout: _Layout, body, carry):
+def _over_blocks(layout: Rows, body, carry):
     """carry = body(carry, size, row, expert) over every block."""
     for blocks in layout.blocks:
 
@@ -116,58 +58,32 @@ def _over_blocks(layout: _Layout, body, carry):
     return carry
 
 
-def _tokens(x_TD, layout: _Layout, row, size: int):
+def _tokens(x_TD, layout: Rows, row, size: int):
     """The tokens of a block's rows. Padding shows some token: its weight, 0, is what keeps it from counting."""
     return x_TD.at[_rows(layout.token_R, row, size)].get(mode="clip")
 
 
-class _Rounding(NamedTuple):
-    """What operands go through on their way into a product: nothing, or 8 bits."""
-
-    gemms: Gemms | None
-
-    def _rounded(self, a, rows: int, format: str):
-        assert self.gemms is not None
-        return rounded(a, None if self.gemms.per_tensor else rows, getattr(self.gemms, format), self.gemms.power_of_two)
-
-    def tiles(self, a, product: str):
-        """Rows of activations; a scale for 128 numbers of a row."""
-        return a if self.gemms is None else self._rounded(a, 1, product)
-
-    def columns(self, a, weight_R):
-        """The same rows, for a sum over them: a scale for 128 rows of a block; padding, whose weight is 0, has no say in it."""
-        return a if self.gemms is None else self._rounded(jnp.where(weight_R != 0, a, 0).T, 1, "wgrad").T
-
-    def weights(self, w_EXY, product: str):
-        return w_EXY if self.gemms is None else jax.vmap(lambda w: self._rounded(w, TILE, product))(w_EXY)
-
-
-def _forward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
-    layout, to = _layout(expert_TK, w_down_EMD.shape[0]), _Rounding(gemms)
+def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
+    layout = _layout(expert_TK, w_down_EMD.shape[0])
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
-    tokens_TD = to.tiles(x_TD, "forward")
-    w_gate_up_EDX, w_down_EMD = to.weights(w_gate_up_EDX, "forward"), to.weights(w_down_EMD, "forward")
 
     def block(carry, size, row, expert):
         y_RD, gate_up_RX = carry
-        gate_up = _dot(_tokens(tokens_TD, layout, row, size), w_gate_up_EDX[expert], (1, 0))
+        gate_up = _dot(_tokens(x_TD, layout, row, size), w_gate_up_EDX[expert], (1, 0))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         h = jax.nn.silu(gate) * up * _rows(weight_R, row, size)[:, None]
-        h = to.tiles(h.astype(x_TD.dtype), "forward")
-        y_RD = _put_rows(y_RD, _dot(h, w_down_EMD[expert], (1, 0)), row)
+        y_RD = _put_rows(y_RD, _dot(h.astype(x_TD.dtype), w_down_EMD[expert], (1, 0)), row)
         return y_RD, _put_rows(gate_up_RX, gate_up, row)
 
     R = layout.token_R.size
     init = (jnp.zeros((R + 1, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
     y_RD, gate_up_RX = _over_blocks(layout, block, init)
-    return _sum_choices(y_RD, layout), gate_up_RX
+    return sum_choices(y_RD, layout), gate_up_RX
 
 
-def _backward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX, dy_TD):
-    layout, to = _layout(expert_TK, w_down_EMD.shape[0]), _Rounding(gemms)
+def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX, dy_TD):
+    layout = _layout(expert_TK, w_down_EMD.shape[0])
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
-    tokens_TD, dtokens_TD = to.tiles(x_TD, "forward"), to.tiles(dy_TD, "dgrad")
-    wd_gate_up_EDX, wd_down_EMD = to.weights(w_gate_up_EDX, "dgrad"), to.weights(w_down_EMD, "dgrad")
 
     def block(carry, size, row, expert):
         dx_RD, dw_gate_up_EDX, dw_down_EMD, dweight_R = carry
@@ -175,14 +91,13 @@ def _backward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, w
         weight = _rows(weight_R, row, size)[:, None]
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
-        dweighted = _dot(_tokens(dtokens_TD, layout, row, size), wd_down_EMD[expert], (1, 1))
+        x, dy = _tokens(x_TD, layout, row, size), _tokens(dy_TD, layout, row, size)
+        dweighted = _dot(dy, w_down_EMD[expert], (1, 1))
         dweight = jnp.sum(dweighted * silu * up, axis=-1)
         dh = dweighted * weight
         dgate_up = jnp.concatenate([dh * up * (sigmoid + silu * (1 - sigmoid)), dh * silu], axis=-1).astype(x_TD.dtype)
-        dx_RD = _put_rows(dx_RD, _dot(to.tiles(dgate_up, "dgrad"), wd_gate_up_EDX[expert], (1, 1)), row)
-        x, dy = _tokens(tokens_TD, layout, row, size), _tokens(dy_TD, layout, row, size)
-        h = to.tiles((silu * up * weight).astype(x_TD.dtype), "forward")
-        x, dy, h, dgate_up = (to.columns(a, weight) for a in (x, dy, h, dgate_up))
+        dx_RD = _put_rows(dx_RD, _dot(dgate_up, w_gate_up_EDX[expert], (1, 1)), row)
+        h = (silu * up * weight).astype(x_TD.dtype)
         dw_gate_up_EDX = dw_gate_up_EDX.at[expert].add(_dot(x, dgate_up, (0, 0)))
         dw_down_EMD = dw_down_EMD.at[expert].add(_dot(h, dy, (0, 0)))
         return dx_RD, dw_gate_up_EDX, dw_down_EMD, _put_rows(dweight_R, dweight, row)
@@ -195,7 +110,7 @@ def _backward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, w
     )
     dx_RD, dw_gate_up_EDX, dw_down_EMD, dweight_R = _over_blocks(layout, block, init)
     return (
-        _sum_choices(dx_RD, layout),
+        sum_choices(dx_RD, layout),
         dw_gate_up_EDX.astype(w_gate_up_EDX.dtype),
         dw_down_EMD.astype(w_down_EMD.dtype),
         None,
@@ -203,26 +118,26 @@ def _backward(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, w
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(gemms: Gemms | None, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
-    return _forward(gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK)[0]
+@jax.custom_vjp
+def _swiglu(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
+    return _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK)[0]
 
 
-def _swiglu_fwd(gemms: Gemms | None, *args):
-    y_TD, gate_up_RX = _forward(gemms, *args)
+def _swiglu_fwd(*args):
+    y_TD, gate_up_RX = _forward(*args)
     return y_TD, (args, checkpoint_name(gate_up_RX, RESIDUALS))
 
 
-def _swiglu_bwd(gemms: Gemms | None, residuals, dy_TD):
+def _swiglu_bwd(residuals, dy_TD):
     args, gate_up_RX = residuals
-    return _backward(gemms, *args, gate_up_RX=gate_up_RX, dy_TD=dy_TD)
+    return _backward(*args, gate_up_RX=gate_up_RX, dy_TD=dy_TD)
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 @functools.partial(jax.named_call, name="grouped_swiglu_blocked")
-def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms: Gemms | None = None):
+def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK):
     """See `api.grouped_swiglu`."""
     E, D, _, M = w_gate_up_ED2M.shape
-    return _swiglu(gemms, x_TD, w_gate_up_ED2M.reshape(E, D, 2 * M), w_down_EMD, expert_TK, weight_TK)
+    return _swiglu(x_TD, w_gate_up_ED2M.reshape(E, D, 2 * M), w_down_EMD, expert_TK, weight_TK)

@@ -5,10 +5,12 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels import registry
 from pallas_kernels.quantize import hopper, reference, tpu
 from pallas_kernels.scaled import Format, Scaled
 
-Implementation = Literal["auto", "reference", "tpu", "hopper"]
+for _name, _module in (("reference", reference), ("tpu", tpu), ("hopper", hopper)):
+    registry.register("quantize", _name, _module.quantize)
 
 
 def quantize(
@@ -16,15 +18,15 @@ def quantize(
     rows: Literal[1, 128],
     format: Format = "e4m3",
     power_of_two: bool = False,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
     interpret: Any = None,
 ) -> Scaled:
     """x as 8-bit values and float32 scales, the largest magnitude of each `rows` x 128 numbers becoming the format's largest.
 
     Tiles at the edges may be smaller. `power_of_two` rounds scales up to powers of two, so that scaling is exact. An
-    infinity makes its tile NaN or saturated, never plausible numbers. "auto": kernels on TPU and CUDA (whose one is for
-    Hopper; other NVIDIA GPUs refuse it when compiling), plain JAX elsewhere. `interpret` goes to the
-    kernel that was asked for.
+    infinity makes its tile NaN or saturated, never plausible numbers. `implementation`: "reference" (plain JAX), "tpu",
+    "hopper", one that a plug-in registered, or "auto": the kernels on TPU and CUDA (where only Hopper can compile it), plain
+    JAX elsewhere. `interpret` goes to the kernel that was asked for.
     """
     if implementation == "auto":
         return jax.lax.platform_dependent(
@@ -33,7 +35,4 @@ def quantize(
             cuda=lambda x: hopper.quantize(x, rows, format, power_of_two),
             default=lambda x: reference.quantize(x, rows, format, power_of_two),
         )
-    if implementation == "reference":
-        return reference.quantize(x_MK, rows, format, power_of_two)
-    kernel = {"tpu": tpu.quantize, "hopper": hopper.quantize}[implementation]
-    return kernel(x_MK, rows, format, power_of_two, interpret)
+    return registry.run("quantize", implementation, (x_MK, rows, format, power_of_two), interpret)

@@ -1,22 +1,26 @@
 """Products of block-scaled matrices, summed in float32 (arXiv 2412.19437, section 3.3.2): of two, or one for each group."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import registry
 from pallas_kernels.scaled import TILE, Scaled
 from pallas_kernels.scaled_matmul import hopper, reference, tpu
 
-Implementation = Literal["auto", "reference", "tpu", "hopper"]
+for _name, _module in (("reference", reference), ("tpu", tpu), ("hopper", hopper)):
+    registry.register("scaled_matmul", _name, _module.scaled_matmul)
+    registry.register("grouped_scaled_matmul", _name, _module.grouped_scaled_matmul)
+    registry.register("grouped_scaled_wgrad", _name, _module.grouped_scaled_wgrad)
 
 
 def scaled_matmul(
     a: Scaled,
     b: Scaled,
     dtype: jnp.dtype = jnp.dtype("float32"),  # noqa: B008  (immutable)
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
     """y[m, n] = sum_k a[m, k] b[n, k] of a: [M, K] and b: [N, K], each with scales of any kind, summed in float32.
@@ -35,9 +39,7 @@ def scaled_matmul(
             cuda=lambda a, b: cuda.scaled_matmul(a, b, dtype),
             default=lambda a, b: reference.scaled_matmul(a, b, dtype),
         )  # fmt: skip
-    if implementation == "reference":
-        return reference.scaled_matmul(a, b, dtype)
-    return {"tpu": tpu.scaled_matmul, "hopper": hopper.scaled_matmul}[implementation](a, b, dtype, interpret)
+    return registry.run("scaled_matmul", implementation, (a, b, dtype), interpret)
 
 
 def grouped_scaled_matmul(
@@ -46,14 +48,14 @@ def grouped_scaled_matmul(
     group_b: Int[Array, " blocks"],
     N: int,
     dtype: jnp.dtype = jnp.dtype("float32"),  # noqa: B008  (immutable)
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
     interpret: Any = None,
 ) -> Float[Array, "P N"]:
     """y[p] = a[p] b_g^T for rows p of block p // 128, whose group is g = group_b[p // 128]; routed experts are groups.
 
     a: [P, K], each group's rows filled up to blocks of 128; b: [groups * N, K], the groups' matrices one below the other;
-    N a multiple of 128. Forward, tiles of x and blocks of w^T; dgrad, tiles of dy and blocks of w. Otherwise as
-    `scaled_matmul`.
+    N a multiple of 128. Groups ascend; blocks that are not there come last, as group `groups`, and what stands in their rows is
+    undefined. Forward, tiles of x and blocks of w^T; dgrad, tiles of dy and blocks of w. Otherwise as `scaled_matmul`.
     """
     assert a.values.shape == (TILE * group_b.size, b.values.shape[1]), f"{a.values.shape} for {group_b.size} blocks"
     assert N % TILE == 0, f"N={N} is no multiple of {TILE}"
@@ -65,7 +67,26 @@ def grouped_scaled_matmul(
             cuda=lambda a, b, group_b: cuda.grouped_scaled_matmul(a, b, group_b, N, dtype),
             default=lambda a, b, group_b: reference.grouped_scaled_matmul(a, b, group_b, N, dtype),
         )  # fmt: skip
-    if implementation == "reference":
-        return reference.grouped_scaled_matmul(a, b, group_b, N, dtype)
-    kernel = {"tpu": tpu, "hopper": hopper}[implementation].grouped_scaled_matmul
-    return kernel(a, b, group_b, N, dtype, interpret)
+    return registry.run("grouped_scaled_matmul", implementation, (a, b, group_b, N, dtype), interpret)
+
+
+def grouped_scaled_wgrad(
+    a: Scaled, b: Scaled, group_b: Int[Array, " blocks"], groups: int, implementation: str = "auto", interpret: Any = None
+) -> Float[Array, "groups A B"]:
+    """y[g] = sum over the blocks i of group g of a[:, i] b[:, i]^T, float32; zero for a group without blocks.
+
+    a: [A, P] and b: [B, P], tiles of x^T and of dy^T: a block is 128 of the P rows, which share a scale. A and B are multiples
+    of 128; `group_b` and the rest as in `grouped_scaled_matmul`, and what is in blocks that are not there must be finite.
+    """
+    assert a.values.shape[1] == b.values.shape[1] == TILE * group_b.size, (
+        f"{a.values.shape}, {b.values.shape}, {group_b.size} blocks"
+    )
+    if implementation == "auto":
+        cuda = reference if a.values.dtype == jnp.int8 else hopper
+        return jax.lax.platform_dependent(
+            a, b, group_b,
+            tpu=lambda a, b, group_b: tpu.grouped_scaled_wgrad(a, b, group_b, groups),
+            cuda=lambda a, b, group_b: cuda.grouped_scaled_wgrad(a, b, group_b, groups),
+            default=lambda a, b, group_b: reference.grouped_scaled_wgrad(a, b, group_b, groups),
+        )  # fmt: skip
+    return registry.run("grouped_scaled_wgrad", implementation, (a, b, group_b, groups), interpret)

@@ -32,10 +32,9 @@ def _tiling(dtype) -> tuple:
     return tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
 
 
-def _body(group_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
-    warpgroup, m, n = lax.axis_index("warpgroup"), lax.axis_index("m"), lax.axis_index("n")
-    rows, cols = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
-    of_group = pl.ds(group_gmem[m] * y_gmem.shape[1] + n * TILE, TILE)  # the rows of b that are this block's columns
+def _product(steps, first, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
+    """y [128, 128] = a b^T over `steps` tiles of the sum's axis from tile `first` on; a and b have 128 rows each."""
+    warpgroup = lax.axis_index("warpgroup")
     mine, shape = pl.ds(warpgroup * _HALF, _HALF), (_HALF, TILE)
 
     def step(_, a_smem, a_scale_smem, b_smem, b_scale_smem, total):
@@ -53,36 +52,63 @@ def _body(group_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem
         total = run_steps(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
         y_smem[mine] = total.astype(y_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_smem.at[mine], y_gmem.at[rows, cols].at[mine])
+        plgpu.copy_smem_to_gmem(y_smem.at[mine], y_gmem.at[mine])
         plgpu.wait_smem_to_gmem(0)
 
     values = {"memory_space": plgpu.SMEM, "transforms": _tiling(a_gmem.dtype)}
     plgpu.emit_pipeline_warp_specialized(
         step,
-        grid=(a_gmem.shape[1] // TILE,),
+        grid=(steps,),
         in_specs=[
-            plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), **values),
-            plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
-            plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), **values),
-            plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
+            plgpu.BlockSpec((TILE, TILE), lambda k: (0, first + k), **values),
+            plgpu.BlockSpec((1, TILE), lambda k: (first + k, 0), memory_space=plgpu.SMEM),
+            plgpu.BlockSpec((TILE, TILE), lambda k: (0, first + k), **values),
+            plgpu.BlockSpec((1, TILE), lambda k: (first + k, 0), memory_space=plgpu.SMEM),
         ],
         compute_context=compute, num_compute_wgs=2, wg_axis="warpgroup", memory_registers=40, max_concurrent_steps=_STAGES,
-    )(a_gmem.at[rows], a_scale_gmem.at[:, rows], b_gmem.at[of_group], b_scale_gmem.at[:, of_group])  # fmt: skip
+    )(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem)  # fmt: skip
+
+
+def _body(group_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
+    m, n = lax.axis_index("m"), lax.axis_index("n")
+    rows, cols = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
+    of_group = pl.ds(group_gmem[m] * y_gmem.shape[1] + n * TILE, TILE)  # the rows of b that are this block's columns
+    _product(
+        a_gmem.shape[1] // TILE, 0, a_gmem.at[rows], a_scale_gmem.at[:, rows], b_gmem.at[of_group],
+        b_scale_gmem.at[:, of_group], y_gmem.at[rows, cols], y_smem,
+    )  # fmt: skip
+
+
+def _wgrad_body(first_gmem, count_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
+    group, m, n = lax.axis_index("group"), lax.axis_index("m"), lax.axis_index("n")
+    rows, cols = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
+    _product(
+        count_gmem[group], first_gmem[group], a_gmem.at[rows], a_scale_gmem.at[:, rows], b_gmem.at[cols],
+        b_scale_gmem.at[:, cols], y_gmem.at[group, rows, cols], y_smem,
+    )  # fmt: skip
+
+
+def _kernel(body, out_type, grid: dict[str, int], interpret: Any):
+    """Two warpgroups that compute and one that fetches, for each point of the grid."""
+    scratch = (plgpu.SMEM((TILE, TILE), out_type.dtype, transforms=_tiling(out_type.dtype)),)
+    return plgpu.kernel(
+        body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=3,
+        thread_name="warpgroup", interpret=interpret,
+    )  # fmt: skip
+
+
+def _refuse_int8(x: Scaled) -> None:
+    if x.values.dtype == jnp.int8:
+        raise NotImplementedError("scaled_matmul has no int8 kernel for Hopper; use e4m3")
 
 
 def _run(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any) -> jax.Array:
     """128 rows of a at a time, each with the N rows of b that its group has."""
-    if a.values.dtype == jnp.int8:
-        raise NotImplementedError("scaled_matmul has no int8 kernel for Hopper; use e4m3")
+    _refuse_int8(a)
     (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
     M = a_MK.shape[0]
-    return plgpu.kernel(
-        _body,
-        out_type=jax.ShapeDtypeStruct((M, N), dtype),
-        scratch_types=(plgpu.SMEM((TILE, TILE), dtype, transforms=_tiling(dtype)),),
-        grid=(M // TILE, N // TILE), grid_names=("m", "n"), num_threads=3, thread_name="warpgroup",
-        interpret=interpret,
-    )(group_b, a_MK, a_scale, b_NK, b_scale)  # fmt: skip
+    out = jax.ShapeDtypeStruct((M, N), dtype)
+    return _kernel(_body, out, {"m": M // TILE, "n": N // TILE}, interpret)(group_b, a_MK, a_scale, b_NK, b_scale)
 
 
 def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Array:
@@ -94,4 +120,15 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Arr
 
 def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any = None) -> jax.Array:
     """See `api.grouped_scaled_matmul`. Raises `NotImplementedError` as `scaled_matmul`."""
-    return _run(a, b, group_b, N, dtype, interpret)
+    return _run(a, b, jnp.minimum(group_b, b.values.shape[0] // N - 1), N, dtype, interpret)
+
+
+def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, interpret: Any = None) -> jax.Array:
+    """See `api.grouped_scaled_wgrad`. Raises `NotImplementedError` as `scaled_matmul`."""
+    _refuse_int8(a)
+    A, B = a.values.shape[0], b.values.shape[0]
+    count_G = jnp.bincount(group_b, length=groups).astype(jnp.int32)
+    first_G = (jnp.cumsum(count_G) - count_G).astype(jnp.int32)
+    out = jax.ShapeDtypeStruct((groups, A, B), jnp.float32)
+    kernel = _kernel(_wgrad_body, out, {"group": groups, "m": A // TILE, "n": B // TILE}, interpret)
+    return kernel(first_G, count_G, a.values, a.row_scales(), b.values, b.row_scales())

@@ -5,17 +5,39 @@ from jax import lax
 
 from pallas_kernels.scaled import TILE, Scaled, dequantize
 
+_BOTH = (((1,), (1,)), ((), ()))  # dimension numbers: the last axis of both is summed over
+
+
+def _rows(x, block):
+    return lax.dynamic_slice_in_dim(x, block * TILE, TILE)
+
 
 def scaled_matmul(a: Scaled, b: Scaled, dtype) -> jnp.ndarray:
     """See `api.scaled_matmul`. float32 holds a product of two such numbers exactly, so only sums are rounded."""
-    both = (((1,), (1,)), ((), ()))
-    y_MN = lax.dot_general(dequantize(a), dequantize(b), both, precision="highest", preferred_element_type=jnp.float32)
+    y_MN = lax.dot_general(dequantize(a), dequantize(b), _BOTH, precision="highest", preferred_element_type=jnp.float32)
     return y_MN.astype(dtype)
 
 
 def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b, N: int, dtype) -> jnp.ndarray:
-    """See `api.grouped_scaled_matmul`. Copies a group's matrix for each of its blocks: for tests."""
-    a_bMK = dequantize(a).reshape(group_b.size, TILE, -1)
-    b_bNK = dequantize(b).reshape(-1, N, a.values.shape[1])[group_b]
-    y_bMN = jnp.einsum("bmk,bnk->bmn", a_bMK, b_bNK, precision="highest", preferred_element_type=jnp.float32)
-    return y_bMN.reshape(-1, N).astype(dtype)
+    """See `api.grouped_scaled_matmul`."""
+    R, b_GNK = a.values.shape[0], dequantize(b).reshape(-1, N, a.values.shape[1])
+    scales_RK = a.row_scales().T
+
+    def block(i, y_RN):
+        rows = Scaled(_rows(a.values, i), _rows(scales_RK, i).T)
+        y = lax.dot_general(dequantize(rows), b_GNK[group_b[i]], _BOTH, precision="highest", preferred_element_type=jnp.float32)
+        return lax.dynamic_update_slice_in_dim(y_RN, y.astype(dtype), i * TILE, 0)
+
+    return lax.fori_loop(0, jnp.sum(group_b < b_GNK.shape[0]), block, jnp.zeros((R, N), dtype))
+
+
+def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b, groups: int) -> jnp.ndarray:
+    """See `api.grouped_scaled_wgrad`."""
+    a_RA, b_RB = dequantize(a).T, dequantize(b).T
+
+    def block(i, y_GAB):
+        y = lax.dot_general(_rows(a_RA, i), _rows(b_RB, i), (((0,), (0,)), ((), ())), precision="highest")
+        return y_GAB.at[group_b[i]].add(y)
+
+    init = jnp.zeros((groups, a_RA.shape[1], b_RB.shape[1]), jnp.float32)
+    return lax.fori_loop(0, jnp.sum(group_b < groups), block, init)

@@ -66,4 +66,45 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: bool = False) -> jax.A
 
 def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: bool = False) -> jax.Array:
     """See `api.grouped_scaled_matmul`."""
-    return _run(a, b, group_b, (TILE, columns(N, _N)), N, dtype, interpret)
+    there_b = jnp.minimum(group_b, b.values.shape[0] // N - 1)
+    return _run(a, b, there_b, (TILE, columns(N, _N)), N, dtype, interpret)
+
+
+def _wgrad_kernel(group_ref, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref):
+    block = pl.program_id(2)
+
+    # a group's blocks come one after another, so that its result stays in VMEM until the next group's begins
+    @pl.when((block == 0) | (group_ref[block] != group_ref[jnp.maximum(block - 1, 0)]))
+    def _():
+        y_ref[...] = jnp.zeros_like(y_ref)
+
+    exact = jnp.int32 if a_ref.dtype == jnp.int8 else jnp.float32
+    dot = lax.dot_general(a_ref[...], b_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=exact)
+    y_ref[0] += dot.astype(jnp.float32) * a_scale_ref[0].T * b_scale_ref[0]
+
+
+def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, interpret: bool = False) -> jax.Array:
+    """See `api.grouped_scaled_wgrad`. Blocks that are not there take part as zeros of the last group."""
+    (A, P), B = a.values.shape, b.values.shape[0]
+    block_a, block_b = columns(A, _M), columns(B, _N)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(A // block_a, B // block_b, P // TILE),
+        in_specs=[
+            pl.BlockSpec((block_a, TILE), lambda i, j, k, _: (i, k)),
+            pl.BlockSpec((1, 1, block_a), lambda i, j, k, _: (k, 0, i)),
+            pl.BlockSpec((block_b, TILE), lambda i, j, k, _: (j, k)),
+            pl.BlockSpec((1, 1, block_b), lambda i, j, k, _: (k, 0, j)),
+        ],
+        out_specs=pl.BlockSpec((1, block_a, block_b), lambda i, j, k, group: (group[k], i, j)),
+    )
+    y_GAB = pl.pallas_call(
+        _wgrad_kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((groups, A, B), jnp.float32), interpret=interpret,
+        name="scaled_wgrad",
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    )(
+        jnp.minimum(group_b, groups - 1), a.values, jnp.where(group_b[:, None] < groups, a.row_scales(), 0)[:, None],
+        b.values, b.row_scales()[:, None],
+    )  # fmt: skip
+    count_G = jnp.bincount(group_b, length=groups)
+    return jnp.where(count_G[:, None, None] > 0, y_GAB, 0)

@@ -9,6 +9,7 @@ from tests.aot import in_aot_environment
 REFUSED = {
     "h100: scaled_matmul int8": "no int8 kernel",
     "h100: grouped scaled_matmul int8": "no int8 kernel",
+    "h100: grouped scaled_wgrad int8": "no int8 kernel",
     "block larger than VMEM": "vmem",
 }  # and what the reason says
 
