@@ -56,7 +56,7 @@ def train(config: ConfigPath, overrides: Overrides = ()) -> None:
     result = run(checked)
     if result.interrupted:
         raise SystemExit(130)
-    finish(checked, result)
+    finish(result)
 
 
 def resume(run: RunPath, overrides: Overrides = ()) -> None:
@@ -79,7 +79,7 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
     result = go_on(checked, run.resolve().parent)
     if result.interrupted:
         raise SystemExit(130)
-    finish(checked, result)
+    finish(result)
 
 
 def evaluate(run: RunPath, data: str | None = None) -> None:
@@ -177,6 +177,19 @@ def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
     show(checked, Console(highlight=False))
 
 
+def platforms() -> None:
+    """Print which formats each platform multiplies natively, and what precision.recipe=auto takes there and here, and why.
+
+    Example: dsv3 platforms
+    """
+    import jax
+    from rich.console import Console
+
+    from dsv3_jax.describe import describe_platforms
+
+    describe_platforms(jax.devices()[0], Console(highlight=False))
+
+
 def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:
     """Run another verb in several processes on this machine's CPU, as a cluster would; the first failure ends them all.
 
@@ -204,6 +217,7 @@ _VERBS = {
     "eval": evaluate,
     "generate": generate,
     "describe": describe,
+    "platforms": platforms,
     "launch": launch,
 }
 

@@ -261,17 +261,28 @@ RecipeName = Literal["float32", "bf16", "deepseek", "article", "int8", "fp8_per_
 class PrecisionConfig:
     """`float32`: everything. `bf16`: matmuls and activations in bfloat16, master weights and router in float32.
 
-    `deepseek`, `article`, `int8`, `fp8_per_tensor`: as bf16, with products in 8 bits (see precision/recipes.py).
-    The first `first_steps` steps are in `first_recipe`; nothing of the state depends on it.
+    `deepseek`, `article`, `int8`, `fp8_per_tensor`: as bf16, with products in 8 bits (see precision/recipes.py). `auto`: what
+    pays on the platform where the run starts (`dsv3 platforms`).
+    The first `first_steps` steps are in `first_recipe`; nothing of the state depends on it. With `controller` a layer's
+    products leave 8 bits when their numbers stop fitting, and return after `cooldown_steps` calm steps (see
+    precision/controller.py).
     """
 
     __pydantic_config__ = _STRICT
-    recipe: RecipeName = "float32"
+    recipe: Literal[RecipeName, "auto"] = "float32"
     first_recipe: RecipeName = "bf16"
     first_steps: int = 0
+    controller: bool = False
+    cooldown_steps: int = 50
 
     def __post_init__(self) -> None:
         _not_negative("precision", self, "first_steps")
+        _positive("precision", self, "cooldown_steps")
+        _require(
+            not self.controller or self.recipe not in ("float32", "bf16"),
+            f"precision.controller=true has nothing to control in precision.recipe={self.recipe!r}; use deepseek, article, "
+            f"int8 or fp8_per_tensor",
+        )
 
 
 @dataclass(frozen=True)

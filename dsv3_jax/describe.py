@@ -1,10 +1,13 @@
-"""`dsv3 describe`: what a configuration amounts to, as tables."""
+"""`dsv3 describe` and `dsv3 platforms`: what a configuration amounts to, and what platforms can multiply, as tables."""
+
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
+from dsv3_jax.precision.platforms import FORMATS, Platform, platform_of, platforms
 from dsv3_jax.train.progress import human
 
 
@@ -42,3 +45,24 @@ def describe(config: Config, console: Console) -> None:
         f"training: {human(flops, 'FLOP')} per token at sequence length {config.data.seq_len} "
         f"(forward and backward, MTP included, nothing recomputed), {step} per step"
     )
+
+
+def _format(platform: Platform, format: str) -> str:
+    support, peak = platform.formats.get(format, "refused"), platform.tera_ops.get(format)
+    return f"{support}\n{peak:g}" if support == "native" and peak else support
+
+
+def describe_platforms(device: Any, console: Console) -> None:
+    """Print the table of platforms, what `auto` takes on each and why, and what the device of this machine is."""
+    title = "matrix products by format; below a native one its dense peak, 10^12 operations a second a device"
+    table = Table("platform", *FORMATS, "auto", title=title)
+    for platform in platforms():
+        table.add_row(platform.name, *(_format(platform, format) for format in FORMATS), platform.auto[0])
+    console.print(table)
+    for platform in platforms():
+        recipe, why = platform.auto
+        console.print(f"{platform.name}: {recipe}, {why}" + (f" ({platform.note})" if platform.note else ""), soft_wrap=True)
+    here = platform_of(device)
+    recipe, why = here.auto
+    line = f"this machine: {device.device_kind}, taken as {here.name}; precision.recipe=auto is {recipe} here: {why}"
+    console.print(line, soft_wrap=True)

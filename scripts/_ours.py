@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.train.state import init_state, make_model
 from dsv3_jax.train.step import make_train_step
@@ -39,7 +40,7 @@ def train(config: Config, request: dict) -> dict:
 
 
 def decode(config: Config, request: dict) -> dict:
-    model = nnx.jit(lambda: make_model(config, nnx.Rngs(0)))()
+    model = nnx.jit(lambda: make_model(config, RECIPES["float32"], nnx.Rngs(0)))()
     result = {}
     for batch in request["batch_sizes"]:
         prompt = np.random.default_rng(0).integers(2, config.model.vocab_size, (batch, request["prompt_len"]))

@@ -25,12 +25,11 @@ from jax.experimental import topologies
 
 from dsv3_jax.config import load_config
 from dsv3_jax.parallel.layout import batch_sharding, layout_for
+from dsv3_jax.precision.platforms import platform_of, resolve
 from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import make_train_step
 
 GIB = 2**30
-# Device memory in GiB, as the vendors state it; a tpu7x device is one of a chip's two cores with half of its 192 GB.
-HBM = {"v5p": 95, "v6e": 31.25, "v5e": 15.75, "tpu7x": 94.75, "h100": 79.1}
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 233472
@@ -68,8 +67,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--dump", help="write the compiled HLO to this file")
     args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
     devices = devices_of(args.topology)
+    config = resolve(load_config(args.config, args.overrides), devices[0])
     layout = layout_for(config, devices)
     state = abstract_state(config, layout)
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
@@ -85,7 +84,7 @@ def main() -> None:
         with open(args.dump, "w") as file:
             file.write(hlo)
     arguments, temporaries = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
-    room = HBM[args.topology.split(":")[0]]
+    room = platform_of(devices[0]).memory_gib
     print(f"{args.topology}: {len(devices)} devices, {seconds:.0f} s ({traced:.0f} of them tracing)")
     total = arguments + temporaries
     print(f"  state {arguments:.2f} GiB + temporaries {temporaries:.2f} GiB = {total:.2f} of {room} GiB a device")

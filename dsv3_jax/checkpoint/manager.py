@@ -41,7 +41,7 @@ def _unflat(template: Any, flat: dict[str, Any]) -> Any:
 def _parts(state: TrainState) -> dict[str, Any]:
     parts = {
         "weights": {"params": state.params, "router_bias": state.router_bias},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state, "controller": state.controller},
     }
     return parts if state.ema is None else parts | {"ema": {"ema": state.ema}}
 
@@ -176,6 +176,7 @@ class CheckpointManager:
             params=weights["params"],
             router_bias=weights["router_bias"],
             ema=loaded["ema"]["ema"] if "ema" in loaded else None,
+            controller=optimizer["controller"],
         )
         return state, read_metadata(directory)
 

@@ -4,8 +4,6 @@ Axis letters: B batch, L length, T = B*L tokens, D hidden, H heads, V vocabulary
 U v_head_dim, F dense ffn, M moe ffn, E experts, G expert groups, K choices a token.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.precision.recipes import Recipe
-from pallas_kernels.scaled import Gemms
+from dsv3_jax.precision.switch import Switch
 
 FFN_GATE_UP = "ffn_gate_up"  # checkpoint_name of a dense feed-forward layer's first product
 NORM_EPS_LATENT = 1e-6  # transformers fixes the two latent norms' epsilon, whatever rms_norm_eps says
@@ -62,16 +60,30 @@ def linear(x: Float[Array, "... K"], w: Float[Array, "K ..."]) -> Float[Array, "
     return _matmul(x, w_KN).reshape(*x.shape[:-1], *w.shape[1:])
 
 
-@dataclass(frozen=True)
-class Linear:
-    """`linear` in a module's formats: in 8 bits with `gemms`, whose products the layout runs."""
+class Linear(nnx.Module):
+    """`linear` in a module's formats: in 8 bits with `gemms`, whose products the layout runs, if its switch says so."""
 
-    gemms: Gemms | None
-    layout: Layout
+    def __init__(self, op_class: str, recipe: Recipe, layout: Layout):
+        self.gemms, self.layout = getattr(recipe, op_class), layout
+        self.switch = Switch(op_class, self.gemms) if recipe.controlled and self.gemms else None
 
-    def __call__(self, x_BLK: Float[Array, "B L K"], w: Float[Array, "K ..."], *axes: str | None) -> Float[Array, "B L ..."]:
-        """x w; `axes` are w's logical axes."""
-        return self.layout.scaled_linear(x_BLK, w, self.gemms, axes) if self.gemms else linear(x_BLK, w)
+    def __call__(
+        self, x: Float[Array, "B L K"] | Float[Array, "B L 2 K"], w: Float[Array, "K ..."], *axes: str | None
+    ) -> Float[Array, "B L ..."]:
+        """x w, or swiglu(x) w of a gate and what passes it; `axes` are w's logical axes."""
+
+        def scaled(_, x, w):
+            return self.layout.scaled_linear(x, w, self.gemms, axes)  # type: ignore[arg-type]
+
+        def plain(_, x, w):
+            return linear(swiglu(x) if x.ndim == 4 else x, w)
+
+        if self.gemms is None:
+            return plain(None, x, w)
+        if self.switch is None:
+            return scaled(None, x, w)
+        operand = swiglu(x) if x.ndim == 4 else x
+        return self.switch.linear(scaled, plain, str(axes[0]), operand, x, w)
 
 
 class RMSNorm(nnx.Module):
@@ -108,7 +120,7 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, ffn_size: int, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         std, D = config.initializer_range, config.hidden_size
-        self.layout, self.linear = layout, Linear(recipe.ffn, layout)
+        self.layout, self.linear = layout, Linear("ffn", recipe, layout)
         self.w_gate_up_D2F = weight(rngs, std, embed=D, gate_up=2, ffn=ffn_size)
         self.w_down_FD = weight(rngs, std, ffn=ffn_size, embed=D)
 
@@ -116,5 +128,6 @@ class SwiGLU(nnx.Module):
         x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
         gate_up_BL2F = self.linear(x_BLD, self.w_gate_up_D2F[...], "embed", None, "ffn")
         gate_up_BL2F = self.layout.constrain(gate_up_BL2F, "batch", None, None, "ffn")
-        h_BLF = swiglu(checkpoint_name(gate_up_BL2F, FFN_GATE_UP))
-        return self.layout.constrain(self.linear(h_BLF, self.w_down_FD[...], "ffn", "embed"), "batch", "sequence", None)
+        if self.linear.gemms is None:  # in 8 bits, the product that takes it keeps it
+            gate_up_BL2F = checkpoint_name(gate_up_BL2F, FFN_GATE_UP)
+        return self.layout.constrain(self.linear(gate_up_BL2F, self.w_down_FD[...], "ffn", "embed"), "batch", "sequence", None)

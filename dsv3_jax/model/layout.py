@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_swiglu, linear_cross_entropy
 from pallas_kernels.scaled import Gemms
-from pallas_kernels.scaled_linear import scaled_linear
+from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
 
 
 class Traffic(NamedTuple):
@@ -49,11 +49,16 @@ class Layout:
         return table_VD[token_BL].astype(dtype)
 
     def scaled_linear(
-        self, x_BLK: Float[Array, "B L K"], w: Float[Array, "K ..."], gemms: Gemms, axes: tuple[str | None, ...]
-    ) -> Float[Array, "B L ..."]:
-        """x w from operands in 8 bits (see `pallas_kernels.scaled_linear`); `axes` are w's logical axes."""
-        y_TN = scaled_linear(x_BLK.reshape(-1, x_BLK.shape[-1]), w.reshape(w.shape[0], -1), gemms)
-        return y_TN.reshape(*x_BLK.shape[:2], *w.shape[1:])
+        self, x: Float[Array, "B L K"] | Float[Array, "B L 2 K"], w: Float[Array, "K ..."], gemms: Gemms,
+        axes: tuple[str | None, ...],
+    ) -> Float[Array, "B L ..."]:  # fmt: skip
+        """x w, or swiglu(x) w of a gate and what passes it, from operands in 8 bits (see `pallas_kernels.scaled_linear`).
+
+        `axes` are w's logical axes.
+        """
+        product = scaled_swiglu_linear if x.ndim == 4 else scaled_linear
+        y_TN = product(x.reshape(x.shape[0] * x.shape[1], -1), w.reshape(w.shape[0], -1), gemms)
+        return y_TN.reshape(*x.shape[:2], *w.shape[1:])
 
     def experts(
         self,

@@ -1,5 +1,6 @@
 """DeepSeekMoE: shared experts, sigmoid router, group-limited top-k, balancing (arXiv 2412.19437, section 2.1.2)."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias, SwiGLU, linear, weight
 from dsv3_jax.model.layout import Layout, Traffic
 from dsv3_jax.precision.recipes import Recipe
+from dsv3_jax.precision.switch import Switch
 
 # (x_TD, expert_TK, weight_TK) -> y_TD
 RoutedExperts = Callable[[Array, Array, Array], Array]
@@ -80,6 +82,7 @@ def sequence_balance_loss(score_BLE: Float[Array, "B L E"], top_BLK: Int[Array, 
 class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         self.config, self.layout, self.gemms = config, layout, recipe.experts
+        self.switch = Switch("experts", recipe.experts) if recipe.controlled and recipe.experts else None
         D, E, M, std = (
             config.hidden_size,
             config.n_routed_experts,
@@ -95,13 +98,21 @@ class MoE(nnx.Module):
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         score_BLE = self.router.scores(x_BLD)
         expert_BLK, weight_BLK = self.router.choose(score_BLE)
-        y_BLD, traffic = self.layout.experts(
-            x_BLD, self.w_gate_up_ED2M[...], self.w_down_EMD[...], expert_BLK, weight_BLK, self.gemms
-        )
+        y_BLD, traffic = self.routed(x_BLD, expert_BLK, weight_BLK)
         top_BLK = self.layout.tokenwise(lambda s: jax.lax.top_k(s, K)[1], jax.lax.stop_gradient(score_BLE))
         load_E = _counts(expert_BLK, E).sum(0)
         stats = RouterStats(load_E, sequence_balance_loss(score_BLE, top_BLK), traffic)
         return y_BLD + self.shared(x_BLD), stats
+
+    def routed(self, x_BLD: Array, expert_BLK: Array, weight_BLK: Array) -> tuple[Float[Array, "B L D"], Traffic]:
+        """The routed experts' weighted sum, in the formats of the recipe or, by the switch, in x's dtype."""
+
+        def experts(gemms, expert_BLK, x_BLD, w_gate_up_ED2M, w_down_EMD, weight_BLK):
+            return self.layout.experts(x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms)
+
+        arrays = x_BLD, self.w_gate_up_ED2M[...], self.w_down_EMD[...], weight_BLK
+        eight, sixteen = functools.partial(experts, self.gemms), functools.partial(experts, None)
+        return self.switch.experts(eight, sixteen, expert_BLK, *arrays) if self.switch else eight(expert_BLK, *arrays)
 
     def decode(self, x_BLD: Float[Array, "B L D"], experts: RoutedExperts) -> Float[Array, "B L D"]:
         """As `__call__`, with the routed experts given as a function: decoding keeps their weights in its own layout."""

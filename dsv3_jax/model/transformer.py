@@ -23,11 +23,12 @@ from dsv3_jax.model.rope import rope_table
 from dsv3_jax.precision.recipes import RECIPES, Recipe
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
+from pallas_kernels.scaled_linear import RESIDUALS as SCALED_SWIGLU
 
 MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
 # What `selective` keeps of a layer besides its input. Norms, rotations, MLA up-projections and SwiGLU are recomputed
 # (section 3.2.3): they cost little, and their results are most of the bytes.
-_KEPT = (LATENTS, ATTENTION, MIDDLE, ROUTING, FFN_GATE_UP, EXPERTS)
+_KEPT = (LATENTS, ATTENTION, MIDDLE, ROUTING, FFN_GATE_UP, SCALED_SWIGLU, EXPERTS)
 
 
 def _all_but_gathered(primitive, *_, **__) -> bool:

@@ -102,8 +102,8 @@ class MeshLayout(Layout):
     def embed(self, table_VD, token_BL, dtype):
         return _embed(self, dtype, table_VD, token_BL)
 
-    def scaled_linear(self, x_BLK, w, gemms, axes):
-        return linear.scaled(self, gemms, axes, x_BLK, w)
+    def scaled_linear(self, x, w, gemms, axes):
+        return linear.scaled(self, gemms, axes, x, w)
 
     def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms):
         return experts.routed(self, gemms, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
@@ -162,7 +162,7 @@ def _embed_bwd(layout: MeshLayout, dtype, residuals, dx_BLD):
         token_BL = lax.all_gather(token_bL, batch, tiled=True) if batch else token_bL
         dx = lax.all_to_all(dx, batch, 2, 0, tiled=True) if batch else dx
         dx = lax.all_to_all(dx, length, 2, 1, tiled=True) if length else dx
-        return jnp.zeros((V, dx.shape[-1]), jnp.float32).at[token_BL].add(dx).astype(like.dtype)
+        return jnp.zeros((V, dx.shape[-1]), jnp.float32).at[token_BL].add(dx.astype(jnp.float32)).astype(like.dtype)
 
     specs = (layout.spec("batch", None), layout.spec("batch", "sequence", None))
     return layout.on_each_device(local, specs, table)(token_BL, dx_BLD), None
@@ -248,6 +248,11 @@ def layout_for(config: Config, devices: Sequence | None = None) -> Layout:
     mesh = make_mesh(config.parallel, devices)
     check(config, dict(mesh.shape))
     return Layout() if mesh.size == 1 else make_layout(config.parallel, mesh)
+
+
+def device_of(layout: Layout) -> Any:
+    """One of the layout's devices, all of which are of a kind."""
+    return layout.mesh.devices.flat[0] if isinstance(layout, MeshLayout) else jax.devices()[0]
 
 
 def batch_sharding(layout: Layout) -> Any:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import scaled_linear
@@ -25,7 +26,6 @@ class _Plan(NamedTuple):
     batch: tuple[str, ...]
     summed: tuple[str, ...]  # over which K is split
     outputs: tuple[str, ...]  # over which one of the weight's other axes is split
-    x: P
     w: P
     y: P
     dw: P
@@ -43,8 +43,14 @@ def _plan(layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
     scatter = stored if batch and stored is not None and w_shape[stored] % parts == 0 else None
     dw = [place or (batch if i == scatter else ()) for i, place in enumerate(places)]
     y = layout.spec("batch", "sequence", None) if summed else P(batch or None, None, *(p or None for p in places[1:]))
-    x = P(batch or None, None, summed or None)
-    return _Plan(batch, summed, outputs, x, P(*(p or None for p in places)), y, P(*(p or None for p in dw)), scatter)
+    return _Plan(batch, summed, outputs, P(*(p or None for p in places)), y, P(*(p or None for p in dw)), scatter)
+
+
+def _operand_specs(plan: _Plan, gated: bool) -> tuple[P, Scaled]:
+    """Of x, [B, L, K] or [B, L, 2, K], and of what each device keeps of it: values [B, L, k or 2k], scales [k_tiles, B, L]."""
+    batch, summed = plan.batch or None, plan.summed or None
+    x = P(batch, None, None, summed) if gated else P(batch, None, summed)
+    return x, Scaled(P(batch, None, summed), P(summed, batch, None))  # type: ignore[arg-type]
 
 
 def _flat(w):
@@ -52,36 +58,39 @@ def _flat(w):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def scaled(layout, gemms: Gemms, axes: Axes, x_BLK, w_KX):
-    """See `model.layout.Layout.scaled_linear`; `layout` is a `MeshLayout`."""
-    return _forward(layout, gemms, axes, x_BLK, w_KX)[0]
+def scaled(layout, gemms: Gemms, axes: Axes, x, w_KX):
+    """See `model.layout.Layout.scaled_linear`; `layout` is a `MeshLayout`. x [B, L, 2, K] is a gate and what passes it."""
+    return _forward(layout, gemms, axes, x, w_KX)[0]
 
 
-def _forward(layout, gemms: Gemms, axes: Axes, x_BLK, w_KX):
-    plan = _plan(layout, axes, w_KX.shape)
+def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
+    gated, plan = x.ndim == 4, _plan(layout, axes, w_KX.shape)
+    product = scaled_linear.swiglu_forward if gated else scaled_linear.forward
 
-    def local(x_bLk, w_kx):
-        b, L, k = x_bLk.shape
-        y_Tx, x = scaled_linear.forward(x_bLk.reshape(b * L, k), _flat(w_kx), gemms)
+    def local(x, w_kx):
+        b, L = x.shape[:2]
+        y_Tx, kept = product(x.reshape(b * L, -1), _flat(w_kx), gemms)
         y = y_Tx.reshape(b, L, *w_kx.shape[1:])
         y = lax.psum_scatter(y, plan.summed, scatter_dimension=1, tiled=True) if plan.summed else y
-        return y, Scaled(x.values.reshape(b, L, k), x.scales.reshape(-1, b, L))
+        return y, Scaled(kept.values.reshape(b, L, -1), kept.scales.reshape(-1, b, L))
 
-    kept = Scaled(plan.x, P(plan.summed or None, plan.batch or None, None))  # type: ignore[arg-type]
-    y, x = layout.on_each_device(local, (plan.x, plan.w), (plan.y, kept))(x_BLK, w_KX)
-    return y, (x, w_KX)
+    of_x, of_kept = _operand_specs(plan, gated)
+    y, kept = layout.on_each_device(local, (of_x, plan.w), (plan.y, of_kept))(x, w_KX)
+    return y, (checkpoint_name(kept, scaled_linear.RESIDUALS) if gated else kept, w_KX)
 
 
 def _backward(layout, gemms: Gemms, axes: Axes, residuals, dy):
-    x, w_KX = residuals
-    plan = _plan(layout, axes, w_KX.shape)
+    kept, w_KX = residuals
+    gated, plan = kept.values.shape[-1] != w_KX.shape[0], _plan(layout, axes, w_KX.shape)
+    product = scaled_linear.swiglu_backward if gated else scaled_linear.backward
 
-    def local(x, w_kx, dy):
+    def local(kept, w_kx, dy):
         dy = lax.all_gather(dy, plan.summed, axis=1, tiled=True) if plan.summed else dy
-        b, L, k = x.values.shape
-        x = Scaled(x.values.reshape(b * L, k), x.scales.reshape(-1, b * L))
-        dx_Tk, dw = scaled_linear.backward(x, _flat(w_kx), dy.reshape(b * L, -1), gemms)
-        dx = dx_Tk.reshape(b, L, k)
+        b, L, _ = kept.values.shape
+        T = b * L
+        flat = Scaled(kept.values.reshape(T, -1), kept.scales.reshape(-1, T))
+        dx, dw = product(flat, _flat(w_kx), dy.reshape(T, -1), gemms)
+        dx = dx.reshape(b, L, *[2] * gated, -1)
         dx = lax.psum(dx, plan.outputs) if plan.outputs else dx
         dw = dw.reshape(w_kx.shape)
         if plan.scatter is not None:
@@ -90,8 +99,8 @@ def _backward(layout, gemms: Gemms, axes: Axes, residuals, dy):
             dw = lax.psum(dw, plan.batch)
         return dx, dw.astype(w_kx.dtype)
 
-    kept = Scaled(plan.x, P(plan.summed or None, plan.batch or None, None))  # type: ignore[arg-type]
-    return layout.on_each_device(local, (kept, plan.w, plan.y), (plan.x, plan.dw))(x, w_KX, dy)
+    of_x, of_kept = _operand_specs(plan, gated)
+    return layout.on_each_device(local, (of_kept, plan.w, plan.y), (of_x, plan.dw))(kept, w_KX, dy)
 
 
 scaled.defvjp(_forward, _backward)

@@ -135,6 +135,11 @@ def check(config: Config, sizes: dict[str, int]) -> None:
             wrong = " * ".join(f"parallel.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
             total = f"{wrong} = {size}" if wrong.count("=") > 1 else wrong
             raise UserError(f"{total} does not divide {name}={value}; use one of {divisors(value)}")
+    if pipe > 1 and config.precision.controller:
+        raise UserError(
+            f"precision.controller=true cannot switch layers one by one in a pipeline, whose stages run as one program; use "
+            f"parallel.pipe=1 (it is {pipe}) or precision.controller=false"
+        )
     if pipe > 1 and m.num_moe_layers < pipe * config.parallel.pipe_chunks:
         raise UserError(
             f"parallel.pipe={pipe} * parallel.pipe_chunks={config.parallel.pipe_chunks} needs as many MoE layers, and the "

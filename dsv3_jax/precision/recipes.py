@@ -5,8 +5,10 @@ float32) in every recipe; master weights and their gradients' sums are float32. 
 `ffn`, dense layers and shared experts; `experts`, the routed ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from dsv3_jax.config import PrecisionConfig
+from dsv3_jax.errors import UserError
 from pallas_kernels.scaled import Gemms
 
 
@@ -18,6 +20,7 @@ class Recipe:
     attention: Gemms | None = None
     ffn: Gemms | None = None
     experts: Gemms | None = None
+    controlled: bool = False  # every layer's products can go back to `dtype` (see controller.py)
 
 
 _E4M3 = Gemms()
@@ -35,6 +38,22 @@ RECIPES = {
 }
 
 
+def recipe_of(config: PrecisionConfig) -> Recipe:
+    """Of training, after the `first_steps`. Raises `UserError` for `auto`, which the start of a run resolves."""
+    if config.recipe not in RECIPES:
+        raise UserError(f"precision.recipe={config.recipe} depends on the platform: see precision.platforms.resolve")
+    return replace(RECIPES[config.recipe], controlled=config.controller)
+
+
+def run_by(recipe: Recipe, implementation: str) -> Recipe:
+    """The recipe with its products in 8 bits run by one of `pallas_kernels`' implementations."""
+
+    def by(gemms: Gemms | None) -> Gemms | None:
+        return gemms and replace(gemms, implementation=implementation)
+
+    return replace(recipe, attention=by(recipe.attention), ffn=by(recipe.ffn), experts=by(recipe.experts))
+
+
 def unquantised(recipe: Recipe) -> Recipe:
-    """For decoding, whose steps are too small to gain by 8 bits."""
+    """For evaluation and decoding: of the weights, in 16 or 32 bits."""
     return Recipe(recipe.dtype)

@@ -18,19 +18,23 @@ from dsv3_jax.data.store import Corpus, load_corpus
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.parallel.layout import MeshLayout, layout_for
+from dsv3_jax.parallel.layout import MeshLayout, device_of, layout_for
 from dsv3_jax.parallel.processes import agree, is_first, on_first
 from dsv3_jax.parallel.rows import local_rows, place
+from dsv3_jax.precision import controller
+from dsv3_jax.precision.platforms import resolve
+from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.progress import ProgressReporter
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
-from dsv3_jax.train.state import TrainState, abstract_state, new_state
+from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, new_state
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 
 
 @dataclass(frozen=True)
 class TrainResult:
+    config: Config  # as it was run: without `auto`
     run: RunDirectory
     state: TrainState
     corpus: Corpus
@@ -101,7 +105,7 @@ def _row(config: Config, step: int, metrics: StepMetrics, seconds: float) -> dic
         "tokens": step * per_step,
         "tokens_per_s": per_step / seconds,
         "step_time_s": seconds,
-    }
+    } | controller.shares(metrics.decisions)
 
 
 class _SaveClock:
@@ -163,6 +167,7 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
     checkpoint that cannot be written.
     """
     layout = layout_for(config)
+    config = resolve(config, device_of(layout))
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache
@@ -187,7 +192,7 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
         if stopped:
             cause = f" by {signal.Signals(stop.signal).name}" if stop.signal is not None else ""
             progress.say(f"stopped{cause}; saved step {int(state.step)}; run again to go on")
-    return TrainResult(run, state, corpus, layout, stopped)
+    return TrainResult(config, run, state, corpus, layout, stopped)
 
 
 def _about_mesh(config: Config, layout: Layout) -> list[str]:
@@ -215,6 +220,7 @@ def _steps(
     """The state after the last step, and whether a signal, in this or another process, made it the last."""
     train_step, eval_step = ScheduledSteps(config, layout), make_eval_step(config, layout)
     flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+    switches = abstract_model(config, recipe_of(config.precision)).eight_bit
     clock = _SaveClock(config)
 
     def save() -> None:
@@ -234,8 +240,12 @@ def _steps(
         if step % config.train.eval_every == 0 or step == last:
             row |= _evaluate(config, layout, eval_step, state, data.corpus)
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
+        changes = controller.log_lines(step, switches, metrics.decisions)
+        for line in changes:
+            progress.say(controller.describe(line))
         if writer is not None:
             writer.write(row)
+            writer.write_decisions(changes)
         progress.update(step, row, flops_per_token * row["tokens_per_s"])
         stopping, due = agree(stop.signal is not None, clock.due(step))
         if due and step < last:

@@ -14,6 +14,7 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
 from dsv3_jax.parallel.schedule import Schedule, make_schedule
+from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.train.objective import Batch, Metrics, Share, head_objective, inputs, sum_traffic
 from dsv3_jax.train.state import make_model
 
@@ -37,9 +38,9 @@ def _without_layers(state: nnx.State) -> nnx.State:
     return nnx.State({name: value for name, value in state.raw_mapping.items() if name != "moe_blocks"})
 
 
-def pipelined_gradients(config: Config, layout: MeshLayout, router_bias: nnx.State, share: Share) -> Callable:
+def pipelined_gradients(config: Config, recipe: Recipe, layout: MeshLayout, router_bias: nnx.State, share: Share) -> Callable:
     """(params, batch) -> gradients, metrics; `train.grad_accum_steps` microbatches go through the pipeline."""
-    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), layout))
+    model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
     block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)  # `rules.check` made sure that there are some
     model.moe_blocks = None
     ends_graph, _, _ = nnx.split(model, nnx.Param, RouterBias)

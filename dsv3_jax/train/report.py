@@ -39,8 +39,9 @@ def held_out_text(config: Config, count: int) -> bytes:
     return "".join(text for text, _ in zip(texts, range(count), strict=False)).encode()
 
 
-def compression(config: Config, result: TrainResult) -> dict[str, float]:
+def compression(result: TrainResult) -> dict[str, float]:
     """Bits per byte of the same held-out bytes: the model's, and those of `gzip -9` and `xz -9`."""
+    config = result.config
     store = first_documents(result.corpus.validation, _MAX_BYTES)
     text = held_out_text(config, len(store))
     assert len(text) == int(store.text_bytes.sum()), "the corpus changed while the run was going on"
@@ -76,8 +77,9 @@ def plot_loss(metrics_file: Path, png: Path, title: str) -> None:
     figure.savefig(png, dpi=120)
 
 
-def sample(config: Config, result: TrainResult) -> str:
+def sample(result: TrainResult) -> str:
     """A continuation of the beginning of a held-out document."""
+    config = result.config
     model = nnx.merge(serving_graph(config, result.layout), result.state.params, result.state.router_bias)
     tokenizer, store = result.corpus.tokenizer, result.corpus.validation
     room = config.model.max_position_embeddings - _SAMPLE_TOKENS
@@ -89,14 +91,14 @@ def sample(config: Config, result: TrainResult) -> str:
     return tokenizer.decode(np.asarray(ids)[0].tolist())
 
 
-def finish(config: Config, result: TrainResult) -> None:
+def finish(result: TrainResult) -> None:
     """Write report.json, loss.png and sample.txt into the run, and print them (process 0)."""
     run = result.run
-    figures, text = compression(config, result), sample(config, result)  # all processes' devices take part
+    figures, text = compression(result), sample(result)  # all processes' devices take part
     if not is_first():
         return
     (run.path / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-    plot_loss(run.metrics_file, run.path / "loss.png", f"{config.name}: step {int(result.state.step)}")
+    plot_loss(run.metrics_file, run.path / "loss.png", f"{result.config.name}: step {int(result.state.step)}")
     (run.path / "sample.txt").write_text(text + "\n")
     print(f"held-out text, {figures['held_out_bytes']:,} bytes:")
     for name, key in (("model", "bits_per_byte"), ("gzip -9", "gzip_9_bits_per_byte"), ("xz -9", "xz_9_bits_per_byte")):

@@ -1,8 +1,9 @@
-"""A run's directory: runs/NAME/{config.yaml, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, ...}."""
+"""A run's directory: runs/NAME/{config.yaml, tokenizer.json, metrics.jsonl, decisions.jsonl, tensorboard/, checkpoints/}."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 from tokenizers import Tokenizer
@@ -41,6 +42,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def decisions_file(self) -> Path:
+        return self.path / "decisions.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -77,15 +82,24 @@ def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:
     return RunDirectory(root / config.name)
 
 
+def _reopen(path: Path, resumed_step: int) -> TextIO:
+    """To append to, without the lines beyond the step from which a run goes on."""
+    rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scratch.rename(path)
+    return open(path, "a", buffering=1)
+
+
 class MetricsWriter:
-    """metrics.jsonl (one object a step) and TensorBoard; a resumed run drops what lies beyond its checkpoint."""
+    """metrics.jsonl (one object a step), decisions.jsonl (one object a change of precision) and TensorBoard.
+
+    A resumed run drops what lies beyond its checkpoint.
+    """
 
     def __init__(self, run: RunDirectory, resumed_step: int):
-        rows = [row for row in read_metrics(run.metrics_file) if row["step"] <= resumed_step]
-        scratch = run.metrics_file.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.rename(run.metrics_file)
-        self._file = open(run.metrics_file, "a", buffering=1)  # noqa: SIM115  (lives as long as the run)
+        self._file = _reopen(run.metrics_file, resumed_step)
+        self._decisions = _reopen(run.decisions_file, resumed_step)
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: dict[str, float]) -> None:
@@ -94,13 +108,18 @@ class MetricsWriter:
             if key != "step" and value is not None:
                 self._board.add_scalar(key, value, int(row["step"]))
 
+    def write_decisions(self, lines: list[dict[str, Any]]) -> None:
+        """Of the precision controller; see `precision.controller.log_lines`."""
+        self._decisions.writelines(json.dumps(line) + "\n" for line in lines)
+
     def close(self) -> None:
         self._file.close()
+        self._decisions.close()
         self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; a last line that was cut off is dropped."""
+    """Rows of a metrics.jsonl or decisions.jsonl; a last line that was cut off is dropped."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():

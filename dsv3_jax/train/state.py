@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from dsv3_jax.optim.adamw import adamw
 from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.rules import state_shardings
 from dsv3_jax.parallel.serving import for_serving
-from dsv3_jax.precision.recipes import RECIPES, unquantised
+from dsv3_jax.precision import controller
+from dsv3_jax.precision.recipes import Recipe, recipe_of, unquantised
+from dsv3_jax.precision.switch import EightBit, Probe
 
 
 @jax.tree_util.register_dataclass
@@ -33,39 +36,50 @@ class TrainState:
     router_bias: nnx.State  # f32[layers, E]
     opt_state: optax.OptState
     ema: nnx.State | None  # moving average of params, or None
+    controller: dict[str, controller.Memory]  # of the precision of each layer's products; empty without `precision.controller`
 
 
 ONE_DEVICE = Layout()
 
 
-def make_model(config: Config, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE) -> Transformer:
-    recipe = RECIPES[config.precision.recipe]
+def make_model(config: Config, recipe: Recipe, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE) -> Transformer:
     return Transformer(config.model, recipe=recipe, remat=config.remat.policy, layout=layout, rngs=rngs)
 
 
-def abstract_model(config: Config, layout: Layout = ONE_DEVICE) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Graph definition, and the shapes of parameters and router biases; allocates nothing."""
-    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0), layout))
-    graph, params, router_bias = nnx.split(model, nnx.Param, RouterBias)
-    return graph, params, router_bias
+class AbstractModel(NamedTuple):
+    """A model's graph definition, and the shapes of its variables of each kind."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    router_bias: nnx.State
+    eight_bit: nnx.State
+    probes: nnx.State
+
+
+def abstract_model(config: Config, recipe: Recipe, layout: Layout = ONE_DEVICE) -> AbstractModel:
+    """Allocates nothing."""
+    model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
+    return AbstractModel(*nnx.split(model, nnx.Param, RouterBias, EightBit, Probe))
 
 
 def serving_graph(config: Config, layout: Layout) -> nnx.GraphDef:
     """Of the model that decodes with parameters stored for training with `layout`: in 16 or 32 bits, for any batch."""
-    recipe = unquantised(RECIPES[config.precision.recipe])
+    recipe = unquantised(recipe_of(config.precision))
     model = nnx.eval_shape(lambda: Transformer(config.model, recipe=recipe, layout=for_serving(layout), rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, RouterBias)[0]
 
 
 def init_state(config: Config) -> TrainState:
     """A fresh state from `train.seed`, the same on any mesh; see `new_state`."""
-    _, params, router_bias = nnx.split(make_model(config, nnx.Rngs(config.train.seed)), nnx.Param, RouterBias)
+    model = make_model(config, recipe_of(config.precision), nnx.Rngs(config.train.seed))
+    _, params, router_bias, eight_bit, _ = nnx.split(model, nnx.Param, RouterBias, EightBit, Probe)
     return TrainState(
         step=jnp.int32(0),
         params=params,
         router_bias=router_bias,
         opt_state=adamw(config.optim).init(params),
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
+        controller=controller.init(eight_bit),
     )
 
 

@@ -1,7 +1,7 @@
 """The training step: a pure function (state, batch) -> (state, metrics), and the evaluation step beside it."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,11 @@ from flax import nnx
 from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.optim.adamw import adamw, learning_rate
-from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, replicated
+from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, replicated
+from dsv3_jax.precision import controller
+from dsv3_jax.precision.platforms import platform_of
+from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
+from dsv3_jax.precision.switch import Probe
 from dsv3_jax.train.objective import Batch, LossWeights, Metrics, Share, objective, target_counts
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
 from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state
@@ -23,6 +27,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # before clipping
     lr: jax.Array
     max_load: jax.Array  # busiest expert's load over the mean, worst layer
+    decisions: dict[str, controller.Decision]  # of the precision controller, by switch
 
 
 def over_replicas(f: Callable, layout: Layout) -> Callable:
@@ -42,26 +47,39 @@ def over_replicas(f: Callable, layout: Layout) -> Callable:
     return summed
 
 
-def gradients(config: Config, layout: Layout, state: TrainState, batch: Batch) -> tuple[nnx.State, Metrics]:
-    """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches."""
+def training_recipe(config: Config, layout: Layout) -> Recipe:
+    """The configuration's, with its products run by what the layout's devices have kernels for."""
+    return run_by(recipe_of(config.precision), platform_of(device_of(layout)).implementation)
+
+
+def gradients(
+    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe | None = None
+) -> tuple[nnx.State, Metrics]:
+    """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches.
+
+    In the configuration's recipe if none is given. Gradients have those of the probes among them, if the recipe has any.
+    """
+    recipe = recipe or training_recipe(config, layout)
     train = config.train
     counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
     share = Share(LossWeights(mtp, train.sequence_balance_alpha), counts, batch["tokens"].shape[0])
     if isinstance(layout, MeshLayout) and layout.mesh.shape["pipe"] > 1:
-        of_replica = pipelined_gradients(config, layout, state.router_bias, share)
-    else:
-        of_replica = _accumulated_gradients(config, layout, state.router_bias, share)
-    return over_replicas(of_replica, layout)(state.params, batch)
+        of_replica = pipelined_gradients(config, recipe, layout, state.router_bias, share)
+        return over_replicas(of_replica, layout)(state.params, batch)
+    model = abstract_model(config, recipe, layout)
+    fixed = nnx.merge_state(state.router_bias, controller.flags(model.eight_bit, state.controller))
+    probes = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.probes)
+    of_replica = _accumulated_gradients(config, layout, model.graph, fixed, share)
+    return over_replicas(of_replica, layout)(nnx.merge_state(state.params, probes), batch)
 
 
-def _accumulated_gradients(config: Config, layout: Layout, router_bias: nnx.State, share: Share) -> Callable:
-    """(params, batch) -> gradients, metrics."""
-    graph, _, _ = abstract_model(config, layout)
+def _accumulated_gradients(config: Config, layout: Layout, graph: nnx.GraphDef, fixed: nnx.State, share: Share) -> Callable:
+    """(variables, batch) -> gradients, metrics; `fixed` are the variables that have no gradient."""
     accum = config.train.grad_accum_steps
 
-    def loss(params, microbatch):
-        return objective(nnx.merge(graph, params, router_bias), microbatch, share)
+    def loss(variables, microbatch):
+        return objective(nnx.merge(graph, variables, fixed), microbatch, share)
 
     def accumulated(params, batch):
         grad = jax.grad(loss, has_aux=True)
@@ -97,9 +115,12 @@ def max_load_ratio(load: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack(ratios).max() if ratios else jnp.float32(1)
 
 
-def apply_gradients(config: Config, state: TrainState, grads: nnx.State, metrics: Metrics) -> tuple[TrainState, StepMetrics]:
-    """The rest of a step: clipping, AdamW, moving average, router biases."""
+def apply_gradients(
+    config: Config, state: TrainState, grads: nnx.State, metrics: Metrics, recipe: Recipe
+) -> tuple[TrainState, StepMetrics]:
+    """The rest of a step: clipping, AdamW, moving average, router biases, precision controller."""
     optimizer, schedule = adamw(config.optim), learning_rate(config.optim)
+    grads, told = nnx.split_state(grads, nnx.Param, Probe)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         clip = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -109,8 +130,13 @@ def apply_gradients(config: Config, state: TrainState, grads: nnx.State, metrics
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
     bias = update_router_bias(state.router_bias, metrics.load, config.train.bias_update_speed)
-    new_state = TrainState(state.step + 1, params, bias, opt_state, ema)
-    return new_state, StepMetrics(metrics, grad_norm, jnp.asarray(schedule(state.step)), max_load_ratio(metrics.load))
+    memory, decisions = state.controller, {}
+    if recipe.controlled:
+        template = abstract_model(config, recipe).eight_bit
+        memory, decisions = controller.update(template, memory, told, config.precision.cooldown_steps)
+    new_state = TrainState(state.step + 1, params, bias, opt_state, ema, memory)
+    lr = jnp.asarray(schedule(state.step))
+    return new_state, StepMetrics(metrics, grad_norm, lr, max_load_ratio(metrics.load), decisions)
 
 
 def _jit(f: Callable, layout: Layout, arguments: Any, results: Any, donate: tuple[int, ...] = ()) -> Callable:
@@ -121,12 +147,13 @@ def _jit(f: Callable, layout: Layout, arguments: Any, results: Any, donate: tupl
 
 
 def make_train_step(
-    config: Config, layout: Layout = ONE_DEVICE
+    config: Config, layout: Layout = ONE_DEVICE, recipe: Recipe | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted step; it takes over the state's buffers."""
+    """The jitted step, in the configuration's recipe if none is given; it takes over the state's buffers."""
+    products = recipe or training_recipe(config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return apply_gradients(config, state, *gradients(config, layout, state, batch))
+        return apply_gradients(config, state, *gradients(config, layout, state, batch, products), products)
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
     return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))
@@ -138,16 +165,17 @@ class ScheduledSteps:
     def __init__(self, config: Config, layout: Layout = ONE_DEVICE):
         self._config, self._layout, self._made = config, layout, {}
 
-    def recipe(self, step: int) -> str:
-        """Of step `step`, counted from 0."""
-        precision = self._config.precision
-        return precision.first_recipe if step < precision.first_steps else precision.recipe
+    def recipe(self, step: int) -> Recipe:
+        """Of step `step`, counted from 0. The controller comes with the second one."""
+        config, precision = self._config, self._config.precision
+        if step < precision.first_steps:
+            config = replace(config, precision=replace(precision, recipe=precision.first_recipe, controller=False))
+        return training_recipe(config, self._layout)
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         recipe = self.recipe(step)
         if recipe not in self._made:
-            precision = dataclasses.replace(self._config.precision, recipe=recipe)
-            self._made[recipe] = make_train_step(dataclasses.replace(self._config, precision=precision), self._layout)
+            self._made[recipe] = make_train_step(self._config, self._layout, recipe)
         train_step = self._made[recipe]
         result = train_step(state, batch)
         assert train_step._cache_size() == 1, f"the training step in {recipe} was compiled twice"
@@ -159,9 +187,10 @@ def make_eval_step(
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
     """Jitted (params, router_bias, batch of L+1 tokens) -> sums: nll in nats, correct, targets; and expert loads.
 
-    Layers are not pipelined: `pipe` serves as it does at the ends of a pipeline.
+    Of the weights, in 16 or 32 bits whatever training does. Layers are not pipelined: `pipe` serves as it does at the ends
+    of a pipeline.
     """
-    graph, _, _ = abstract_model(config, layout.ends)
+    graph = abstract_model(config, unquantised(recipe_of(config.precision)), layout.ends).graph
 
     def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
         count = target_counts(batch["segments"], 0)[0]

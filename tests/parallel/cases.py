@@ -1,6 +1,7 @@
 """What the tests of sharding share: an odd-sized model, meshes, and one device's results to compare with."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from dsv3_jax.config import Config, load_config
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.train.state import TrainState, abstract_state, new_state
-from dsv3_jax.train.step import apply_gradients, gradients
+from dsv3_jax.train.step import apply_gradients, gradients, training_recipe
 from tests.conftest import ROOT
 
 # Latents and head sizes are odd; 5 MoE layers don't divide into stages; MTP, group-limited routing and the balance loss are on.
@@ -64,16 +65,17 @@ def batch_of(config: Config, seed: int) -> dict[str, np.ndarray]:
 def make_hot(state: TrainState) -> TrainState:
     """All tokens of every layer to the first experts, which live on one device."""
     bias = jax.tree.map(lambda b: b.at[..., :3].add(10.0), state.router_bias)
-    return TrainState(state.step, state.params, bias, state.opt_state, state.ema)
+    return replace(state, router_bias=bias)
 
 
 def step_of(config: Config):
     """(layout, jitted (state, batch) -> (state, gradients, metrics)): a training step that shows its gradients."""
     layout = layout_for(config)
+    recipe = training_recipe(config, layout)
 
     def step(state, batch):
-        grads, metrics = gradients(config, layout, state, batch)
-        return apply_gradients(config, state, grads, metrics)[0], grads, metrics
+        grads, metrics = gradients(config, layout, state, batch, recipe)
+        return apply_gradients(config, state, grads, metrics, recipe)[0], grads, metrics
 
     return layout, jax.jit(step)
 

@@ -20,6 +20,25 @@ def results(layout: Layout, x, w, dy, axes):
     return [np.asarray(a) for a in run(x, w, dy)]
 
 
+def swiglu(gate_up):
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2", "fsdp=2 expert=2 tensor=2"])
+def test_a_mesh_runs_the_same_swiglu(mesh):
+    """Gate and up [B, L, 2, F] with the product after them; and near what 16 bits compute."""
+    layout = layout_for(config_of(MESHES[mesh]))
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (8, 128, 2, 512)), jax.random.normal(keys[1], (512, 256))
+    dy = jax.random.normal(keys[2], (8, 128, 256))
+    one_device = results(Layout(), x, w, dy, ("ffn", "embed"))
+    for ours, theirs in zip(results(layout, x, w, dy, ("ffn", "embed")), one_device, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6 * np.abs(theirs).max())
+    y, vjp = jax.vjp(lambda x, w: swiglu(x) @ w, x, w)
+    for ours, theirs in zip(one_device, (y, *vjp(dy)), strict=True):
+        assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.08  # three operands of 2.6% each
+
+
 @pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=4", "fsdp=4 tensor=2", "fsdp=2 expert=2 tensor=2"])
 @pytest.mark.parametrize(
     ("shape", "axes"),

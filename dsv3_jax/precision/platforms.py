@@ -1,0 +1,149 @@
+"""What each platform can multiply, how fast, and which recipe pays there.
+
+A plug-in for another platform (a PJRT backend of its own) registers a `Platform` here, and its operations with
+`pallas_kernels.register`. It calls `register` itself, or is found by the packaging entry point `dsv3_jax.platforms`, whose
+object is called without arguments before the first look-up:
+
+    [project.entry-points."dsv3_jax.platforms"]
+    ascend = "my_package:register_ascend"
+"""
+
+import re
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from dsv3_jax.config import Config
+from dsv3_jax.errors import UserError
+
+Support = Literal["native", "emulated", "refused"]
+FORMATS = ("float32", "bf16", "e4m3", "e5m2", "int8")
+_WORTH = 1.5  # times bf16's rate: quantisation, scales and promotion cost part of what 8 bits gain
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One kind of device, as JAX counts devices."""
+
+    name: str
+    pjrt: tuple[str, ...]  # what `device.platform` may say
+    kind: str  # a regular expression found in `device.device_kind`
+    formats: dict[str, Support]  # of matrix products, as this package would run them
+    tera_ops: dict[str, float]  # dense peak, 10^12 operations a second, of formats that are native
+    memory_gib: float = 0.0
+    memory_tb_s: float = 0.0
+    # for products in 8 bits: "auto" where this package's kernels run, "reference" (plain JAX) or a plug-in's name where not
+    implementation: str = "auto"
+    note: str = ""
+
+    def gain(self, format: str) -> float:
+        """Times bf16's peak; 0 for what is not native or has no kernel."""
+        if self.formats.get(format) != "native" or self.implementation == "reference":
+            return 0.0
+        return self.tera_ops[format] / self.tera_ops["bf16"]
+
+    @property
+    def auto(self) -> tuple[str, str]:
+        """The recipe that `precision.recipe=auto` takes here, and why."""
+        for format, recipe in (("e4m3", "deepseek"), ("int8", "int8")):
+            if self.gain(format) >= _WORTH:
+                slower = "" if format == "e4m3" else f"; e4m3 is {self._state('e4m3')}"
+                return recipe, f"{format} at {self.gain(format):.1f} times bf16's peak{slower}"
+        states = ", ".join(f"{format} is {self._state(format)}" for format in ("e4m3", "int8"))
+        return "bf16", f"8 bits would not pay: {states}"
+
+    def _state(self, format: str) -> str:
+        support = self.formats.get(format, "refused")
+        if support == "native" and self.implementation == "reference":
+            return "native, without a kernel here"
+        return f"native at {self.gain(format):.1f} times bf16's peak" if support == "native" else support
+
+
+def _formats(native: str, emulated: str = "", refused: str = "") -> dict[str, Support]:
+    found: dict[str, Support] = {}
+    for names, support in ((native, "native"), (emulated, "emulated"), (refused, "refused")):
+        found |= dict.fromkeys(names.split(), support)  # type: ignore[arg-type]
+    return {format: found.get(format, "refused") for format in FORMATS}
+
+
+_TPU, _CUDA = ("tpu",), ("gpu", "cuda")
+# TPU peaks and bandwidths are those of JAX's own table (jax._src.tpu_info), per device: a tpu7x device is one of a chip's two
+# cores. NVIDIA's are its data sheets', dense, SXM. "emulated": values are rounded to the format and multiplied in a wider one.
+_BUILT_IN = (
+    Platform("cpu", ("cpu",), "", _formats("float32", "bf16 e4m3 e5m2 int8"), {}, note="numerics only, never a speed claim"),
+    Platform(
+        "v5e", _TPU, r"v5 lite|v5e", _formats("bf16 int8", "float32 e4m3 e5m2"), {"bf16": 197, "int8": 394}, 15.75, 0.82,
+    ),
+    Platform("v5p", _TPU, r"v5$|v5p", _formats("bf16 int8", "float32 e4m3 e5m2"), {"bf16": 459, "int8": 918}, 95, 2.46),
+    Platform(
+        "v6e", _TPU, r"v6 lite|v6e", _formats("bf16 int8 e4m3 e5m2", "float32"),
+        {"bf16": 920, "int8": 1840, "e4m3": 920, "e5m2": 920}, 31.25, 1.64,
+    ),
+    Platform(
+        "tpu7x", _TPU, r"TPU7x|7x", _formats("bf16 e4m3 e5m2", "float32 int8"),
+        {"bf16": 1155, "e4m3": 2300, "e5m2": 2300}, 94.75, 3.7,
+    ),
+    Platform(
+        "a100", _CUDA, "A100", _formats("float32 bf16 int8", "e4m3 e5m2"),
+        {"float32": 19.5, "bf16": 312, "int8": 624}, 79.1, 2.04,
+        implementation="reference", note="no kernel of this package is for Ampere: 8 bits run as plain JAX",
+    ),
+    Platform(
+        "h100", _CUDA, "H100|H200|H800|GH200", _formats("float32 bf16 e4m3 e5m2", "int8"),
+        {"float32": 67, "bf16": 989, "e4m3": 1979, "e5m2": 1979}, 79.1, 3.35,
+        note="int8 has no kernel: Mosaic GPU's wgmma takes none, so it runs as plain JAX",
+    ),
+    Platform(
+        "b200", _CUDA, "B200|B100|GB200", _formats("float32 bf16 e4m3 e5m2 int8"),
+        {"float32": 75, "bf16": 2250, "e4m3": 4500, "e5m2": 4500, "int8": 4500}, 179, 7.7,
+        implementation="reference", note="the Hopper kernel's wgmma is not on Blackwell: 8 bits run as plain JAX",
+    ),
+)  # fmt: skip
+_registered: list[Platform] = []
+_looked_for_plug_ins = False
+
+
+def register(platform: Platform) -> None:
+    """Add a platform, or replace the one of its name; it goes before those that are built in when devices are looked up.
+
+    Raises `UserError` for a format or a support that there is none of, and a native one without its rate.
+    """
+    for format, support in platform.formats.items():
+        if format not in FORMATS or support not in ("native", "emulated", "refused"):
+            raise UserError(
+                f"platform {platform.name}: formats[{format!r}]={support!r}; use one of {', '.join(FORMATS)} with native, "
+                f"emulated or refused"
+            )
+    missing = [f for f in ("bf16", "e4m3", "int8") if platform.formats.get(f) == "native" and f not in platform.tera_ops]
+    if missing:
+        raise UserError(f"platform {platform.name}: {missing[0]} is native, so tera_ops[{missing[0]!r}] must say how fast")
+    _registered[:] = [platform, *(p for p in _registered if p.name != platform.name)]
+
+
+def platforms() -> list[Platform]:
+    """All known ones, plug-ins first."""
+    global _looked_for_plug_ins
+    if not _looked_for_plug_ins:
+        _looked_for_plug_ins = True
+        for plug_in in entry_points(group="dsv3_jax.platforms"):
+            plug_in.load()()
+    names = {p.name for p in _registered}
+    return [*_registered, *(p for p in _BUILT_IN if p.name not in names)]
+
+
+def platform_of(device: Any) -> Platform:
+    """Of a JAX device. One that nobody knows gets plain JAX in every format, and bf16."""
+    for platform in platforms():
+        if device.platform in platform.pjrt and re.search(platform.kind, device.device_kind):
+            return platform
+    everything = _formats("bf16", "float32 e4m3 e5m2 int8")
+    note = "unknown: 8 bits run as plain JAX; see dsv3_jax/precision/platforms.py to register it"
+    return Platform(device.device_kind, (device.platform,), "", everything, {}, implementation="reference", note=note)
+
+
+def resolve(config: Config, device: Any) -> Config:
+    """The configuration with `precision.recipe=auto` replaced by what it means on this device."""
+    if config.precision.recipe != "auto":
+        return config
+    recipe, _ = platform_of(device).auto
+    return replace(config, precision=replace(config.precision, recipe=recipe))
