@@ -1,0 +1,199 @@
+"""What 8 bits save in an MoE layer of the released model's size, compiled for accelerators that are not here; a table and JSON.
+
+One device's experts and the shared expert, forward and backward, `deepseek` against bf16, on tpu7x and h100:
+
+* bytes accessed: operands and results of every instruction of the compiled program, each fusion and kernel once (XLA's own
+  count follows what a kernel states). bf16 is at its best here: experts with equally many tokens, as one batched product;
+* bytes kept for the backward pass: the residuals of the differentiated layer, without weights;
+* the products' roofline time, FLOPs over the peak of precision/platforms.py (a bound, no measurement);
+* RMSNorm and SwiGLU with quantisation: bytes of one fused kernel against the operation, then `quantize`;
+* which instruction multiplies: H100's from SASS (QGMMA.E4M3), a TPU's from the Mosaic kernel's dot.
+
+Nothing is run. Example: .venv-aot/bin/python scripts/bench_kernels.py tpu7x h100
+"""
+
+import argparse
+import json
+import math
+import re
+from typing import Any
+
+import compile_kernels  # first: it sets the environment in which kernels are dumped
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aot_compile import devices_of
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.precision.platforms import platform_of
+from pallas_kernels.grouped_swiglu.api import grouped_swiglu
+from pallas_kernels.norm_quantize.api import rms_norm_quantize
+from pallas_kernels.quantize.api import quantize
+from pallas_kernels.scaled import Gemms
+from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
+from pallas_kernels.swiglu_quantize.api import swiglu_quantize
+
+TOKENS, HIDDEN, FFN, CHOICES, EXPERTS = (
+    4096,
+    7168,
+    2048,
+    8,
+    8,
+)  # of a device; its tokens go to all its experts
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+# instructions that move nothing: names, views, and the ends of what began before
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id"}
+
+
+def shape_bytes(text: str) -> int:
+    """Of every array in an HLO type, such as (bf16[8,128]{1,0}, f32[4])."""
+    found = re.findall(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]", text)
+    return sum(BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in found)
+
+
+def bytes_accessed(hlo: str) -> int:
+    """Operands and results of the instructions of the entry computation."""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    size, total = {}, 0
+    for line in entry.splitlines()[1:]:
+        match = re.match(r"\s*(?:ROOT )?(%?[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line)
+        if not match:
+            continue
+        name, result, operation, rest = match.groups()
+        assert operation not in ("while", "conditional"), f"{name}: a loop's body would count once"
+        size[name.lstrip("%")] = shape_bytes(result)
+        if operation in _FREE or operation.endswith("-done"):
+            continue
+        operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+        total += sum(size.get(o, 0) for o in operands)
+        total += 0 if operation.endswith("-start") else size[name.lstrip("%")]
+    return total
+
+
+def bf16_layer(x, w_gate_up, w_down, shared_gate_up, shared_down, weight):
+    """Experts with equally many tokens as one batched product each, and the shared expert."""
+
+    def swiglu(gate_up):
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    gate_up = jnp.einsum("td,edx->etx", x, w_gate_up)
+    h = (swiglu(gate_up) * weight.T[..., None]).astype(x.dtype)
+    return jnp.einsum("etm,emd->td", h, w_down) + swiglu(x @ shared_gate_up) @ shared_down
+
+
+def eight_bit_layer(x, w_gate_up, w_down, shared_gate_up, shared_down, weight):
+    gemms, expert = Gemms(), jnp.broadcast_to(jnp.arange(CHOICES), (TOKENS, CHOICES))
+    E, D, X = w_gate_up.shape
+    routed = grouped_swiglu(x, w_gate_up.reshape(E, D, 2, X // 2), w_down, expert, weight, gemms)
+    return routed + scaled_swiglu_linear(scaled_linear(x, shared_gate_up, gemms), shared_down, gemms)
+
+
+def layer_arguments() -> tuple:
+    bf16 = jnp.bfloat16
+    shapes = [
+        (TOKENS, HIDDEN), (EXPERTS, HIDDEN, 2 * FFN), (EXPERTS, FFN, HIDDEN), (HIDDEN, 2 * FFN), (FFN, HIDDEN),
+    ]  # fmt: skip
+    return (*(jax.ShapeDtypeStruct(s, bf16) for s in shapes), jax.ShapeDtypeStruct((TOKENS, CHOICES), jnp.float32))
+
+
+def kept_bytes(layer) -> int:
+    """Residuals of the layer, but for the weights themselves."""
+    arguments = layer_arguments()
+    residuals = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(layer, *a)[1], *arguments))
+    weights = {(a.shape, a.dtype) for a in arguments[1:5]}
+    return sum(a.size * a.dtype.itemsize for a in residuals if (a.shape, a.dtype) not in weights and a.dtype != jnp.int32)
+
+
+def compiled(device, f, arguments) -> Any:
+    """For one device; inside `shard_map`, where kernels compile for a GPU that is not here."""
+    mesh = Mesh(np.array([device]), ("x",))
+    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())) for a in arguments]
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)).lower(*arguments).compile()
+
+
+def of_layer(device, layer) -> dict[str, Any]:
+    def step(*arguments):
+        y, vjp = jax.vjp(layer, *arguments)
+        return vjp(y)
+
+    program = compiled(device, step, layer_arguments())
+    return {"accessed": bytes_accessed(program.as_text()), "temporaries": program.memory_analysis().temp_size_in_bytes}
+
+
+def roofline_ms(device) -> dict[str, float]:
+    """The layer's products, forward and backward, at the peak of bf16 and of e4m3."""
+    flops = 3 * 2 * TOKENS * 3 * HIDDEN * FFN * (CHOICES + 1)
+    peak = platform_of(device).tera_ops
+    return {name: flops / (peak[name] * 1e12) * 1e3 for name in ("bf16", "e4m3") if name in peak}
+
+
+def fusion(device, kind: str) -> dict[str, int]:
+    """Bytes of RMSNorm or SwiGLU with quantisation: one kernel, and the operation followed by `quantize`'s kernel."""
+    implementation = "tpu" if device.platform == "tpu" else "hopper"
+    x, scale = jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16), jax.ShapeDtypeStruct((HIDDEN,), jnp.float32)
+    gate_up = jax.ShapeDtypeStruct((TOKENS * CHOICES, 2 * FFN), jnp.bfloat16)
+
+    def rms_norm(x, scale):
+        x = x.astype(jnp.float32)
+        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-6) * scale
+        return quantize(y.astype(jnp.bfloat16), 1, implementation=implementation)
+
+    def swiglu(x):
+        gate, up = jnp.split(x.astype(jnp.float32), 2, axis=1)
+        h = (jax.nn.silu(gate) * up).astype(jnp.bfloat16)
+        return quantize(h, 1, implementation=implementation), quantize(x, 1, implementation=implementation)
+
+    arguments, apart, fused = {
+        "rms_norm": ((x, scale), rms_norm, lambda x, s: rms_norm_quantize(x, s, 1e-6, implementation=implementation)),
+        "swiglu": ((gate_up,), swiglu, lambda x: swiglu_quantize(x, implementation=implementation)),
+    }[kind]
+    return {name: bytes_accessed(compiled(device, f, arguments).as_text()) for name, f in (("fused", fused), ("apart", apart))}
+
+
+def instruction(target: str, device) -> str:
+    """What multiplies in the grouped product."""
+    name, (f, arguments) = next(
+        (n, c) for n, c in compile_kernels.cases().items() if n.startswith("grouped scaled_matmul e4m3")
+    )
+    if target == "h100":
+        found = compile_kernels.compile_one(target, device, f, arguments)
+        return f"{', '.join(found['tensor_core'])}; {found['registers']} registers, {found['spilled_bytes']} bytes spilled"
+    text = str(jax.make_jaxpr(lambda *a: f(*a, implementation="tpu"))(*arguments))
+    dots = set(re.findall(r":(\w+)\[[\d,]+\] = dot_general\[", text))
+    operands = set(re.findall(r"MemRef<vmem>\{(f8\w+|float8\w+)\[", text)) or set(re.findall(r"(float8_\w+|f8\w+)\[", text))
+    return f"{name.split()[1]}: Mosaic dot of {', '.join(sorted(operands))} into {', '.join(sorted(dots))}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="target", help="tpu7x, h100; both if none")
+    args = parser.parse_args()
+    if unknown := set(args.targets) - {"tpu7x", "h100"}:
+        parser.error(f"unknown target {', '.join(sorted(unknown))}; valid: tpu7x, h100")
+    kept = {"bf16": kept_bytes(bf16_layer), "deepseek": kept_bytes(eight_bit_layer)}
+    print(f"MoE layer, {TOKENS} tokens x {CHOICES} experts of {HIDDEN} x {FFN}, and the shared one; forward and backward")
+    print(f"kept for the backward pass: {kept['bf16'] / 1e6:.0f} -> {kept['deepseek'] / 1e6:.0f} MB "
+          f"({kept['deepseek'] / kept['bf16'] - 1:+.0%})")  # fmt: skip
+    results: dict[str, Any] = {"kept": kept}
+    for target in args.targets or ("tpu7x", "h100"):
+        device = devices_of(compile_kernels.TARGETS[target])[0]
+        found: dict[str, Any] = {"bf16": of_layer(device, bf16_layer), "deepseek": of_layer(device, eight_bit_layer)}
+        for what in ("accessed", "temporaries"):
+            a, b = found["bf16"][what], found["deepseek"][what]
+            print(f"{target}: {what}: {a / 1e9:.2f} -> {b / 1e9:.2f} GB ({b / a - 1:+.0%})", flush=True)
+        found["roofline_ms"] = roofline_ms(device)
+        print(f"{target}: products' roofline: " + ", ".join(f"{k} {v:.2f} ms" for k, v in found["roofline_ms"].items()))
+        for kind in ("rms_norm", "swiglu"):
+            found[kind] = fusion(device, kind)
+            a, b = found[kind]["apart"], found[kind]["fused"]
+            print(f"{target}: {kind} + quantise: {a / 1e6:.0f} -> {b / 1e6:.0f} MB fused ({b / a - 1:+.0%})", flush=True)
+        found["instruction"] = instruction(target, device)
+        results[target] = found
+        print(f"{target}: {found['instruction']}", flush=True)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
