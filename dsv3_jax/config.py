@@ -185,7 +185,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"  # recipe: what precision.recipe stores them in
     ema_decay: float = 0.0  # 0: no moving average of the parameters
 
     def __post_init__(self) -> None:

@@ -108,6 +108,6 @@ class Layout:
 
 
 def is_float32(variable: nnx.Variable) -> bool:
-    """Whether a parameter is computed with in float32 whatever the activations' dtype: vectors, and the router."""
+    """Whether a variable is computed with in float32 whatever the activations' dtype: vectors, the router, statistics."""
     axes = variable.get_metadata("logical_axes")
-    return len(axes) < 2 or "scores" in axes
+    return len(axes) < 2 or "scores" in axes or "statistic" in axes

@@ -47,10 +47,13 @@ def is_matrix(params: nnx.State) -> nnx.State:
     )
 
 
-def adamw(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW without clipping (the step clips, because it reports the norm); decay on matrices only."""
+def adamw(config: OptimConfig, moment_dtype: str = "float32") -> optax.GradientTransformation:
+    """AdamW without clipping (the step clips, because it reports the norm); decay on matrices only.
+
+    `moment_dtype`, float32 or bfloat16, is what the moments are stored in.
+    """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
-    if config.moment_dtype == "bfloat16":
+    if moment_dtype == "bfloat16":
         adam = store_moments_as(adam, jnp.dtype("bfloat16"))
     return optax.chain(
         adam,

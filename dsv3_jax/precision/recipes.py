@@ -14,9 +14,13 @@ from pallas_kernels.scaled import Gemms
 
 @dataclass(frozen=True)
 class Recipe:
-    """`dtype` is that of activations and of every product without formats of its own."""
+    """`dtype` is that of activations and of every product without formats of its own, `moments` that of Adam's stored moments.
+
+    An op class with formats of its own keeps its inputs for the backward pass in its `forward` format.
+    """
 
     dtype: str
+    moments: str = "float32"
     attention: Gemms | None = None
     ffn: Gemms | None = None
     experts: Gemms | None = None
@@ -30,8 +34,8 @@ _PER_TENSOR = Gemms(per_tensor=True)
 RECIPES = {
     "float32": Recipe("float32"),
     "bf16": Recipe("bfloat16"),
-    # arXiv 2412.19437, section 3.3: e4m3 in all three products, which scales for 128 numbers allow
-    "deepseek": Recipe("bfloat16", attention=_E4M3, ffn=_E4M3, experts=_E4M3),
+    # arXiv 2412.19437, section 3.3: e4m3 in all three products, which scales for 128 numbers allow; moments in bfloat16
+    "deepseek": Recipe("bfloat16", "bfloat16", attention=_E4M3, ffn=_E4M3, experts=_E4M3),
     "article": Recipe("bfloat16", ffn=_E4M3, experts=_E4M3),  # attention stays in 16 bits
     "int8": Recipe("bfloat16", attention=_INT8, ffn=_INT8, experts=_INT8),
     "fp8_per_tensor": Recipe("bfloat16", attention=_PER_TENSOR, ffn=_PER_TENSOR, experts=_PER_TENSOR),  # the control

@@ -69,6 +69,11 @@ def serving_graph(config: Config, layout: Layout) -> nnx.GraphDef:
     return nnx.split(model, nnx.Param, RouterBias)[0]
 
 
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    stored = config.optim.moment_dtype
+    return adamw(config.optim, recipe_of(config.precision).moments if stored == "recipe" else stored)
+
+
 def init_state(config: Config) -> TrainState:
     """A fresh state from `train.seed`, the same on any mesh; see `new_state`."""
     model = make_model(config, recipe_of(config.precision), nnx.Rngs(config.train.seed))
@@ -77,7 +82,7 @@ def init_state(config: Config) -> TrainState:
         step=jnp.int32(0),
         params=params,
         router_bias=router_bias,
-        opt_state=adamw(config.optim).init(params),
+        opt_state=optimizer_of(config).init(params),
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
         controller=controller.init(eight_bit),
     )

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.optim.adamw import adamw, learning_rate
+from dsv3_jax.optim.adamw import learning_rate
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, replicated
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import platform_of
@@ -19,7 +19,7 @@ from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.train.objective import Batch, LossWeights, Metrics, Share, objective, target_counts
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
-from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state
+from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state, optimizer_of
 
 
 class StepMetrics(NamedTuple):
@@ -119,7 +119,7 @@ def apply_gradients(
     config: Config, state: TrainState, grads: nnx.State, metrics: Metrics, recipe: Recipe
 ) -> tuple[TrainState, StepMetrics]:
     """The rest of a step: clipping, AdamW, moving average, router biases, precision controller."""
-    optimizer, schedule = adamw(config.optim), learning_rate(config.optim)
+    optimizer, schedule = optimizer_of(config), learning_rate(config.optim)
     grads, told = nnx.split_state(grads, nnx.Param, Probe)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)

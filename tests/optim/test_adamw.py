@@ -53,7 +53,7 @@ def test_update_follows_the_formula():
 
 def test_bfloat16_moments_are_stored_and_close():
     def run(dtype):
-        optimizer, p = adamw(OptimConfig(lr=0.1, warmup_steps=0, moment_dtype=dtype)), params()
+        optimizer, p = adamw(OptimConfig(lr=0.1, warmup_steps=0), dtype), params()
         state = optimizer.init(p)
         for t in range(5):
             updates, state = optimizer.update(jax.tree.map(jnp.cos, jax.tree.map(partial(jnp.add, t), p)), state, p)

@@ -10,11 +10,12 @@ from flax import nnx
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.recipes import RECIPES, Recipe
-from dsv3_jax.train.state import new_state, serving_graph
+from dsv3_jax.train.state import abstract_state, new_state, serving_graph
 from dsv3_jax.train.step import gradients, make_train_step
 from tests.parallel.cases import MESHES, batch_of, config_of
 
 SMALL = ["train.grad_accum_steps=1", "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0"]
+STEPS = 3  # on noise, which nothing can learn: from the fourth step on, two runs differ by what rounding has made of them
 LOW = [name for name, recipe in RECIPES.items() if recipe != Recipe(recipe.dtype)]
 
 
@@ -30,12 +31,12 @@ def losses(recipe: str, steps: int) -> list[float]:
 
 @pytest.fixture(scope="module")
 def bf16():
-    return losses("bf16", 4)
+    return losses("bf16", STEPS)
 
 
 @pytest.mark.parametrize("recipe", LOW)
 def test_a_recipe_trains_like_16_bits(recipe, bf16):
-    found = losses(recipe, 4)
+    found = losses(recipe, STEPS)
     np.testing.assert_allclose(found, bf16, rtol=0.01)
     assert found != bf16
 
@@ -57,6 +58,21 @@ def test_a_mesh_computes_what_one_device_does_in_8_bits(monkeypatch):
     assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-4)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.linalg.norm(a - b) <= 0.1 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        (["precision.recipe=bf16"], "float32"),
+        (["precision.recipe=deepseek"], "bfloat16"),
+        (["precision.recipe=deepseek", "precision.first_steps=3"], "bfloat16"),  # a schedule changes nothing in the state
+        (["precision.recipe=deepseek", "optim.moment_dtype=float32"], "float32"),
+    ],
+)
+def test_a_recipe_says_what_moments_are_stored_in(overrides, dtype):
+    state = abstract_state(config_of(overrides))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {dtype}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
 
 
 def test_decoding_is_in_16_bits():
