@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 _OPERATIONS = (
-    "quantize", "rms_norm_quantize", "rms_norm_backward", "swiglu_quantize", "swiglu_backward",
+    "quantize", "quantize_transposed", "rms_norm_quantize", "rms_norm_backward", "swiglu_quantize", "swiglu_backward",
     "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad",
 )  # fmt: skip
 # operation -> name -> function with the arguments of the operation's api, without `implementation`

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantize import reference
-from pallas_kernels.quantize.api import quantize
+from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, dequantize
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.swiglu_quantize import api as activation
@@ -25,6 +25,14 @@ def quantized(x, rows: Literal[1, 128], format: Format, gemms: Gemms) -> Scaled:
     return quantize(x, rows, format, gemms.power_of_two, gemms.implementation)
 
 
+def quantized_transposed(x: jax.Array | Scaled, gemms: Gemms) -> Scaled:
+    """An operand of the weights' gradient: x^T, with scales for tiles along tokens or with one."""
+    if gemms.per_tensor:
+        x = dequantize(x) if isinstance(x, Scaled) else x
+        return reference.quantize(x.T, None, gemms.wgrad, gemms.power_of_two)
+    return quantize_transposed(x, gemms.wgrad, gemms.power_of_two, gemms.implementation)
+
+
 def _transposed(w: Scaled, gemms: Gemms) -> Scaled:
     return reference.with_one_scale(w.values.T, w.scales[0, 0]) if gemms.per_tensor else w.transposed()
 
@@ -37,18 +45,12 @@ def forward(x_TK: Float[Array, "T K"], w_KN: Float[Array, "K N"], gemms: Gemms) 
 
 
 def backward(
-    x: Scaled, w_KN: Float[Array, "K N"], dy_TN: Float[Array, "T N"], gemms: Gemms
+    x: Float[Array, "T K"] | Scaled, w_KN: Float[Array, "K N"], dy_TN: Float[Array, "T N"], gemms: Gemms
 ) -> tuple[Float[Array, "T K"], Float[Array, "K N"]]:
     """(dx in dy's dtype, dw in float32)."""
-    return _gradients(dequantize(x), w_KN, dy_TN, gemms)
-
-
-def _gradients(x_TK, w_KN, dy_TN, gemms: Gemms):
-    """For the sum over tokens, both operands are quantised in tiles along tokens."""
     dy = quantized(dy_TN, 1, gemms.dgrad, gemms)
     dx_TK = scaled_matmul(dy, quantized(w_KN, TILE, gemms.dgrad, gemms), dy_TN.dtype, gemms.implementation)
-    x_KT = quantized(x_TK.T, 1, gemms.wgrad, gemms)
-    dy_NT = quantized(dy_TN.T, 1, gemms.wgrad, gemms)
+    x_KT, dy_NT = (quantized_transposed(a, gemms) for a in (x, dy_TN))
     return dx_TK, scaled_matmul(x_KT, dy_NT, implementation=gemms.implementation)
 
 
@@ -69,18 +71,17 @@ def swiglu_quantized(gate_up_TX: Float[Array, "T 2*F"], gemms: Gemms) -> tuple[S
     return quantized(jax.nn.silu(gate) * up, 1, gemms.forward, gemms), quantized(gate_up_TX, 1, gemms.forward, gemms)
 
 
-def swiglu_again(gate_up: Scaled) -> Float[Array, "T F"]:
-    """silu(gate) * up of what was kept, float32."""
+def swiglu_again(gate_up: Scaled, dtype: jnp.dtype) -> Float[Array, "T F"]:
+    """silu(gate) * up of what was kept."""
     gate, up = jnp.split(dequantize(gate_up), 2, axis=1)
-    return jax.nn.silu(gate) * up
+    return (jax.nn.silu(gate) * up).astype(dtype)
 
 
 def swiglu_backward(
     gate_up: Scaled, w_FN: Float[Array, "F N"], dy_TN: Float[Array, "T N"], gemms: Gemms
 ) -> tuple[Float[Array, "T 2*F"], Float[Array, "F N"]]:
     """(d[gate, up] in dy's dtype, dw in float32)."""
-    h_TF = swiglu_again(gate_up)
-    dh_TF, dw_FN = _gradients(h_TF, w_FN, dy_TN, gemms)
+    dh_TF, dw_FN = backward(swiglu_again(gate_up, dy_TN.dtype), w_FN, dy_TN, gemms)
     ones_T = jnp.ones(dy_TN.shape[0], jnp.float32)
     return activation.swiglu_backward(gate_up, dh_TF, ones_T, gemms.implementation)[0], dw_FN
 

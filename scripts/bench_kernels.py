@@ -2,8 +2,9 @@
 
 One device's experts and the shared expert, forward and backward, `deepseek` against bf16, on tpu7x and h100:
 
-* bytes accessed: operands and results of every instruction of the compiled program, each fusion and kernel once (XLA's own
-  count follows what a kernel states). bf16 is at its best here: experts with equally many tokens, as one batched product;
+* bytes accessed: operands and results of every instruction of the compiled program, each fusion and kernel once, of a gather
+  only the rows (XLA's own count follows what a kernel states). Both lay tokens out as rows of experts and add them up again;
+  bf16 is at its best: all experts have equally many tokens, so that their products are one batched product;
 * bytes kept for the backward pass: the residuals of the differentiated layer, without weights;
 * the products' roofline time, FLOPs over the peak of precision/platforms.py (a bound, no measurement);
 * RMSNorm and SwiGLU with quantisation: bytes of one fused kernel against the operation, then `quantize`;
@@ -28,9 +29,10 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.precision.platforms import platform_of
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
+from pallas_kernels.grouped_swiglu.rows import rows_of_slots, sum_choices
 from pallas_kernels.norm_quantize.api import rms_norm_quantize
 from pallas_kernels.quantize.api import quantize
-from pallas_kernels.scaled import Gemms
+from pallas_kernels.scaled import TILE, Gemms
 from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize
 
@@ -63,30 +65,39 @@ def bytes_accessed(hlo: str) -> int:
         name, result, operation, rest = match.groups()
         assert operation not in ("while", "conditional"), f"{name}: a loop's body would count once"
         size[name.lstrip("%")] = shape_bytes(result)
-        if operation in _FREE or operation.endswith("-done"):
+        if operation in _FREE or operation.endswith(("-start", "-update")):
+            continue
+        if operation.endswith("-done") or "gather" in name:  # a copy, or as many rows read as written
+            total += 2 * size[name.lstrip("%")]
             continue
         operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
-        total += sum(size.get(o, 0) for o in operands)
-        total += 0 if operation.endswith("-start") else size[name.lstrip("%")]
+        total += sum(size.get(o, 0) for o in operands) + size[name.lstrip("%")]
     return total
 
 
+def to_all_experts() -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(CHOICES), (TOKENS, CHOICES))
+
+
 def bf16_layer(x, w_gate_up, w_down, shared_gate_up, shared_down, weight):
-    """Experts with equally many tokens as one batched product each, and the shared expert."""
+    """Rows as in 8 bits; experts have equally many, so that their products are one batched product, and the shared expert."""
 
     def swiglu(gate_up):
         gate, up = jnp.split(gate_up, 2, axis=-1)
         return jax.nn.silu(gate) * up
 
-    gate_up = jnp.einsum("td,edx->etx", x, w_gate_up)
-    h = (swiglu(gate_up) * weight.T[..., None]).astype(x.dtype)
-    return jnp.einsum("etm,emd->td", h, w_down) + swiglu(x @ shared_gate_up) @ shared_down
+    rows = rows_of_slots(to_all_experts(), EXPERTS, (TILE,))
+    live = EXPERTS * TOKENS
+    x_ETD = x.at[rows.token_R[:live]].get(mode="fill", fill_value=0).reshape(EXPERTS, TOKENS, HIDDEN)
+    weight_ET = weight.reshape(-1).at[rows.slot_R[:live]].get(mode="fill", fill_value=0).reshape(EXPERTS, TOKENS, 1)
+    h_ETM = (swiglu(jnp.einsum("etd,edx->etx", x_ETD, w_gate_up)) * weight_ET).astype(x.dtype)
+    y_RD = jnp.einsum("etm,emd->etd", h_ETM, w_down).reshape(live, HIDDEN)
+    return sum_choices(y_RD, rows) + swiglu(x @ shared_gate_up) @ shared_down
 
 
 def eight_bit_layer(x, w_gate_up, w_down, shared_gate_up, shared_down, weight):
-    gemms, expert = Gemms(), jnp.broadcast_to(jnp.arange(CHOICES), (TOKENS, CHOICES))
-    E, D, X = w_gate_up.shape
-    routed = grouped_swiglu(x, w_gate_up.reshape(E, D, 2, X // 2), w_down, expert, weight, gemms)
+    gemms, (E, D, X) = Gemms(), w_gate_up.shape
+    routed = grouped_swiglu(x, w_gate_up.reshape(E, D, 2, X // 2), w_down, to_all_experts(), weight, gemms)
     return routed + scaled_swiglu_linear(scaled_linear(x, shared_gate_up, gemms), shared_down, gemms)
 
 

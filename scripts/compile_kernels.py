@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
-from pallas_kernels.quantize.api import quantize
+from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, tiles
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad, scaled_matmul
 from pallas_kernels.swiglu_quantize.api import swiglu_backward, swiglu_quantize
@@ -54,6 +54,9 @@ def cases() -> dict:
     for format in DTYPES:
         found[f"quantize {format} tiles 1x128"] = functools.partial(quantize, rows=1, format=format), (x,)
         found[f"quantize {format} blocks 128x128"] = functools.partial(quantize, rows=128, format=format), (w,)
+        found[f"quantize_transposed {format}"] = functools.partial(quantize_transposed, format=format), (x,)
+        kept = _matrix(TOKENS, HIDDEN, format, 1)
+        found[f"quantize_transposed {format} again"] = functools.partial(quantize_transposed, format=format), (kept,)
     row, bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jnp.bfloat16
     norm, rows, gate_up = row((HIDDEN,)), row((TOKENS,)), jax.ShapeDtypeStruct((TOKENS, 2 * FFN), bf16)
     for format in DTYPES:

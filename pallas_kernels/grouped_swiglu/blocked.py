@@ -2,9 +2,8 @@
 
 Slots (token, choice) are laid out as rows: each expert owns a region of whole blocks, large ones first and small ones for
 the rest, so that most of the work is in large matmuls and little of it is padding. The rows that pad a region have weight 0,
-so they change nothing, forward or backward. A slot without an expert has the row after the last, which stays zero. The loops
-run over the blocks that exist (a traced count): nothing is dropped, no capacity is reserved, and an expert's weights are read
-in place.
+so they change nothing, forward or backward. A slot without an expert has no row and counts as zero. The loops run over the
+blocks that exist (a traced count): nothing is dropped, no capacity is reserved, and an expert's weights are read in place.
 """
 
 import functools
@@ -76,7 +75,7 @@ def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
         return y_RD, _put_rows(gate_up_RX, gate_up, row)
 
     R = layout.token_R.size
-    init = (jnp.zeros((R + 1, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
+    init = (jnp.zeros((R, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
     y_RD, gate_up_RX = _over_blocks(layout, block, init)
     return sum_choices(y_RD, layout), gate_up_RX
 
@@ -103,10 +102,10 @@ def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX,
         return dx_RD, dw_gate_up_EDX, dw_down_EMD, _put_rows(dweight_R, dweight, row)
 
     init = (
-        jnp.zeros((weight_R.size + 1, x_TD.shape[1]), x_TD.dtype),
+        jnp.zeros((weight_R.size, x_TD.shape[1]), x_TD.dtype),
         jnp.zeros(w_gate_up_EDX.shape, jnp.float32),
         jnp.zeros(w_down_EMD.shape, jnp.float32),
-        jnp.zeros(weight_R.size + 1, weight_R.dtype),
+        jnp.zeros(weight_R.size, weight_R.dtype),
     )
     dx_RD, dw_gate_up_EDX, dw_down_EMD, dweight_R = _over_blocks(layout, block, init)
     return (
@@ -114,7 +113,7 @@ def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX,
         dw_gate_up_EDX.astype(w_gate_up_EDX.dtype),
         dw_down_EMD.astype(w_down_EMD.dtype),
         None,
-        dweight_R[layout.row_TK],
+        dweight_R.at[layout.row_TK].get(mode="fill", fill_value=0),
     )
 
 

@@ -1,5 +1,6 @@
 """Rows of routed tokens: every expert owns a region of whole blocks, so that a block's rows meet one expert's weights."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ def rows_of_slots(expert_TK, experts: int, sizes: tuple[int, ...]) -> Rows:
     for size, blocks_E in zip(sizes, blocks_sE, strict=True):
         last_E = jnp.cumsum(blocks_E)
         b = jnp.arange(min(P, R // size + experts))
-        expert_b = jnp.minimum(jnp.searchsorted(last_E, b, side="right"), experts - 1)
+        expert_b = jnp.minimum(jnp.searchsorted(last_E, b, side="right", method="compare_all"), experts - 1)
         row_b = begin_E[expert_b] + (b - (last_E - blocks_E)[expert_b]) * size
         blocks.append(Blocks(size, last_E[-1], expert_b, row_b))
         begin_E = begin_E + blocks_E * size
@@ -62,9 +63,7 @@ def rows_of_slots(expert_TK, experts: int, sizes: tuple[int, ...]) -> Rows:
 
 
 def sum_choices(y_RD, rows: Rows) -> jax.Array:
-    """Back to tokens: the sum over a token's K choices."""
+    """Back to tokens: the sum over a token's K choices; nothing for those without an expert."""
     # K gathers and adds: one gather and a reduction over K costs ten times as much on CPU
-    y_TD = y_RD[rows.row_TK[:, 0]]
-    for k in range(1, rows.row_TK.shape[1]):
-        y_TD += y_RD[rows.row_TK[:, k]]
-    return y_TD
+    choices = [y_RD.at[row_T].get(mode="fill", fill_value=0) for row_T in rows.row_TK.T]
+    return functools.reduce(jnp.add, choices)

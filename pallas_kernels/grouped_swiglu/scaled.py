@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS
 from pallas_kernels.grouped_swiglu.rows import Rows, rows_of_slots, sum_choices
 from pallas_kernels.quantize import reference
-from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, dequantize, tiles
-from pallas_kernels.scaled_linear import quantized, swiglu_again, swiglu_quantized
+from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, tiles
+from pallas_kernels.scaled_linear import quantized, quantized_transposed, swiglu_again, swiglu_quantized
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad
 from pallas_kernels.swiglu_quantize.api import swiglu_backward
 
@@ -55,11 +55,6 @@ def _groups(rows: Rows, experts: int) -> jax.Array:
     return jnp.where(block < blocks.count, expert_b, experts).astype(jnp.int32)
 
 
-def _to_tokens(y_RD: jax.Array, rows: Rows) -> jax.Array:
-    """The sum over a token's choices; nothing for those without an expert."""
-    return sum_choices(jnp.pad(y_RD, ((0, 1), (0, 0))), rows)
-
-
 def _forward(gemms: Gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
     (E, D, X), dtype = w_gate_up_EDX.shape, x_TD.dtype
     rows = rows_of_slots(expert_TK, E, (TILE,))
@@ -70,7 +65,7 @@ def _forward(gemms: Gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK
     gate_up_RX = product(_at_rows(x, rows), w_gate_up, group_b, X)
     h, gate_up = swiglu_quantized(gate_up_RX, gemms)
     y_RD = product(Scaled(h.values, h.row_scales() * weight_R), w_down, group_b, D)
-    return _to_tokens(y_RD, rows), (x, gate_up)
+    return sum_choices(y_RD, rows), (x, gate_up)
 
 
 def _backward(gemms: Gemms, x: Scaled, gate_up: Scaled, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, dy_TD):
@@ -79,10 +74,9 @@ def _backward(gemms: Gemms, x: Scaled, gate_up: Scaled, w_gate_up_EDX, w_down_EM
     group_b, weight_R = _groups(rows, E), weight_TK.reshape(-1).at[rows.slot_R].get(mode="fill", fill_value=0)
     product = functools.partial(grouped_scaled_matmul, dtype=dtype, implementation=gemms.implementation)
 
-    def wgrad(a_RA: jax.Array, b_RB: jax.Array) -> jax.Array:
-        """Both are quantised again, in tiles along tokens."""
-        a, b = (quantized(m.T, 1, gemms.wgrad, gemms) for m in (a_RA, b_RB))
-        return grouped_scaled_wgrad(a, b, group_b, E, gemms.implementation)
+    def wgrad(a_RA: jax.Array | Scaled, b_RB: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        a, b = (quantized_transposed(m, gemms) for m in (a_RA, b_RB))
+        return grouped_scaled_wgrad(a, b, group_b, E, dtype, gemms.implementation)
 
     dy = quantized(dy_TD, 1, gemms.dgrad, gemms)
     dh_RM = product(_at_rows(dy, rows), _stacked(w_down_EMD, gemms.dgrad, gemms), group_b, M)
@@ -90,11 +84,12 @@ def _backward(gemms: Gemms, x: Scaled, gate_up: Scaled, w_gate_up_EDX, w_down_EM
     dgate_up = quantized(dgate_up_RX, 1, gemms.dgrad, gemms)
     dx_RD = product(dgate_up, _stacked(w_gate_up_EDX, gemms.dgrad, gemms), group_b, D)
 
-    h_RM = swiglu_again(gate_up) * weight_R[:, None]
-    dy_RD = dy_TD.at[rows.token_R].get(mode="fill", fill_value=0)
-    dw_gate_up_EDX, dw_down_EMD = wgrad(dequantize(_at_rows(x, rows)), dgate_up_RX), wgrad(h_RM, dy_RD)
-    dweight_TK = jnp.append(dweight_R, 0)[rows.row_TK]
-    return _to_tokens(dx_RD, rows), dw_gate_up_EDX, dw_down_EMD, dweight_TK
+    # the weight goes with dy here, where each row is touched anyway
+    dy_RD = (dy_TD.at[rows.token_R].get(mode="fill", fill_value=0) * weight_R[:, None]).astype(dtype)
+    dw_gate_up_EDX = wgrad(_at_rows(x, rows), dgate_up_RX, w_gate_up_EDX.dtype)
+    dw_down_EMD = wgrad(swiglu_again(gate_up, dtype), dy_RD, w_down_EMD.dtype)
+    dweight_TK = dweight_R.at[rows.row_TK].get(mode="fill", fill_value=0)
+    return sum_choices(dx_RD, rows), dw_gate_up_EDX, dw_down_EMD, dweight_TK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,8 +104,9 @@ def _grouped_swiglu_fwd(gemms: Gemms, x_TD, *args):
 
 def _grouped_swiglu_bwd(gemms: Gemms, residuals, dy_TD):
     (x, gate_up), (w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK) = residuals
-    dx_TD, *dw, dweight_TK = _backward(gemms, x, gate_up, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, dy_TD)
-    dw_gate_up_EDX, dw_down_EMD = (d.astype(w.dtype) for d, w in zip(dw, (w_gate_up_EDX, w_down_EMD), strict=True))
+    dx_TD, dw_gate_up_EDX, dw_down_EMD, dweight_TK = _backward(
+        gemms, x, gate_up, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, dy_TD
+    )
     return dx_TD, dw_gate_up_EDX, dw_down_EMD, None, dweight_TK
 
 

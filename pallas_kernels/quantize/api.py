@@ -11,6 +11,7 @@ from pallas_kernels.scaled import Format, Scaled
 
 for _name, _module in (("reference", reference), ("tpu", tpu), ("hopper", hopper)):
     registry.register("quantize", _name, _module.quantize)
+    registry.register("quantize_transposed", _name, _module.quantize_transposed)
 
 
 def quantize(
@@ -36,3 +37,24 @@ def quantize(
             default=lambda x: reference.quantize(x, rows, format, power_of_two),
         )
     return registry.run("quantize", implementation, (x_MK, rows, format, power_of_two), interpret)
+
+
+def quantize_transposed(
+    x: Float[Array, "M K"] | Scaled,
+    format: Format = "e4m3",
+    power_of_two: bool = False,
+    implementation: str = "auto",
+    interpret: Any = None,
+) -> Scaled:
+    """x^T, [K, M], with a scale for each 128 numbers along M: what the weights' gradient sums over, tokens.
+
+    `x` may be 8 bits already, whose scales then change from 1 x 128 to 128 x 1 in one pass. Otherwise as `quantize`.
+    """
+    if implementation == "auto":
+        return jax.lax.platform_dependent(
+            x,
+            tpu=lambda x: tpu.quantize_transposed(x, format, power_of_two),
+            cuda=lambda x: hopper.quantize_transposed(x, format, power_of_two),
+            default=lambda x: reference.quantize_transposed(x, format, power_of_two),
+        )
+    return registry.run("quantize_transposed", implementation, (x, format, power_of_two), interpret)

@@ -71,9 +71,15 @@ def grouped_scaled_matmul(
 
 
 def grouped_scaled_wgrad(
-    a: Scaled, b: Scaled, group_b: Int[Array, " blocks"], groups: int, implementation: str = "auto", interpret: Any = None
+    a: Scaled,
+    b: Scaled,
+    group_b: Int[Array, " blocks"],
+    groups: int,
+    dtype: jnp.dtype = jnp.dtype("float32"),  # noqa: B008  (immutable)
+    implementation: str = "auto",
+    interpret: Any = None,
 ) -> Float[Array, "groups A B"]:
-    """y[g] = sum over the blocks i of group g of a[:, i] b[:, i]^T, float32; zero for a group without blocks.
+    """y[g] = sum over the blocks i of group g of a[:, i] b[:, i]^T, summed in float32; zero for a group without blocks.
 
     a: [A, P] and b: [B, P], tiles of x^T and of dy^T: a block is 128 of the P rows, which share a scale. A and B are multiples
     of 128; `group_b` and the rest as in `grouped_scaled_matmul`, and what is in blocks that are not there must be finite.
@@ -85,8 +91,8 @@ def grouped_scaled_wgrad(
         cuda = reference if a.values.dtype == jnp.int8 else hopper
         return jax.lax.platform_dependent(
             a, b, group_b,
-            tpu=lambda a, b, group_b: tpu.grouped_scaled_wgrad(a, b, group_b, groups),
-            cuda=lambda a, b, group_b: cuda.grouped_scaled_wgrad(a, b, group_b, groups),
-            default=lambda a, b, group_b: reference.grouped_scaled_wgrad(a, b, group_b, groups),
+            tpu=lambda a, b, group_b: tpu.grouped_scaled_wgrad(a, b, group_b, groups, dtype),
+            cuda=lambda a, b, group_b: cuda.grouped_scaled_wgrad(a, b, group_b, groups, dtype),
+            default=lambda a, b, group_b: reference.grouped_scaled_wgrad(a, b, group_b, groups, dtype),
         )  # fmt: skip
-    return registry.run("grouped_scaled_wgrad", implementation, (a, b, group_b, groups), interpret)
+    return registry.run("grouped_scaled_wgrad", implementation, (a, b, group_b, groups, dtype), interpret)

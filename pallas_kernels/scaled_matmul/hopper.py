@@ -123,12 +123,12 @@ def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtyp
     return _run(a, b, jnp.minimum(group_b, b.values.shape[0] // N - 1), N, dtype, interpret)
 
 
-def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, interpret: Any = None) -> jax.Array:
+def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, dtype, interpret: Any = None) -> jax.Array:
     """See `api.grouped_scaled_wgrad`. Raises `NotImplementedError` as `scaled_matmul`."""
     _refuse_int8(a)
     A, B = a.values.shape[0], b.values.shape[0]
     count_G = jnp.bincount(group_b, length=groups).astype(jnp.int32)
     first_G = (jnp.cumsum(count_G) - count_G).astype(jnp.int32)
-    out = jax.ShapeDtypeStruct((groups, A, B), jnp.float32)
+    out = jax.ShapeDtypeStruct((groups, A, B), dtype)
     kernel = _kernel(_wgrad_body, out, {"group": groups, "m": A // TILE, "n": B // TILE}, interpret)
     return kernel(first_G, count_G, a.values, a.row_scales(), b.values, b.row_scales())

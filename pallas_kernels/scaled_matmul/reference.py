@@ -31,7 +31,7 @@ def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b, N: int, dtype) -> jnp.n
     return lax.fori_loop(0, jnp.sum(group_b < b_GNK.shape[0]), block, jnp.zeros((R, N), dtype))
 
 
-def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b, groups: int) -> jnp.ndarray:
+def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b, groups: int, dtype) -> jnp.ndarray:
     """See `api.grouped_scaled_wgrad`."""
     a_RA, b_RB = dequantize(a).T, dequantize(b).T
 
@@ -40,4 +40,4 @@ def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b, groups: int) -> jnp.ndar
         return y_GAB.at[group_b[i]].add(y)
 
     init = jnp.zeros((groups, a_RA.shape[1], b_RB.shape[1]), jnp.float32)
-    return lax.fori_loop(0, jnp.sum(group_b < groups), block, init)
+    return lax.fori_loop(0, jnp.sum(group_b < groups), block, init).astype(dtype)

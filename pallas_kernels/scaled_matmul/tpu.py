@@ -70,41 +70,57 @@ def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtyp
     return _run(a, b, there_b, (TILE, columns(N, _N)), N, dtype, interpret)
 
 
-def _wgrad_kernel(group_ref, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref):
-    block = pl.program_id(2)
+def _wgrad_kernel(group_ref, block_ref, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref, sum_ref):
+    visit, last = pl.program_id(2), pl.num_programs(2) - 1
+    group = group_ref[visit]
 
-    # a group's blocks come one after another, so that its result stays in VMEM until the next group's begins
-    @pl.when((block == 0) | (group_ref[block] != group_ref[jnp.maximum(block - 1, 0)]))
+    @pl.when((visit == 0) | (group != group_ref[jnp.maximum(visit - 1, 0)]))
     def _():
-        y_ref[...] = jnp.zeros_like(y_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    exact = jnp.int32 if a_ref.dtype == jnp.int8 else jnp.float32
-    dot = lax.dot_general(a_ref[...], b_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=exact)
-    y_ref[0] += dot.astype(jnp.float32) * a_scale_ref[0].T * b_scale_ref[0]
+    @pl.when(block_ref[visit] >= 0)
+    def _():
+        exact = jnp.int32 if a_ref.dtype == jnp.int8 else jnp.float32
+        dot = lax.dot_general(a_ref[...], b_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=exact)
+        sum_ref[...] += dot.astype(jnp.float32) * a_scale_ref[0].T * b_scale_ref[0]
+
+    @pl.when((visit == last) | (group != group_ref[jnp.minimum(visit + 1, last)]))
+    def _():
+        y_ref[0] = sum_ref[...].astype(y_ref.dtype)
 
 
-def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, interpret: bool = False) -> jax.Array:
-    """See `api.grouped_scaled_wgrad`. Blocks that are not there take part as zeros of the last group."""
-    (A, P), B = a.values.shape, b.values.shape[0]
+def _visits(group_b: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """(group, block or -1) of each program along the sum: every group's blocks, and one visit more, which writes zeros for a
+    group that has none."""
+    visited = jnp.concatenate([group_b, jnp.arange(groups, dtype=group_b.dtype)])
+    order = jnp.argsort(visited, stable=True)
+    there = (order < group_b.size) & (visited[order] < groups)
+    return jnp.minimum(visited[order], groups - 1), jnp.where(there, order, -1).astype(jnp.int32)
+
+
+def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, dtype, interpret: bool = False) -> jax.Array:
+    """See `api.grouped_scaled_wgrad`."""
+    A, B = a.values.shape[0], b.values.shape[0]
     block_a, block_b = columns(A, _M), columns(B, _N)
+
+    def block(v, block_v):
+        return jnp.maximum(block_v[v], 0)
+
+    group_v, block_v = _visits(group_b, groups)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(A // block_a, B // block_b, P // TILE),
+        num_scalar_prefetch=2,
+        grid=(A // block_a, B // block_b, group_v.size),
         in_specs=[
-            pl.BlockSpec((block_a, TILE), lambda i, j, k, _: (i, k)),
-            pl.BlockSpec((1, 1, block_a), lambda i, j, k, _: (k, 0, i)),
-            pl.BlockSpec((block_b, TILE), lambda i, j, k, _: (j, k)),
-            pl.BlockSpec((1, 1, block_b), lambda i, j, k, _: (k, 0, j)),
+            pl.BlockSpec((block_a, TILE), lambda i, j, v, _, block_v: (i, block(v, block_v))),
+            pl.BlockSpec((1, 1, block_a), lambda i, j, v, _, block_v: (block(v, block_v), 0, i)),
+            pl.BlockSpec((block_b, TILE), lambda i, j, v, _, block_v: (j, block(v, block_v))),
+            pl.BlockSpec((1, 1, block_b), lambda i, j, v, _, block_v: (block(v, block_v), 0, j)),
         ],
-        out_specs=pl.BlockSpec((1, block_a, block_b), lambda i, j, k, group: (group[k], i, j)),
+        out_specs=pl.BlockSpec((1, block_a, block_b), lambda i, j, v, group_v, _: (group_v[v], i, j)),
+        scratch_shapes=[pltpu.VMEM((block_a, block_b), jnp.float32)],
     )
-    y_GAB = pl.pallas_call(
-        _wgrad_kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((groups, A, B), jnp.float32), interpret=interpret,
+    return pl.pallas_call(
+        _wgrad_kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((groups, A, B), dtype), interpret=interpret,
         name="scaled_wgrad",
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    )(
-        jnp.minimum(group_b, groups - 1), a.values, jnp.where(group_b[:, None] < groups, a.row_scales(), 0)[:, None],
-        b.values, b.row_scales()[:, None],
-    )  # fmt: skip
-    count_G = jnp.bincount(group_b, length=groups)
-    return jnp.where(count_G[:, None, None] > 0, y_GAB, 0)
+    )(group_v, block_v, a.values, a.row_scales()[:, None], b.values, b.row_scales()[:, None])  # fmt: skip

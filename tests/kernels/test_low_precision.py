@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped_swiglu, register
 from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
-from pallas_kernels.quantize.api import quantize
+from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.quantize.reference import rounded
 from pallas_kernels.scaled import DTYPES, LARGEST, Gemms, Scaled, dequantize
 from pallas_kernels.scaled_linear import scaled_linear
@@ -99,6 +99,19 @@ def test_quantising_kernels_equal_the_definition_exactly(implementation, format,
         theirs = quantize(x, rows, format, power_of_two, "reference")
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu", "hopper"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_transposed_quantisation_equals_numpy(implementation, format):
+    """From 16 bits, from 32, and from 8 bits, whose scales change from one axis to the other; int8's from e4m3 too."""
+    for shape, power_of_two in zip(SHAPES, (False, True, False, True), strict=True):
+        x = normal(2, *shape, dtype=jnp.bfloat16)
+        for source in (x, x.astype(jnp.float32) / 3, quantize(x, 1, format), quantize(x, 1, "e4m3", True)):
+            found = quantize_transposed(source, format, power_of_two, implementation, INTERPRET.get(implementation))
+            numbers = dequantize(source) if isinstance(source, Scaled) else source.astype(jnp.float32)
+            np.testing.assert_array_equal(dequantize(found), numpy_rounded(np.asarray(numbers).T, 1, format, power_of_two))
+            assert found.values.dtype == DTYPES[format]
 
 
 def operands(M: int, N: int, K: int, rows: int, format: str) -> tuple[Scaled, Scaled]:
@@ -188,8 +201,20 @@ def test_blocks_withstand_outliers_that_one_scale_for_all_does_not():
 
 def _interpreted(name: str) -> str:
     """The kernels of one platform, interpreted, as an implementation that a recipe can name."""
-    for operation in ("quantize", "swiglu_quantize", "swiglu_backward", "grouped_scaled_matmul", "grouped_scaled_wgrad"):
-        folder = {"quantize": "quantize", "swiglu_quantize": "swiglu_quantize", "swiglu_backward": "swiglu_quantize"}
+    for operation in (
+        "quantize",
+        "quantize_transposed",
+        "swiglu_quantize",
+        "swiglu_backward",
+        "grouped_scaled_matmul",
+        "grouped_scaled_wgrad",
+    ):
+        folder = {
+            "quantize": "quantize",
+            "quantize_transposed": "quantize",
+            "swiglu_quantize": "swiglu_quantize",
+            "swiglu_backward": "swiglu_quantize",
+        }
         kernels = importlib.import_module(f"pallas_kernels.{folder.get(operation, 'scaled_matmul')}.{name}")
         register(operation, f"{name}_interpreted", functools.partial(getattr(kernels, operation), interpret=INTERPRET[name]))
     return f"{name}_interpreted"
@@ -222,8 +247,7 @@ def experts_by_definition(gemms: Gemms, x, w_gate_up, w_down, expert, weight, dy
         dgate_up = np.concatenate([dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * gate * sigmoid], axis=1)
         dx[token] += r(dgate_up, 1, "dgrad") @ r(w1, 128, "dgrad").T
         dw_gate_up[e] = r(x8[token].T, 1, "wgrad") @ r(dgate_up.T, 1, "wgrad").T
-        h = gate * sigmoid * up * g
-        dw_down[e] = r(h.T, 1, "wgrad") @ r(np.asarray(dy)[token].T, 1, "wgrad").T
+        dw_down[e] = r((gate * sigmoid * up).T, 1, "wgrad") @ r((np.asarray(dy)[token] * g).T, 1, "wgrad").T
     return y, dx, dw_gate_up.reshape(w_gate_up.shape), dw_down, dweight
 
 
@@ -275,7 +299,7 @@ def test_groups_of_the_weights_gradient(implementation):
         expected[g] += np.asarray(dequantize(a), np.float64)[:, at] @ np.asarray(dequantize(b), np.float64)[:, at].T
     for found in (
         grouped_scaled_wgrad(a, b, group, G),
-        grouped_scaled_wgrad(a, b, group, G, implementation, INTERPRET[implementation]),
+        grouped_scaled_wgrad(a, b, group, G, implementation=implementation, interpret=INTERPRET[implementation]),
     ):
         np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 

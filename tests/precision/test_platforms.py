@@ -103,6 +103,7 @@ def fakechip(calls: list[str]) -> Platform:
         pallas_kernels.register(operation, "fakechip", run)
 
     counted("quantize", quantize.reference.quantize)
+    counted("quantize_transposed", quantize.reference.quantize_transposed)
     counted("swiglu_quantize", swiglu_quantize.reference.swiglu_quantize)
     counted("swiglu_backward", swiglu_quantize.reference.swiglu_backward)
     counted("scaled_matmul", scaled_matmul.reference.scaled_matmul)
@@ -120,7 +121,8 @@ def test_a_plug_in_brings_its_formats_and_operations(registry):
     _, metrics = make_train_step(config)(new_state(config), batch_of(config, 0))
     assert np.isfinite(metrics.objective.loss)
     assert set(calls) == {
-        "quantize", "swiglu_quantize", "swiglu_backward", "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad"
+        "quantize", "quantize_transposed", "swiglu_quantize", "swiglu_backward", "scaled_matmul", "grouped_scaled_matmul",
+        "grouped_scaled_wgrad",
     }  # fmt: skip
 
 
