@@ -44,14 +44,21 @@ def forward(x_TK: Float[Array, "T K"], w_KN: Float[Array, "K N"], gemms: Gemms) 
     return scaled_matmul(x, w, x_TK.dtype, gemms.implementation), x
 
 
+def _dgrad(w_KN, dy_TN, gemms: Gemms):
+    dy = quantized(dy_TN, 1, gemms.dgrad, gemms)
+    return scaled_matmul(dy, quantized(w_KN, TILE, gemms.dgrad, gemms), dy_TN.dtype, gemms.implementation)
+
+
+def _wgrad(x_TK: jax.Array | Scaled, dy_TN, gemms: Gemms):
+    x_KT, dy_NT = (quantized_transposed(a, gemms) for a in (x_TK, dy_TN))
+    return scaled_matmul(x_KT, dy_NT, implementation=gemms.implementation)
+
+
 def backward(
-    x: Float[Array, "T K"] | Scaled, w_KN: Float[Array, "K N"], dy_TN: Float[Array, "T N"], gemms: Gemms
+    x: Scaled, w_KN: Float[Array, "K N"], dy_TN: Float[Array, "T N"], gemms: Gemms
 ) -> tuple[Float[Array, "T K"], Float[Array, "K N"]]:
     """(dx in dy's dtype, dw in float32)."""
-    dy = quantized(dy_TN, 1, gemms.dgrad, gemms)
-    dx_TK = scaled_matmul(dy, quantized(w_KN, TILE, gemms.dgrad, gemms), dy_TN.dtype, gemms.implementation)
-    x_KT, dy_NT = (quantized_transposed(a, gemms) for a in (x, dy_TN))
-    return dx_TK, scaled_matmul(x_KT, dy_NT, implementation=gemms.implementation)
+    return _dgrad(w_KN, dy_TN, gemms), _wgrad(x, dy_TN, gemms)
 
 
 def swiglu_forward(
@@ -71,19 +78,13 @@ def swiglu_quantized(gate_up_TX: Float[Array, "T 2*F"], gemms: Gemms) -> tuple[S
     return quantized(jax.nn.silu(gate) * up, 1, gemms.forward, gemms), quantized(gate_up_TX, 1, gemms.forward, gemms)
 
 
-def swiglu_again(gate_up: Scaled, dtype: jnp.dtype) -> Float[Array, "T F"]:
-    """silu(gate) * up of what was kept."""
-    gate, up = jnp.split(dequantize(gate_up), 2, axis=1)
-    return (jax.nn.silu(gate) * up).astype(dtype)
-
-
 def swiglu_backward(
     gate_up: Scaled, w_FN: Float[Array, "F N"], dy_TN: Float[Array, "T N"], gemms: Gemms
 ) -> tuple[Float[Array, "T 2*F"], Float[Array, "F N"]]:
     """(d[gate, up] in dy's dtype, dw in float32)."""
-    dh_TF, dw_FN = backward(swiglu_again(gate_up, dy_TN.dtype), w_FN, dy_TN, gemms)
     ones_T = jnp.ones(dy_TN.shape[0], jnp.float32)
-    return activation.swiglu_backward(gate_up, dh_TF, ones_T, gemms.implementation)[0], dw_FN
+    dgate_up_TX, h_TF, _ = activation.swiglu_backward(gate_up, _dgrad(w_FN, dy_TN, gemms), ones_T, gemms.implementation)
+    return dgate_up_TX, _wgrad(h_TF, dy_TN, gemms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

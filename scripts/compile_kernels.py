@@ -67,6 +67,8 @@ def cases() -> dict:
     found["rms_norm_backward"] = rms_norm_backward, (x, norm, rows, x)
     widest = jax.ShapeDtypeStruct((TOKENS, 2 * WIDEST_FFN), bf16)
     found["swiglu_quantize e4m3 widest"] = swiglu_quantize, (widest,)
+    kept, dh = _matrix(TOKENS, 2 * WIDEST_FFN, "e4m3", 1), jax.ShapeDtypeStruct((TOKENS, WIDEST_FFN), bf16)
+    found["swiglu_backward e4m3 widest"] = swiglu_backward, (kept, dh, rows)
     for format in DTYPES:
         for name, N, K, rows in (("forward", FFN, HIDDEN, 128), ("forward", KV_A, HIDDEN, 128), ("wgrad", HIDDEN, TOKENS, 1)):
             M = TOKENS if name == "forward" else FFN

@@ -16,7 +16,7 @@ from pallas_kernels.grouped_swiglu.blocked import RESIDUALS
 from pallas_kernels.grouped_swiglu.rows import Rows, rows_of_slots, sum_choices
 from pallas_kernels.quantize import reference
 from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, tiles
-from pallas_kernels.scaled_linear import quantized, quantized_transposed, swiglu_again, swiglu_quantized
+from pallas_kernels.scaled_linear import quantized, quantized_transposed, swiglu_quantized
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad
 from pallas_kernels.swiglu_quantize.api import swiglu_backward
 
@@ -80,14 +80,14 @@ def _backward(gemms: Gemms, x: Scaled, gate_up: Scaled, w_gate_up_EDX, w_down_EM
 
     dy = quantized(dy_TD, 1, gemms.dgrad, gemms)
     dh_RM = product(_at_rows(dy, rows), _stacked(w_down_EMD, gemms.dgrad, gemms), group_b, M)
-    dgate_up_RX, dweight_R = swiglu_backward(gate_up, dh_RM, weight_R, gemms.implementation)
+    dgate_up_RX, h_RM, dweight_R = swiglu_backward(gate_up, dh_RM, weight_R, gemms.implementation)
     dgate_up = quantized(dgate_up_RX, 1, gemms.dgrad, gemms)
     dx_RD = product(dgate_up, _stacked(w_gate_up_EDX, gemms.dgrad, gemms), group_b, D)
 
     # the weight goes with dy here, where each row is touched anyway
     dy_RD = (dy_TD.at[rows.token_R].get(mode="fill", fill_value=0) * weight_R[:, None]).astype(dtype)
     dw_gate_up_EDX = wgrad(_at_rows(x, rows), dgate_up_RX, w_gate_up_EDX.dtype)
-    dw_down_EMD = wgrad(swiglu_again(gate_up, dtype), dy_RD, w_down_EMD.dtype)
+    dw_down_EMD = wgrad(h_RM, dy_RD, w_down_EMD.dtype)
     dweight_TK = dweight_R.at[rows.row_TK].get(mode="fill", fill_value=0)
     return sum_choices(dx_RD, rows), dw_gate_up_EDX, dw_down_EMD, dweight_TK
 
@@ -98,12 +98,12 @@ def _grouped_swiglu(gemms: Gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, we
 
 
 def _grouped_swiglu_fwd(gemms: Gemms, x_TD, *args):
-    y_TD, kept = _forward(gemms, x_TD, *args)
-    return y_TD, (checkpoint_name(kept, RESIDUALS), args)
+    y_TD, (x, gate_up) = _forward(gemms, x_TD, *args)
+    return y_TD, (x, checkpoint_name(gate_up, RESIDUALS), args)  # x costs little to quantise again
 
 
 def _grouped_swiglu_bwd(gemms: Gemms, residuals, dy_TD):
-    (x, gate_up), (w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK) = residuals
+    x, gate_up, (w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK) = residuals
     dx_TD, dw_gate_up_EDX, dw_down_EMD, dweight_TK = _backward(
         gemms, x, gate_up, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, dy_TD
     )

@@ -41,10 +41,11 @@ def swiglu_quantize(
 
 def swiglu_backward(
     kept: Scaled, dh_TF: Float[Array, "T F"], weight_T: Float[Array, " T"], implementation: str = "auto", interpret: Any = None
-) -> tuple[Float[Array, "T 2*F"], Float[Array, " T"]]:
-    """(d[gate, up] in dh's dtype, float32 dweight) of weight * silu(gate) * up, from what `swiglu_quantize` kept.
+) -> tuple[Float[Array, "T 2*F"], Float[Array, "T F"], Float[Array, " T"]]:
+    """(d[gate, up] and h in dh's dtype, float32 dweight) of weight * h, h = silu(gate) * up, from what `swiglu_quantize` kept.
 
-    `dh_TF` is the gradient of the weighted product. Implementations as in `swiglu_quantize`.
+    h, which nobody kept, is an operand of the next gradient. `dh_TF` is the gradient of the weighted product.
+    Implementations as in `swiglu_quantize`.
     """
     if implementation == "auto":
         if dh_TF.shape[1] % TILE:

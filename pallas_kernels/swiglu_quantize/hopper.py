@@ -87,7 +87,7 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
     scales, weight_T = jnp.pad(kept.scales, ((0, 0), (0, padded - T))), jnp.pad(weight_T, (0, padded - T))
 
     def body(
-        kept_gmem, scale_gmem, dh_gmem, weight_gmem, d_gmem, dweight_gmem,
+        kept_gmem, scale_gmem, dh_gmem, weight_gmem, d_gmem, h_gmem, dweight_gmem,
         gate_smem, up_smem, dh_smem, row_smem, out_smem, dweight_smem, barrier,
     ):  # fmt: skip
         i, j = lax.axis_index("rows"), lax.axis_index("columns")
@@ -111,6 +111,7 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
             dh, sigmoid = _load(dh_smem.at[:, at]), 1 / (1 + jnp.exp(-gate))
             silu = gate * sigmoid
             dweight += jnp.sum(dh * silu * up, axis=1)
+            out_smem[2, :, at] = (silu * up).astype(out_smem.dtype)
             dh = dh * of_rows(2)
             out_smem[0, :, at] = (dh * up * (sigmoid + silu * (1 - sigmoid))).astype(out_smem.dtype)
             out_smem[1, :, at] = (dh * silu).astype(out_smem.dtype)
@@ -122,20 +123,22 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[0], d_gmem.at[rows, at_gate])
         plgpu.copy_smem_to_gmem(out_smem.at[1], d_gmem.at[rows, at_up])
+        plgpu.copy_smem_to_gmem(out_smem.at[2], h_gmem.at[rows, at_gate])
         plgpu.copy_smem_to_gmem(dweight_smem, dweight_gmem.at[pl.ds(j, 1), rows])
         plgpu.wait_smem_to_gmem(0)
 
-    d, dweight = plgpu.kernel(
+    d, h, dweight = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((padded, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((halves, padded), jnp.float32),
+            jax.ShapeDtypeStruct((padded, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((padded, F), dh_TF.dtype),
+            jax.ShapeDtypeStruct((halves, padded), jnp.float32),
         ),
         scratch_types=(
             plgpu.SMEM(_BLOCK, values.dtype), plgpu.SMEM(_BLOCK, values.dtype), plgpu.SMEM(_BLOCK, dh_TF.dtype),
-            plgpu.SMEM((3, _ROWS), jnp.float32), plgpu.SMEM((2, *_BLOCK), dh_TF.dtype), plgpu.SMEM((1, _ROWS), jnp.float32),
+            plgpu.SMEM((3, _ROWS), jnp.float32), plgpu.SMEM((3, *_BLOCK), dh_TF.dtype), plgpu.SMEM((1, _ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=6),
         ),
         grid=(padded // _ROWS, halves), grid_names=("rows", "columns"),
         interpret=interpret,
     )(values, scales, dh_TF, weight_T)  # fmt: skip
-    return d[:T], jnp.sum(dweight, axis=0)[:T]
+    return d[:T], h[:T], jnp.sum(dweight, axis=0)[:T]

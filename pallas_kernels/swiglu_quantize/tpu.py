@@ -64,12 +64,12 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
     return Scaled(h, h_scale[:, 0]), Scaled(kept, kept_scale[:, 0])
 
 
-def _backward_kernel(kept_ref, scale_ref, dh_ref, weight_ref, d_ref, dweight_ref):
+def _backward_kernel(kept_ref, scale_ref, dh_ref, weight_ref, d_ref, h_ref, dweight_ref):
     F, weight, total = dh_ref.shape[1], weight_ref[...].T, jnp.zeros(dweight_ref.shape[1:], jnp.float32)
     for tile, at_gate, at_up in _tiles(F):
         gate = kept_ref[:, at_gate].astype(jnp.float32) * scale_ref[tile].T
         up = kept_ref[:, at_up].astype(jnp.float32) * scale_ref[F // TILE + tile].T
-        d, dweight = backward(gate, up, dh_ref[:, at_gate].astype(jnp.float32), weight, d_ref.dtype)
+        d, h_ref[:, at_gate], dweight = backward(gate, up, dh_ref[:, at_gate].astype(jnp.float32), weight, d_ref.dtype)
         d_ref[:, at_gate], d_ref[:, at_up] = d[:, :TILE], d[:, TILE:]
         total += dweight
     dweight_ref[...] = total[None]
@@ -78,12 +78,15 @@ def _backward_kernel(kept_ref, scale_ref, dh_ref, weight_ref, d_ref, dweight_ref
 def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpret: bool = False):
     """See `api.swiglu_backward`."""
     (T, F), row = dh_TF.shape, pl.BlockSpec((1, _ROWS), lambda i: (0, i))
-    d, dweight = pl.pallas_call(
+    d, h, dweight = pl.pallas_call(
         _backward_kernel,
         grid=(pl.cdiv(T, _ROWS),),
         in_specs=[_rows(2 * F), _scales(2 * F), _rows(F), row],
-        out_specs=[_rows(2 * F), row],
-        out_shape=[jax.ShapeDtypeStruct((T, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((1, T), jnp.float32)],
+        out_specs=[_rows(2 * F), _rows(F), row],
+        out_shape=[
+            jax.ShapeDtypeStruct((T, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((T, F), dh_TF.dtype),
+            jax.ShapeDtypeStruct((1, T), jnp.float32),
+        ],
         interpret=interpret, name="swiglu_backward", compiler_params=_PARAMS,
     )(kept.values, kept.scales[:, None], dh_TF, weight_T[None])  # fmt: skip
-    return d, dweight[0]
+    return d, h, dweight[0]

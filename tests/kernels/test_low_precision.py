@@ -318,16 +318,19 @@ def test_swiglu_with_quantisation(implementation, T, F, format):
         np.testing.assert_allclose(a.scales, b.scales, rtol=3e-7)
     expected = swiglu_backward(theirs[1], dh, weight, "reference")
     found = swiglu_backward(theirs[1], dh, weight, implementation, INTERPRET[implementation])
-    np.testing.assert_allclose(*(np.asarray(d[0], np.float32) for d in (found, expected)), rtol=1e-2, atol=1e-5)  # bfloat16
-    np.testing.assert_allclose(found[1], expected[1], atol=1e-6 * np.abs(expected[1]).max())  # a sum of F terms
+    for i in range(2):  # bfloat16
+        np.testing.assert_allclose(*(np.asarray(d[i], np.float32) for d in (found, expected)), rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(found[2], expected[2], atol=1e-6 * np.abs(expected[2]).max())  # a sum of F terms
 
-    # the definition's gradient is autodiff's, at what was kept
+    # the definition's gradient is autodiff's, at what was kept, and h what it is there
     def weighted(kept, weight):
         gate, up = jnp.split(kept, 2, axis=1)
         return weight[:, None] * jax.nn.silu(gate) * up
 
     _, vjp = jax.vjp(weighted, dequantize(theirs[1]), weight)
-    for a, b in zip(swiglu_backward(theirs[1], dh.astype(jnp.float32), weight), vjp(dh.astype(jnp.float32)), strict=True):
+    dgate_up, h, dweight = swiglu_backward(theirs[1], dh.astype(jnp.float32), weight)
+    autodiff = (*vjp(dh.astype(jnp.float32)), weighted(dequantize(theirs[1]), jnp.ones(T)))
+    for a, b in zip((dgate_up, dweight, h), autodiff, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 
