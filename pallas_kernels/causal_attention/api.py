@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.causal_attention import blockwise, reference
+from pallas_kernels.causal_attention import blockwise, hopper, reference
 
 _IMPLEMENTATIONS = {"reference": reference.causal_attention, "blockwise": blockwise.causal_attention}
 
@@ -15,18 +15,20 @@ def causal_attention(
     v_BLHU: Float[Array, "B L H U"],
     segment_BL: Int[Array, "B L"],
     scale: float,
-    implementation: Literal["auto", "blockwise", "splash", "reference"] = "auto",
+    implementation: Literal["auto", "blockwise", "splash", "hopper", "reference"] = "auto",
     interpret: Any = None,
 ) -> Float[Array, "B L H U"]:
     """softmax(scale * q k^T) v over keys at or before the query and in its segment. Differentiable in q, k, v.
 
     Key and value head sizes may differ. `blockwise` (what "auto" takes) never holds more than one block of scores a head,
-    forward or backward, on every platform; being plain JAX, it is partitioned by XLA. `splash` is JAX's kernel for TPU, for one
-    device's heads and lengths that are multiples of 128; `interpret` goes to it.
+    forward or backward, on every platform; being plain JAX, it is partitioned by XLA. For one device's heads there are
+    `splash`, JAX's kernel for TPU, for lengths that are multiples of 128, and `hopper`, for bfloat16; `interpret` goes to them.
     """
     if implementation == "splash":
         from pallas_kernels.causal_attention import splash  # its import takes a second
 
         return splash.causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret)
+    if implementation == "hopper":
+        return hopper.causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret)
     chosen = "blockwise" if implementation == "auto" else implementation
     return _IMPLEMENTATIONS[chosen](q_BLHX, k_BLHX, v_BLHU, segment_BL, scale)

@@ -26,7 +26,7 @@ def _store(numbers, amax, format: Format, power_of_two: bool, out, scratch) -> N
     plgpu.wait_smem_to_gmem(0)
 
 
-def _call(body, inputs: tuple, smem: tuple, shape: tuple[int, int], format: Format, interpret: Any):
+def _call(body, inputs: tuple, smem: tuple, shape: tuple[int, ...], format: Format, interpret: Any):
     """One program for each square of the [M, K] result; `smem` holds what it reads of the inputs."""
     M, K = shape
     return plgpu.kernel(
@@ -108,5 +108,5 @@ def _transposed(x: jax.Array, scales: jax.Array | None, format: Format, power_of
         out = values_gmem.at[at_row, at_column], out_scales_gmem.at[pl.ds(k, 1), at_row]
         _store(numbers, jnp.max(jnp.abs(numbers), axis=1), format, power_of_two, out, (values_smem, out_scales_smem))
 
-    values, scales = _call(body, inputs, smem, x.shape[::-1], format, interpret)
-    return Scaled(values[:K, :M], scales[:, :K])
+    values, tile_scales = _call(body, inputs, smem, x.shape[::-1], format, interpret)
+    return Scaled(values[:K, :M], tile_scales[:, :K])

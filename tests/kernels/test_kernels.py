@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import causal_attention, dense_is_worthwhile, dense_swiglu, grouped_swiglu, linear_cross_entropy
 
@@ -159,3 +160,19 @@ def test_splash_attention_equals_the_reference(dtype):
     assert_same(run("splash", interpret=True), run("reference"), (q, k, v), (0, 1, 2), tolerance)
     with pytest.raises(NotImplementedError, match="multiples of 128, not 100"):
         causal_attention(q[:, :100], k[:, :100], v[:, :100], segment[:, :100], 0.2, "splash")
+
+
+@pytest.mark.parametrize(("L", "X", "U"), [(128, 192, 128), (200, 72, 40)])
+def test_hopper_attention_equals_the_reference(L, X, U):
+    """Interpreted, with the released model's head sizes and odd ones; queries of one block see several blocks of keys."""
+    q, k, v = (normal(i, 1, L, 2, size, dtype=jnp.bfloat16) for i, size in enumerate((X, X, U)))
+    segment = (jnp.arange(L) // 90)[None]
+
+    def run(implementation, **kwargs):
+        return lambda q, k, v: causal_attention(q, k, v, segment, X**-0.5, implementation, **kwargs)
+
+    # bfloat16 has 8 bits, and rounds probabilities and their gradients
+    tolerance = {"rtol": 2e-2, "atol": 2e-2}
+    assert_same(run("hopper", interpret=plgpu.InterpretGPUParams()), run("reference"), (q, k, v), (0, 1, 2), tolerance)
+    with pytest.raises(NotImplementedError, match="bfloat16, not float32"):
+        causal_attention(q.astype(jnp.float32), k, v, segment, 0.2, "hopper")
