@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 TILE: Literal[128] = 128  # numbers along the axis that a matrix product sums over, which share a scale
@@ -44,6 +45,16 @@ class Scaled(NamedTuple):
 def tiles(size: int) -> int:
     """How many tiles cover an axis; the last may be smaller."""
     return -(-size // TILE)
+
+
+def bits(x: Scaled) -> Scaled:
+    """The values as int8 bit patterns, to move and to keep: XLA:CPU widens whole stacks of float8 numbers to move some."""
+    return x._replace(values=lax.bitcast_convert_type(x.values, jnp.int8))
+
+
+def from_bits(x: Scaled, format: Format) -> Scaled:
+    """What `bits` was given."""
+    return x._replace(values=lax.bitcast_convert_type(x.values, DTYPES[format]))
 
 
 def dequantize(x: Scaled) -> Float[Array, "M K"]:

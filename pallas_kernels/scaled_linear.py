@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.api import quantize, quantize_transposed
-from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, dequantize
+from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, bits, dequantize, from_bits
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.swiglu_quantize import api as activation
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize
@@ -98,12 +98,12 @@ def scaled_linear(x_TK: Float[Array, "T K"], w_KN: Float[Array, "K N"], gemms: G
 
 def _fwd(x_TK, w_KN, gemms: Gemms):
     y_TN, x = forward(x_TK, w_KN, gemms)
-    return y_TN, (x, w_KN)
+    return y_TN, (bits(x), w_KN)
 
 
 def _bwd(gemms: Gemms, residuals, dy_TN):
     x, w_KN = residuals
-    dx_TK, dw_KN = backward(x, w_KN, dy_TN, gemms)
+    dx_TK, dw_KN = backward(from_bits(x, gemms.forward), w_KN, dy_TN, gemms)
     return dx_TK, dw_KN.astype(w_KN.dtype)
 
 
@@ -118,12 +118,12 @@ def scaled_swiglu_linear(gate_up_TX: Float[Array, "T 2*F"], w_FN: Float[Array, "
 
 def _swiglu_fwd(gate_up_TX, w_FN, gemms: Gemms):
     y_TN, gate_up = swiglu_forward(gate_up_TX, w_FN, gemms)
-    return y_TN, (checkpoint_name(gate_up, RESIDUALS), w_FN)
+    return y_TN, (checkpoint_name(bits(gate_up), RESIDUALS), w_FN)
 
 
 def _swiglu_bwd(gemms: Gemms, residuals, dy_TN):
     gate_up, w_FN = residuals
-    dgate_up_TX, dw_FN = swiglu_backward(gate_up, w_FN, dy_TN, gemms)
+    dgate_up_TX, dw_FN = swiglu_backward(from_bits(gate_up, gemms.forward), w_FN, dy_TN, gemms)
     return dgate_up_TX, dw_FN.astype(w_FN.dtype)
 
 

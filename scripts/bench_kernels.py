@@ -34,7 +34,7 @@ from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.grouped_swiglu.rows import rows_of_slots, sum_choices
 from pallas_kernels.norm_quantize.api import rms_norm_quantize
 from pallas_kernels.quantize.api import quantize
-from pallas_kernels.scaled import TILE, Gemms
+from pallas_kernels.scaled import TILE, Gemms, bits
 from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize
 
@@ -154,7 +154,7 @@ def kept_bytes(layer) -> int:
     # the routed experts and the shared one each quantise x; XLA merges the two, and the compiled program holds one
     x8 = [
         (a.shape, a.dtype, a.size * a.dtype.itemsize)
-        for a in jax.tree.leaves(jax.eval_shape(lambda x: quantize(x, 1), arguments[0]))
+        for a in jax.tree.leaves(jax.eval_shape(lambda x: bits(quantize(x, 1)), arguments[0]))
     ]
     return sum(size for _, _, size in sizes) - sum(a[2] * (sizes.count(a) - 1) for a in x8 if a in sizes)
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import scaled_linear
-from pallas_kernels.scaled import Gemms, Scaled
+from pallas_kernels.scaled import Gemms, Scaled, bits, from_bits
 
 Axes = tuple[str | None, ...]  # logical axes of a weight [K, ...]
 
@@ -72,6 +72,7 @@ def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
         y_Tx, kept = product(x.reshape(b * L, -1), _flat(w_kx), gemms)
         y = y_Tx.reshape(b, L, *w_kx.shape[1:])
         y = lax.psum_scatter(y, plan.summed, scatter_dimension=1, tiled=True) if plan.summed else y
+        kept = bits(kept)
         return y, Scaled(kept.values.reshape(b, L, -1), kept.scales.reshape(-1, b, L))
 
     of_x, of_kept = _operand_specs(plan, gated)
@@ -89,7 +90,7 @@ def _backward(layout, gemms: Gemms, axes: Axes, residuals, dy):
         b, L, _ = kept.values.shape
         T = b * L
         flat = Scaled(kept.values.reshape(T, -1), kept.scales.reshape(-1, T))
-        dx, dw = product(flat, _flat(w_kx), dy.reshape(T, -1), gemms)
+        dx, dw = product(from_bits(flat, gemms.forward), _flat(w_kx), dy.reshape(T, -1), gemms)
         dx = dx.reshape(b, L, *[2] * gated, -1)
         dx = lax.psum(dx, plan.outputs) if plan.outputs else dx
         dw = dw.reshape(w_kx.shape)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS
 from pallas_kernels.grouped_swiglu.rows import Rows, rows_of_slots, sum_choices
 from pallas_kernels.quantize import reference
-from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, tiles
+from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, bits, from_bits, tiles
 from pallas_kernels.scaled_linear import quantized, quantized_transposed, swiglu_quantized
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad
 from pallas_kernels.swiglu_quantize.api import swiglu_backward
@@ -41,10 +41,10 @@ def _transposed(w: Scaled, experts: int) -> Scaled:
     return Scaled(values.reshape(E * Y, X), scales)
 
 
-def _at_rows(x: Scaled, rows: Rows) -> Scaled:
+def _at_rows(x: Scaled, format: Format, rows: Rows) -> Scaled:
     """Tokens at their rows; zeros in padding."""
-    values = x.values.at[rows.token_R].get(mode="fill", fill_value=0)
-    return Scaled(values, x.row_scales().at[:, rows.token_R].get(mode="fill", fill_value=1))
+    values = bits(x).values.at[rows.token_R].get(mode="fill", fill_value=0)
+    return from_bits(Scaled(values, x.row_scales().at[:, rows.token_R].get(mode="fill", fill_value=1)), format)
 
 
 def _groups(rows: Rows, experts: int) -> jax.Array:
@@ -62,7 +62,7 @@ def _forward(gemms: Gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK
     product = functools.partial(grouped_scaled_matmul, dtype=dtype, implementation=gemms.implementation)
     x = quantized(x_TD, 1, gemms.forward, gemms)
     w_gate_up, w_down = (_transposed(_stacked(w, gemms.forward, gemms), E) for w in (w_gate_up_EDX, w_down_EMD))
-    gate_up_RX = product(_at_rows(x, rows), w_gate_up, group_b, X)
+    gate_up_RX = product(_at_rows(x, gemms.forward, rows), w_gate_up, group_b, X)
     h, gate_up = swiglu_quantized(gate_up_RX, gemms)
     y_RD = product(Scaled(h.values, h.row_scales() * weight_R), w_down, group_b, D)
     return sum_choices(y_RD, rows), (x, gate_up)
@@ -79,14 +79,14 @@ def _backward(gemms: Gemms, x: Scaled, gate_up: Scaled, w_gate_up_EDX, w_down_EM
         return grouped_scaled_wgrad(a, b, group_b, E, dtype, gemms.implementation)
 
     dy = quantized(dy_TD, 1, gemms.dgrad, gemms)
-    dh_RM = product(_at_rows(dy, rows), _stacked(w_down_EMD, gemms.dgrad, gemms), group_b, M)
+    dh_RM = product(_at_rows(dy, gemms.dgrad, rows), _stacked(w_down_EMD, gemms.dgrad, gemms), group_b, M)
     dgate_up_RX, h_RM, dweight_R = swiglu_backward(gate_up, dh_RM, weight_R, gemms.implementation)
     dgate_up = quantized(dgate_up_RX, 1, gemms.dgrad, gemms)
     dx_RD = product(dgate_up, _stacked(w_gate_up_EDX, gemms.dgrad, gemms), group_b, D)
 
     # the weight goes with dy here, where each row is touched anyway
     dy_RD = (dy_TD.at[rows.token_R].get(mode="fill", fill_value=0) * weight_R[:, None]).astype(dtype)
-    dw_gate_up_EDX = wgrad(_at_rows(x, rows), dgate_up_RX, w_gate_up_EDX.dtype)
+    dw_gate_up_EDX = wgrad(_at_rows(x, gemms.forward, rows), dgate_up_RX, w_gate_up_EDX.dtype)
     dw_down_EMD = wgrad(h_RM, dy_RD, w_down_EMD.dtype)
     dweight_TK = dweight_R.at[rows.row_TK].get(mode="fill", fill_value=0)
     return sum_choices(dx_RD, rows), dw_gate_up_EDX, dw_down_EMD, dweight_TK
@@ -99,11 +99,12 @@ def _grouped_swiglu(gemms: Gemms, x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, we
 
 def _grouped_swiglu_fwd(gemms: Gemms, x_TD, *args):
     y_TD, (x, gate_up) = _forward(gemms, x_TD, *args)
-    return y_TD, (x, checkpoint_name(gate_up, RESIDUALS), args)  # x costs little to quantise again
+    return y_TD, (bits(x), checkpoint_name(bits(gate_up), RESIDUALS), args)  # x costs little to quantise again
 
 
 def _grouped_swiglu_bwd(gemms: Gemms, residuals, dy_TD):
     x, gate_up, (w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK) = residuals
+    x, gate_up = (from_bits(kept, gemms.forward) for kept in (x, gate_up))
     dx_TD, dw_gate_up_EDX, dw_down_EMD, dweight_TK = _backward(
         gemms, x, gate_up, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, dy_TD
     )
