@@ -2,17 +2,22 @@
 
 configs/tiny.yaml widened so that blocks of 128 are real, on the default corpus. For every seed, the relative difference of
 the mean training loss over the last fifth of the steps; over seeds, the mean with its 95% confidence interval (Student's t).
-`--outlier S` makes one channel of every layer's normalised input S times larger and its weights S times smaller: the same
-function at the start, which is hard on formats that share a scale with that channel. Runs are kept in --out and not repeated.
+`--outliers S ...`: what the recipes make of a model that bf16 trained, once one channel of every layer's normalised input is S
+times larger and what reads it S times smaller: the same function, but hard on formats that share a scale with that channel.
+Runs are kept in --out and not repeated.
 
 Example: python scripts/compare_precision.py --steps 1000 --seeds 3 --recipes deepseek fp8_per_tensor
+         python scripts/compare_precision.py --steps 300 --outliers 1e4 1e6 --recipes deepseek fp8_per_tensor
 """
 
 import argparse
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from scipy import stats
@@ -20,8 +25,9 @@ from scipy import stats
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.train.state import TrainState, new_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.train.step import gradients, make_train_step
 
 _ROOT = Path(__file__).resolve().parents[1]
 WIDENED = [
@@ -58,20 +64,37 @@ def with_outlier(state: TrainState, scale: float) -> TrainState:
     return state
 
 
-def losses(recipe: str, seed: int, steps: int, outlier: float) -> list[float]:
-    config = config_of(recipe, seed, steps)
+def batches(config: Config, steps: range) -> Iterator[Any]:
     corpus = load_corpus(config.data, config.model.vocab_size)
-    source = PackedWindows(corpus.train, config.data.seq_len, 1, seed, shuffle=True)
-    state = new_state(config)
-    state = with_outlier(state, outlier) if outlier != 1 else state
-    step, found = make_train_step(config), []
-    for i in range(steps):
+    source = PackedWindows(corpus.train, config.data.seq_len, 1, config.train.seed, shuffle=True)
+    for i in steps:
         windows = [source[w] for w in batch_windows(config.data.batch_size, i)]
-        batch: Any = {name: np.stack([w[name] for w in windows]) for name in windows[0]}
+        yield {name: np.stack([w[name] for w in windows]) for name in windows[0]}
+
+
+def train(recipe: str, seed: int, steps: int) -> tuple[TrainState, list[float]]:
+    """The state after `steps` steps, and every step's loss."""
+    config = config_of(recipe, seed, steps)
+    state, step, found = new_state(config), make_train_step(config), []
+    for batch in batches(config, range(steps)):
         state, metrics = step(state, batch)
         found.append(float(metrics.objective.cross_entropy))
-        if (i + 1) % 100 == 0:
-            print(f"{recipe} seed {seed}: step {i + 1}/{steps}, loss {np.mean(found[-50:]):.4f}", flush=True)
+        if len(found) % 100 == 0:
+            print(f"{recipe} seed {seed}: step {len(found)}/{steps}, loss {np.mean(found[-50:]):.4f}", flush=True)
+    return state, found
+
+
+def with_outliers(recipes: list[str], scales: list[float], steps: int) -> dict[str, dict[str, float]]:
+    """Loss of the next 10 batches by outlier and recipe, after `steps` steps in bf16."""
+    trained, _ = train("bf16", 0, steps)
+    found: dict[str, dict[str, float]] = {}
+    for scale in scales:
+        state = with_outlier(replace(trained), scale)
+        for recipe in ["bf16", *recipes]:
+            config = config_of(recipe, 0, steps)
+            loss = jax.jit(lambda state, batch, config=config: gradients(config, Layout(), state, batch)[1].cross_entropy)
+            losses = [float(loss(state, batch)) for batch in batches(config, range(steps, steps + 10))]
+            found.setdefault(f"{scale:g}", {})[recipe] = float(np.mean(losses))
     return found
 
 
@@ -92,16 +115,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", default=["deepseek", "fp8_per_tensor"])
-    parser.add_argument("--outlier", type=float, default=1.0)
+    parser.add_argument("--outliers", type=float, nargs="*", default=[], help="instead of comparing whole runs")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_precision"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.outliers:
+        found = with_outliers(args.recipes, [1.0, *args.outliers], args.steps)
+        for scale, row in found.items():
+            print(f"outlier x{scale:8s} " + "  ".join(f"{recipe} {loss:.4f}" for recipe, loss in row.items()))
+        print(json.dumps(found))
+        return
     runs = {}
     for recipe in ["bf16", *args.recipes]:
         for seed in range(args.seeds):
-            kept = args.out / f"{recipe}-seed{seed}-steps{args.steps}-outlier{args.outlier:g}.json"
+            kept = args.out / f"{recipe}-seed{seed}-steps{args.steps}.json"
             if not kept.exists():
-                kept.write_text(json.dumps(losses(recipe, seed, args.steps, args.outlier)))
+                kept.write_text(json.dumps(train(recipe, seed, args.steps)[1]))
             runs[recipe, seed] = json.loads(kept.read_text())
     found = {recipe: compare(runs, recipe, args.seeds) for recipe in args.recipes}
     print(f"loss against bf16 over the last {args.steps // 5} of {args.steps} steps, {args.seeds} seeds:")
