@@ -136,6 +136,7 @@ def compile_one(target: str, device, f, arguments) -> dict:
     gpu = target == "h100"
     place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
     arguments = jax.tree.map(lambda a: place(a.shape, a.dtype), arguments)
+    _resources()  # of what somebody compiled before
     try:
         with jax.set_mesh(mesh) if gpu else contextlib.nullcontext():
             jax.jit(functools.partial(f, implementation="hopper" if gpu else "tpu")).lower(*arguments).compile()

@@ -82,7 +82,7 @@ def grouped_scaled_wgrad(
     """y[g] = sum over the blocks i of group g of a[:, i] b[:, i]^T, summed in float32; zero for a group without blocks.
 
     a: [A, P] and b: [B, P], tiles of x^T and of dy^T: a block is 128 of the P rows, which share a scale. A and B are multiples
-    of 128; `group_b` and the rest as in `grouped_scaled_matmul`, and what is in blocks that are not there must be finite.
+    of 128; `group_b` and the rest as in `grouped_scaled_matmul`. Blocks that are not there are not read.
     """
     assert a.values.shape[1] == b.values.shape[1] == TILE * group_b.size, (
         f"{a.values.shape}, {b.values.shape}, {group_b.size} blocks"
