@@ -87,13 +87,14 @@ def train(recipe: str, seed: int, steps: int) -> tuple[TrainState, list[float]]:
 def with_outliers(recipes: list[str], scales: list[float], steps: int) -> dict[str, dict[str, float]]:
     """Loss of the next 10 batches by outlier and recipe, after `steps` steps in bf16."""
     trained, _ = train("bf16", 0, steps)
+    following = list(batches(config_of("bf16", 0, steps), range(steps, steps + 10)))
     found: dict[str, dict[str, float]] = {}
     for scale in scales:
         state = with_outlier(replace(trained), scale)
         for recipe in ["bf16", *recipes]:
             config = config_of(recipe, 0, steps)
             loss = jax.jit(lambda state, batch, config=config: gradients(config, Layout(), state, batch)[1].cross_entropy)
-            losses = [float(loss(state, batch)) for batch in batches(config, range(steps, steps + 10))]
+            losses = [float(loss(state, batch)) for batch in following]
             found.setdefault(f"{scale:g}", {})[recipe] = float(np.mean(losses))
     return found
 

@@ -25,10 +25,8 @@ _LOG2E = math.log2(math.e)
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a block
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _transforms: Any = plgpu  # pyright takes their classes for abstract
-_TILED = (
-    _transforms.TilingTransform((8, 64)),
-    _transforms.SwizzleTransform(128),
-)  # shared memory as the tensor cores read 16-bit numbers
+# shared memory as the tensor cores read 16-bit numbers
+_TILED = (_transforms.TilingTransform((8, 64)), _transforms.SwizzleTransform(128))
 
 
 def _matrix(rows: int, columns: int, dtype, groups: int):
@@ -70,16 +68,15 @@ def _dot_transposed(a, b_smem, shape):
     return _dot(a, b_smem.transpose((1, 0)), shape)
 
 
-def _summed(run, sums: list, *shapes: tuple[int, int]):
-    """What a pipeline's steps add to `sums`, accumulators of these shapes that stay in registers from step to step."""
+def _summed(run, sums: list, shape: tuple[int, int]):
+    """What a pipeline's steps add to `sums[0]`, an accumulator that stays in registers from step to step."""
 
-    def with_accumulators(*accumulators):
-        sums.extend(accumulators)
+    def with_accumulator(accumulator):
+        sums.append(accumulator)
         run(None)
-        return tuple(accumulator[...] for accumulator in accumulators)
+        return accumulator[...]
 
-    accumulators = (plgpu.ACC(shape, jnp.float32) for shape in shapes)  # pyright: ignore[reportPrivateImportUsage]
-    return pl.run_scoped(with_accumulators, *accumulators)
+    return pl.run_scoped(with_accumulator, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _visible(first_row, first_column, segment_row, segment_column, shape, queries_are_rows: bool):
@@ -158,7 +155,7 @@ def _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
             out = out * _over_columns(shrink, (_ROWS, U)) + _dot(_stored(p, p_smem.at[group]), v_smem, (_ROWS, U))
             return out, total, new_top
 
-        steps = lax.axis_index("block") * (_MINE // _BLOCK) + _MINE // _BLOCK
+        steps = (lax.axis_index("block") + 1) * (_MINE // _BLOCK)
         matrices = [(k_gmem.at[batch, :, head], X), (v_gmem.at[batch, :, head], U)]
         _pipeline(step, steps, 0, matrices, [segment_gmem.at[batch]], compute, _GROUPS)
 
@@ -189,7 +186,7 @@ def _gradient_of_queries(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL,
                 (delta_gmem.at[batch, head, mine], delta_smem.at[group]),
             ]  # fmt: skip
             _fetch(pairs, [b.at[group] for b in barriers])
-            (dq,) = _summed(run, sums, (_ROWS, X))
+            dq = _summed(run, sums, (_ROWS, X))
             plgpu.copy_smem_to_gmem(_stored(dq * scale, q_smem.at[group]), dq_gmem.at[batch, mine, head])
             plgpu.wait_smem_to_gmem(0)
 
@@ -243,7 +240,7 @@ def _gradient_of_keys(
                 (segment_gmem.at[batch, mine], segment_smem.at[group]),
             ]  # fmt: skip
             _fetch(pairs, [b.at[group] for b in barriers])
-            (d,) = _summed(run, sums, (_ROWS, like.shape[-1]))
+            d = _summed(run, sums, (_ROWS, like.shape[-1]))
             d_smem = (v_smem if of_values else k_smem).at[group]
             d = d if of_values else d * scale
             plgpu.copy_smem_to_gmem(_stored(d, d_smem), d_gmem.at[batch, mine, head])

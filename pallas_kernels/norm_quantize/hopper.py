@@ -12,49 +12,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import BLOCK, ROWS, load, over_columns, pad_rows
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
 
-_ROWS = 64  # of a program: four float32 tiles of 128 rows would not fit a warpgroup's registers
-_BLOCK = (_ROWS, TILE)
-
 
 def _zeros() -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-
-def _pad_rows(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, ((0, -x.shape[0] % _ROWS), (0, 0))) if x.shape[0] % _ROWS else x
-
-
-def _load(x_smem) -> jax.Array:
-    return plgpu.load(x_smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
-def _over_columns(x_T: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(x_T, _BLOCK, (0,))
+    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def _over_rows(x_smem) -> jax.Array:
     """One number a column."""
-    return lax.broadcast_in_dim(plgpu.load(x_smem, layout=plgpu.Layout.WGMMA.reduce(0)), _BLOCK, (1,))
+    return lax.broadcast_in_dim(plgpu.load(x_smem, layout=plgpu.Layout.WGMMA.reduce(0)), BLOCK, (1,))
 
 
 def rms_norm_quantize(x_TD: jax.Array, scale_D, eps: float, format: Format, power_of_two: bool, interpret: Any = None):
     """See `api.rms_norm_quantize`."""
     T, D = x_TD.shape
-    x_TD = _pad_rows(x_TD)
+    x_TD = pad_rows(x_TD)
     padded = x_TD.shape[0]
 
     def body(
         x_gmem, weight_gmem, values_gmem, scales_gmem, inverse_gmem, x_smem, weight_smem, values_smem, row_smem, x_barrier, both
     ):
-        rows = pl.ds(lax.axis_index("rows") * _ROWS, _ROWS)
+        rows = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
 
         def squares(tile, total):
             plgpu.copy_gmem_to_smem(x_gmem.at[rows, pl.ds(tile * TILE, TILE)], x_smem, x_barrier)
             plgpu.barrier_wait(x_barrier)
-            x = _load(x_smem)
+            x = load(x_smem)
             return total + jnp.sum(x * x, axis=1)
 
         inverse = lax.rsqrt(lax.fori_loop(0, D // TILE, squares, _zeros()) / D + eps)
@@ -69,9 +55,9 @@ def rms_norm_quantize(x_TD: jax.Array, scale_D, eps: float, format: Format, powe
             plgpu.copy_gmem_to_smem(x_gmem.at[rows, at], x_smem, both)
             plgpu.copy_gmem_to_smem(weight_gmem.at[at], weight_smem, both)
             plgpu.barrier_wait(both)
-            y = _load(x_smem) * _over_columns(inverse) * _over_rows(weight_smem)
+            y = load(x_smem) * over_columns(inverse) * _over_rows(weight_smem)
             scale = scale_of(jnp.max(jnp.abs(y), axis=1), format, power_of_two)
-            values_smem[...] = encode(y, _over_columns(1 / scale), format)
+            values_smem[...] = encode(y, over_columns(1 / scale), format)
             row_smem[0] = scale
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(values_smem, values_gmem.at[rows, at])
@@ -85,10 +71,10 @@ def rms_norm_quantize(x_TD: jax.Array, scale_D, eps: float, format: Format, powe
             jax.ShapeDtypeStruct((1, padded), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM(_BLOCK, x_TD.dtype), plgpu.SMEM((TILE,), jnp.float32), plgpu.SMEM(_BLOCK, DTYPES[format]),
-            plgpu.SMEM((1, _ROWS), jnp.float32), plgpu.Barrier(), plgpu.Barrier(num_arrivals=2),
+            plgpu.SMEM(BLOCK, x_TD.dtype), plgpu.SMEM((TILE,), jnp.float32), plgpu.SMEM(BLOCK, DTYPES[format]),
+            plgpu.SMEM((1, ROWS), jnp.float32), plgpu.Barrier(), plgpu.Barrier(num_arrivals=2),
         ),
-        grid=(padded // _ROWS,), grid_names=("rows",), interpret=interpret,
+        grid=(padded // ROWS,), grid_names=("rows",), interpret=interpret,
     )(x_TD, scale_D)  # fmt: skip
     return Scaled(values[:T], scales[:, :T]), inverse[0, :T]
 
@@ -96,7 +82,7 @@ def rms_norm_quantize(x_TD: jax.Array, scale_D, eps: float, format: Format, powe
 def rms_norm_backward(x_TD: jax.Array, scale_D, inverse_T, dy_TD: jax.Array, interpret: Any = None):
     """See `api.rms_norm_backward`. Each block's part of dscale is written; their sum is XLA's."""
     T, D = x_TD.shape
-    x_TD, dy_TD = _pad_rows(x_TD), _pad_rows(dy_TD)
+    x_TD, dy_TD = pad_rows(x_TD), pad_rows(dy_TD)
     padded = x_TD.shape[0]
     inverse_T = jnp.pad(inverse_T, (0, padded - T))
 
@@ -105,7 +91,7 @@ def rms_norm_backward(x_TD: jax.Array, scale_D, inverse_T, dy_TD: jax.Array, int
         x_smem, weight_smem, row_smem, dy_smem, dx_smem, dscale_smem, barrier, row_barrier,
     ):  # fmt: skip
         i = lax.axis_index("rows")
-        rows = pl.ds(i * _ROWS, _ROWS)
+        rows = pl.ds(i * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(inverse_gmem.at[rows], row_smem, row_barrier)
         plgpu.barrier_wait(row_barrier)
         inverse = plgpu.load(row_smem, layout=plgpu.Layout.WGMMA.reduce(1))
@@ -116,7 +102,7 @@ def rms_norm_backward(x_TD: jax.Array, scale_D, inverse_T, dy_TD: jax.Array, int
             plgpu.copy_gmem_to_smem(dy_gmem.at[rows, at], dy_smem, barrier)
             plgpu.copy_gmem_to_smem(weight_gmem.at[at], weight_smem, barrier)
             plgpu.barrier_wait(barrier)
-            return _load(x_smem) * _over_columns(inverse), _load(dy_smem), _over_rows(weight_smem)
+            return load(x_smem) * over_columns(inverse), load(dy_smem), _over_rows(weight_smem)
 
         def project(tile, total):
             normed, dy, weight = fetch(tile)
@@ -127,7 +113,7 @@ def rms_norm_backward(x_TD: jax.Array, scale_D, inverse_T, dy_TD: jax.Array, int
         @pl.loop(0, D // TILE)
         def _(tile):
             normed, dy, weight = fetch(tile)
-            dx_smem[...] = ((dy * weight - normed * _over_columns(along)) * _over_columns(inverse)).astype(dx_smem.dtype)
+            dx_smem[...] = ((dy * weight - normed * over_columns(along)) * over_columns(inverse)).astype(dx_smem.dtype)
             dscale_smem[0] = jnp.sum(dy * normed, axis=0)
             plgpu.commit_smem()
             at = pl.ds(tile * TILE, TILE)
@@ -138,13 +124,13 @@ def rms_norm_backward(x_TD: jax.Array, scale_D, inverse_T, dy_TD: jax.Array, int
     dx, dscale = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((padded, D), x_TD.dtype), jax.ShapeDtypeStruct((padded // _ROWS, D), jnp.float32),
+            jax.ShapeDtypeStruct((padded, D), x_TD.dtype), jax.ShapeDtypeStruct((padded // ROWS, D), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM(_BLOCK, x_TD.dtype), plgpu.SMEM((TILE,), jnp.float32), plgpu.SMEM((_ROWS,), jnp.float32),
-            plgpu.SMEM(_BLOCK, dy_TD.dtype), plgpu.SMEM(_BLOCK, x_TD.dtype), plgpu.SMEM((1, TILE), jnp.float32),
+            plgpu.SMEM(BLOCK, x_TD.dtype), plgpu.SMEM((TILE,), jnp.float32), plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.SMEM(BLOCK, dy_TD.dtype), plgpu.SMEM(BLOCK, x_TD.dtype), plgpu.SMEM((1, TILE), jnp.float32),
             plgpu.Barrier(num_arrivals=3), plgpu.Barrier(),
         ),
-        grid=(padded // _ROWS,), grid_names=("rows",), interpret=interpret,
+        grid=(padded // ROWS,), grid_names=("rows",), interpret=interpret,
     )(x_TD, scale_D, inverse_T, dy_TD)  # fmt: skip
     return dx[:T], jnp.sum(dscale, axis=0)

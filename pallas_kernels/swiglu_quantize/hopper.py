@@ -8,16 +8,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import BLOCK, ROWS, load, over_columns, pad_rows
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
 
-_ROWS = 64  # of a program: four float32 tiles of 128 rows would not fit a warpgroup's registers
-_BLOCK = (_ROWS, TILE)
 _HALF = TILE // 2
-
-
-def _pad_rows(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, ((0, -x.shape[0] % _ROWS), (0, 0))) if x.shape[0] % _ROWS else x
 
 
 def _fetch(pairs, barrier) -> None:
@@ -27,26 +22,18 @@ def _fetch(pairs, barrier) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def _load(x_smem) -> jax.Array:
-    return plgpu.load(x_smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
-def _over_columns(x_T: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(x_T, _BLOCK, (0,))
-
-
 def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, interpret: Any = None):
     """See `api.swiglu_quantize`."""
     T, X = gate_up_TX.shape
-    gate_up_TX, halves = _pad_rows(gate_up_TX), X // (2 * TILE)
+    gate_up_TX, halves = pad_rows(gate_up_TX), X // (2 * TILE)
     padded = gate_up_TX.shape[0]
 
     def body(x_gmem, h_gmem, h_scale_gmem, kept_gmem, kept_scale_gmem, gate_smem, up_smem, out_smem, scale_smem, barrier):
         i, j = lax.axis_index("rows"), lax.axis_index("columns")
-        rows = pl.ds(i * _ROWS, _ROWS)
+        rows = pl.ds(i * ROWS, ROWS)
         at_gate, at_up = pl.ds(j * TILE, TILE), pl.ds((halves + j) * TILE, TILE)
         _fetch([(x_gmem.at[rows, at_gate], gate_smem), (x_gmem.at[rows, at_up], up_smem)], barrier)
-        gate, up = _load(gate_smem), _load(up_smem)
+        gate, up = load(gate_smem), load(up_smem)
         results = [
             (gate / (1 + jnp.exp(-gate)) * up, h_gmem, h_scale_gmem, at_gate, j),
             (gate, kept_gmem, kept_scale_gmem, at_gate, j),
@@ -54,7 +41,7 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
         ]
         for n, (x, _, _, _, _) in enumerate(results):
             scale = scale_of(jnp.max(jnp.abs(x), axis=1), format, power_of_two)
-            out_smem[n] = encode(x, _over_columns(1 / scale), format)
+            out_smem[n] = encode(x, over_columns(1 / scale), format)
             scale_smem[n] = scale
         plgpu.commit_smem()
         for n, (_, values_gmem, scale_gmem, at, tile) in enumerate(results):
@@ -70,10 +57,10 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
         body,
         out_type=(*shapes[0], *shapes[1]),
         scratch_types=(
-            plgpu.SMEM(_BLOCK, gate_up_TX.dtype), plgpu.SMEM(_BLOCK, gate_up_TX.dtype),
-            plgpu.SMEM((3, *_BLOCK), DTYPES[format]), plgpu.SMEM((3, _ROWS), jnp.float32), plgpu.Barrier(num_arrivals=2),
+            plgpu.SMEM(BLOCK, gate_up_TX.dtype), plgpu.SMEM(BLOCK, gate_up_TX.dtype),
+            plgpu.SMEM((3, *BLOCK), DTYPES[format]), plgpu.SMEM((3, ROWS), jnp.float32), plgpu.Barrier(num_arrivals=2),
         ),
-        grid=(padded // _ROWS, halves), grid_names=("rows", "columns"),
+        grid=(padded // ROWS, halves), grid_names=("rows", "columns"),
         interpret=interpret,
     )(gate_up_TX)  # fmt: skip
     return Scaled(h[:T], h_scale[:, :T]), Scaled(kept[:T], kept_scale[:, :T])
@@ -82,7 +69,7 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
 def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpret: Any = None):
     """See `api.swiglu_backward`. Each tile's part of dweight is written; their sum is XLA's."""
     T, F = dh_TF.shape
-    values, dh_TF, halves = _pad_rows(kept.values), _pad_rows(dh_TF), F // TILE
+    values, dh_TF, halves = pad_rows(kept.values), pad_rows(dh_TF), F // TILE
     padded = dh_TF.shape[0]
     scales, weight_T = jnp.pad(kept.scales, ((0, 0), (0, padded - T))), jnp.pad(weight_T, (0, padded - T))
 
@@ -91,7 +78,7 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
         gate_smem, up_smem, dh_smem, row_smem, out_smem, dweight_smem, barrier,
     ):  # fmt: skip
         i, j = lax.axis_index("rows"), lax.axis_index("columns")
-        rows = pl.ds(i * _ROWS, _ROWS)
+        rows = pl.ds(i * ROWS, ROWS)
         at_gate, at_up = pl.ds(j * TILE, TILE), pl.ds((halves + j) * TILE, TILE)
         pairs = [
             (kept_gmem.at[rows, at_gate], gate_smem), (kept_gmem.at[rows, at_up], up_smem),
@@ -103,12 +90,12 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
 
         def of_rows(n: int) -> jax.Array:
             row = plgpu.load(row_smem.at[n], layout=plgpu.Layout.WGMMA.reduce(1))
-            return lax.broadcast_in_dim(row, (_ROWS, _HALF), (0,))
+            return lax.broadcast_in_dim(row, (ROWS, _HALF), (0,))
 
         def half(h, dweight):
             at = pl.ds(h * _HALF, _HALF)
-            gate, up = _load(gate_smem.at[:, at]) * of_rows(0), _load(up_smem.at[:, at]) * of_rows(1)
-            dh, sigmoid = _load(dh_smem.at[:, at]), 1 / (1 + jnp.exp(-gate))
+            gate, up = load(gate_smem.at[:, at]) * of_rows(0), load(up_smem.at[:, at]) * of_rows(1)
+            dh, sigmoid = load(dh_smem.at[:, at]), 1 / (1 + jnp.exp(-gate))
             silu = gate * sigmoid
             dweight += jnp.sum(dh * silu * up, axis=1)
             out_smem[2, :, at] = (silu * up).astype(out_smem.dtype)
@@ -118,7 +105,7 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
             return dweight
 
         # half a tile at a time: what a whole one needs does not fit a thread's registers
-        zeros = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
         dweight_smem[0] = lax.fori_loop(0, TILE // _HALF, half, zeros)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[0], d_gmem.at[rows, at_gate])
@@ -134,11 +121,11 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
             jax.ShapeDtypeStruct((halves, padded), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM(_BLOCK, values.dtype), plgpu.SMEM(_BLOCK, values.dtype), plgpu.SMEM(_BLOCK, dh_TF.dtype),
-            plgpu.SMEM((3, _ROWS), jnp.float32), plgpu.SMEM((3, *_BLOCK), dh_TF.dtype), plgpu.SMEM((1, _ROWS), jnp.float32),
+            plgpu.SMEM(BLOCK, values.dtype), plgpu.SMEM(BLOCK, values.dtype), plgpu.SMEM(BLOCK, dh_TF.dtype),
+            plgpu.SMEM((3, ROWS), jnp.float32), plgpu.SMEM((3, *BLOCK), dh_TF.dtype), plgpu.SMEM((1, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=6),
         ),
-        grid=(padded // _ROWS, halves), grid_names=("rows", "columns"),
+        grid=(padded // ROWS, halves), grid_names=("rows", "columns"),
         interpret=interpret,
     )(values, scales, dh_TF, weight_T)  # fmt: skip
     return d[:T], h[:T], jnp.sum(dweight, axis=0)[:T]
