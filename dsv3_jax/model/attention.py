@@ -17,7 +17,6 @@ from dsv3_jax.model.layers import NORM_EPS_LATENT, Linear, RMSNorm, constant, we
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.rope import attention_scale, rotate
 from dsv3_jax.precision.recipes import Recipe
-from pallas_kernels import causal_attention
 
 RopeTable = tuple[Array, Array]
 LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
@@ -26,6 +25,7 @@ LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         self.config, self.layout, self.linear = config, layout, Linear("attention", recipe, layout)
+        self.core = recipe.attention_core
         D, H, C, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         N, U, X, Q = config.qk_nope_head_dim, config.v_head_dim, config.qk_head_dim, config.q_lora_rank
         std = config.initializer_range
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         q_BLHX = jnp.concatenate([q_nope_BLHN, q_rope_BLHR], axis=-1)
         k_BLHX = jnp.concatenate([k_nope_BLHN, k_rope_BLHR], axis=-1)
         q_BLHX, k_BLHX, v_BLHU = (self.layout.constrain(a, "batch", None, "heads", None) for a in (q_BLHX, k_BLHX, v_BLHU))
-        out_BLHU = causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config))
+        out_BLHU = self.layout.attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config), self.core)
         out_BLHU = self.layout.constrain(out_BLHU, "batch", None, "heads", None)
         return self.layout.constrain(self.output(out_BLHU), "batch", "sequence", None)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import grouped_swiglu, linear_cross_entropy
+from pallas_kernels import causal_attention, grouped_swiglu, linear_cross_entropy
 from pallas_kernels.scaled import Gemms
 from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
 
@@ -59,6 +59,18 @@ class Layout:
         product = scaled_swiglu_linear if x.ndim == 4 else scaled_linear
         y_TN = product(x.reshape(x.shape[0] * x.shape[1], -1), w.reshape(w.shape[0], -1), gemms)
         return y_TN.reshape(*x.shape[:2], *w.shape[1:])
+
+    def attention(
+        self,
+        q_BLHX: Float[Array, "B L H X"],
+        k_BLHX: Float[Array, "B L H X"],
+        v_BLHU: Float[Array, "B L H U"],
+        segment_BL: Int[Array, "B L"],
+        scale: float,
+        implementation: str,
+    ) -> Float[Array, "B L H U"]:
+        """Causal attention within segments (see `pallas_kernels.causal_attention`)."""
+        return causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, implementation)
 
     def experts(
         self,

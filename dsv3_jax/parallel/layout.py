@@ -1,9 +1,9 @@
 """The model's layout on a mesh: constraints by name, weights gathered a layer at a time, and the places where tokens meet
 weights that live elsewhere (embedding, routed experts, head), written out with `shard_map`.
 
-None of the `shard_map`s here is differentiated: each has its own gradient, so that every sum over devices is one that
-stands in this file. `data` and the pipeline's stages are axes of a `vmap` around the model (see `train/step.py` and
-`pipeline.py`) and appear nowhere in here.
+No `shard_map` here is differentiated but that of attention, in which nothing is summed over devices: each has its own
+gradient, so that every such sum is one that stands in this file. `data` and the pipeline's stages are axes of a `vmap` around
+the model (see `train/step.py` and `pipeline.py`) and appear nowhere in here.
 """
 
 import functools
@@ -25,6 +25,7 @@ from dsv3_jax.model.layout import Layout, is_float32
 from dsv3_jax.parallel import experts, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
 from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, mesh_axes, spec, stored_spec
+from pallas_kernels import causal_attention
 from pallas_kernels.linear_cross_entropy import chunked
 
 
@@ -104,6 +105,16 @@ class MeshLayout(Layout):
 
     def scaled_linear(self, x, w, gemms, axes):
         return linear.scaled(self, gemms, axes, x, w)
+
+    def attention(self, q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, implementation):
+        attend = functools.partial(causal_attention, scale=scale, implementation=implementation)
+        if implementation == "blockwise":  # plain JAX, which XLA partitions
+            return attend(q_BLHX, k_BLHX, v_BLHU, segment_BL)
+        heads, tokens = self.spec("batch", None, "heads", None), self.spec("batch", None)
+        on_each = jax.shard_map(
+            attend, mesh=self.mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False
+        )
+        return on_each(q_BLHX, k_BLHX, v_BLHU, segment_BL)
 
     def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms):
         return experts.routed(self, gemms, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)

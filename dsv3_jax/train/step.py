@@ -48,8 +48,9 @@ def over_replicas(f: Callable, layout: Layout) -> Callable:
 
 
 def training_recipe(config: Config, layout: Layout) -> Recipe:
-    """The configuration's, with its products run by what the layout's devices have kernels for."""
-    return run_by(recipe_of(config.precision), platform_of(device_of(layout)).implementation)
+    """The configuration's, with its products and attention run by what the layout's devices have kernels for."""
+    platform = platform_of(device_of(layout))
+    return run_by(recipe_of(config.precision), platform.implementation, platform.attention)
 
 
 def gradients(
@@ -190,7 +191,7 @@ def make_eval_step(
     Of the weights, in 16 or 32 bits whatever training does. Layers are not pipelined: `pipe` serves as it does at the ends
     of a pipeline.
     """
-    graph = abstract_model(config, unquantised(recipe_of(config.precision)), layout.ends).graph
+    graph = abstract_model(config, unquantised(training_recipe(config, layout)), layout.ends).graph
 
     def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
         count = target_counts(batch["segments"], 0)[0]

@@ -1,12 +1,14 @@
 """Causal attention within segments: the core of MLA once q, k and v are expanded (arXiv 2412.19437, equation 10)."""
 
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.causal_attention import blockwise, hopper, reference
+from pallas_kernels import registry
+from pallas_kernels.causal_attention import blockwise, hopper, reference, splash
 
-_IMPLEMENTATIONS = {"reference": reference.causal_attention, "blockwise": blockwise.causal_attention}
+for _name, _module in (("reference", reference), ("blockwise", blockwise), ("splash", splash), ("hopper", hopper)):
+    registry.register("causal_attention", _name, _module.causal_attention)
 
 
 def causal_attention(
@@ -15,20 +17,15 @@ def causal_attention(
     v_BLHU: Float[Array, "B L H U"],
     segment_BL: Int[Array, "B L"],
     scale: float,
-    implementation: Literal["auto", "blockwise", "splash", "hopper", "reference"] = "auto",
+    implementation: str = "auto",
     interpret: Any = None,
 ) -> Float[Array, "B L H U"]:
     """softmax(scale * q k^T) v over keys at or before the query and in its segment. Differentiable in q, k, v.
 
     Key and value head sizes may differ. `blockwise` (what "auto" takes) never holds more than one block of scores a head,
     forward or backward, on every platform; being plain JAX, it is partitioned by XLA. For one device's heads there are
-    `splash`, JAX's kernel for TPU, for lengths that are multiples of 128, and `hopper`, for bfloat16; `interpret` goes to them.
+    `splash`, JAX's kernel for TPU, and `hopper`, for bfloat16; `interpret` goes to them. What the backward pass needs of the
+    result has the checkpoint_name `blockwise.RESIDUALS` in all of them.
     """
-    if implementation == "splash":
-        from pallas_kernels.causal_attention import splash  # its import takes a second
-
-        return splash.causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret)
-    if implementation == "hopper":
-        return hopper.causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret)
     chosen = "blockwise" if implementation == "auto" else implementation
-    return _IMPLEMENTATIONS[chosen](q_BLHX, k_BLHX, v_BLHU, segment_BL, scale)
+    return registry.run("causal_attention", chosen, (q_BLHX, k_BLHX, v_BLHU, segment_BL, scale), interpret)

@@ -12,8 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.causal_attention.blockwise import RESIDUALS
 
 _ROWS = 64  # of a warpgroup, which is what wgmma multiplies at once
 _GROUPS = 2  # warpgroups of a program of the forward pass; the backward passes' sums take the registers of two
@@ -279,7 +282,7 @@ def _attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any)
 
 
 def _attention_fwd(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
-    out_BLHU, lse_BHL = _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret)
+    out_BLHU, lse_BHL = checkpoint_name(_forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, interpret), RESIDUALS)
     return out_BLHU, (q_BLHX, k_BLHX, v_BLHU, segment_BL, out_BLHU, lse_BHL)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from pallas_kernels.causal_attention.blockwise import RESIDUALS
 
 _LANES = 128
 
@@ -20,21 +21,30 @@ def _block(L: int) -> int:
 
 @functools.partial(jax.named_call, name="causal_attention_splash")
 def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any = None):
-    """See `api.causal_attention`. Raises `NotImplementedError` for lengths that are no multiples of 128."""
+    """See `api.causal_attention`; lengths are padded to multiples of 128."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (  # takes a second
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
     L, H = q_BLHX.shape[1:3]
-    if L % _LANES:
-        raise NotImplementedError(f"splash attention takes lengths that are multiples of {_LANES}, not {L}; use blockwise")
+    pad = -L % _LANES
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, _block(L)), use_fused_bwd_kernel=True)
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * H)
+    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, _block(L + pad)), use_fused_bwd_kernel=True)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L + pad, L + pad))] * H)
     kernel = splash_attention_kernel.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=bool(interpret)
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=RESIDUALS, interpret=bool(interpret)
     )
 
     def of_sequence(q_HLX, k_HLX, v_HLU, segment_L):
         return kernel(q_HLX, k_HLX, v_HLU, segment_ids=splash_attention_kernel.SegmentIds(segment_L, segment_L))
 
+    def heads_first(x_BLHX):
+        x_BLHX = jnp.pad(x_BLHX, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x_BLHX
+        return jnp.swapaxes(x_BLHX, 1, 2)
+
+    # padding gets a segment of its own: no real query sees it, and its rows still have themselves to attend to
+    segment_BL = jnp.pad(segment_BL.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
     q_BLHX = (q_BLHX * scale).astype(q_BLHX.dtype)  # the kernel does not scale
-    heads_first = (jnp.swapaxes(a, 1, 2) for a in (q_BLHX, k_BLHX, v_BLHU))
-    out_BHLU: Any = jax.vmap(of_sequence)(*heads_first, segment_BL.astype(jnp.int32))
-    return jnp.swapaxes(out_BHLU, 1, 2)
+    out_BHLU: Any = jax.vmap(of_sequence)(*map(heads_first, (q_BLHX, k_BLHX, v_BLHU)), segment_BL)
+    return jnp.swapaxes(out_BHLU, 1, 2)[:, :L]

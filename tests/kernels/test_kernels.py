@@ -142,14 +142,14 @@ def test_chunked_cross_entropy_equals_its_reference(T, D, V):
 
 @pytest.mark.parametrize(("kernel", "arguments"), [(grouped_swiglu, 5), (causal_attention, 5), (linear_cross_entropy, 4)])
 def test_an_unknown_implementation_is_an_error(kernel, arguments):
-    with pytest.raises(KeyError):
+    with pytest.raises((KeyError, ValueError), match="fastest"):
         kernel(*[jnp.zeros((2, 2))] * arguments, implementation="fastest")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_splash_attention_equals_the_reference(dtype):
+@pytest.mark.parametrize(("L", "dtype"), [(256, jnp.float32), (256, jnp.bfloat16), (300, jnp.float32)])
+def test_splash_attention_equals_the_reference(L, dtype):
     """JAX's TPU kernel, interpreted, with MLA's unequal sizes of keys and values, and segments; forward and gradients."""
-    B, L, H, X, U = 2, 256, 2, 48, 32
+    B, H, X, U = 2, 2, 48, 32
     q, k, v = (normal(i, B, L, H, size, dtype=dtype) for i, size in enumerate((X, X, U)))
     segment = jnp.stack([jnp.arange(L) // 100, jnp.zeros(L, jnp.int32)])
 
@@ -158,8 +158,6 @@ def test_splash_attention_equals_the_reference(dtype):
 
     tolerance = F32 if dtype == jnp.float32 else {"rtol": 3e-2, "atol": 3e-2}  # bfloat16 has 8 bits, and rounds probabilities
     assert_same(run("splash", interpret=True), run("reference"), (q, k, v), (0, 1, 2), tolerance)
-    with pytest.raises(NotImplementedError, match="multiples of 128, not 100"):
-        causal_attention(q[:, :100], k[:, :100], v[:, :100], segment[:, :100], 0.2, "splash")
 
 
 @pytest.mark.parametrize(("L", "X", "U"), [(128, 192, 128), (200, 72, 40)])

@@ -19,7 +19,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.precision import platforms
 from dsv3_jax.precision.platforms import Platform, platform_of, resolve
-from dsv3_jax.precision.recipes import recipe_of
+from dsv3_jax.precision.recipes import RECIPES, recipe_of, run_by
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.run import read_metrics
 from dsv3_jax.train.state import new_state
@@ -60,6 +60,9 @@ def test_every_device_finds_its_platform_and_recipe(pjrt, kind, name, recipe):
     assert config.precision.recipe == recipe
     # what has kernels of this package's own runs them; all else runs as plain JAX rather than fail when it is compiled
     assert (found.implementation == "auto") == (name in ("cpu", "v5e", "v5p", "v6e", "tpu7x", "h100"))
+    assert found.attention == ("splash" if pjrt == "tpu" else "hopper" if name == "h100" else "blockwise")
+    assert run_by(RECIPES["bf16"], "auto", found.attention).attention_core == found.attention
+    assert run_by(RECIPES["float32"], "auto", found.attention).attention_core == "blockwise"  # tensor cores take 16 bits
 
 
 def test_rates_are_those_of_jax_own_table():

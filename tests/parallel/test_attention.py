@@ -1,0 +1,58 @@
+"""Attention by a kernel, which XLA cannot partition, runs on each device's sequences and heads and changes no number."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import pytest
+
+from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.precision.recipes import RECIPES
+from dsv3_jax.train.state import abstract_state
+from dsv3_jax.train.step import gradients
+from pallas_kernels import register
+from pallas_kernels.causal_attention import splash
+from tests.parallel.cases import MESHES, assert_same_gradients, batch_of, config_of, state_on
+
+register("causal_attention", "splash interpreted", functools.partial(splash.causal_attention, interpret=True))
+KERNEL = replace(RECIPES["float32"], attention_core="splash interpreted")
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
+def test_the_kernel_on_a_mesh_equals_one_device(mesh):
+    """The whole model's gradients, with replicas and pipeline stages as axes of a vmap around JAX's kernel for TPU,
+    interpreted. float32; sums over devices and over keys come in another order."""
+
+    def found(overrides, recipe):
+        config = config_of(["remat.policy=selective", *overrides])
+        layout = layout_for(config)
+        run = jax.jit(lambda state, batch: gradients(config, layout, state, batch, recipe))
+        return jax.device_get(run(state_on(config, layout), batch_of(config, 0)))
+
+    (ours, metrics), (theirs, expected) = found(MESHES[mesh], KERNEL), found([], RECIPES["float32"])
+    assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=2e-6)
+    assert_same_gradients(ours, theirs, rtol=1e-4)
+
+
+def forward_kernels(jaxpr) -> int:
+    """How many calls of splash attention's forward kernel a program has; those in a loop's body count once."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += str(equation.params.get("name", "")).startswith("splash_mha_fwd")
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            found += forward_kernels(getattr(inner, "jaxpr", inner)) if hasattr(inner, "eqns") else 0
+    return found
+
+
+@pytest.mark.parametrize("mesh", [[], MESHES["fsdp=4 tensor=2"]])
+def test_selective_keeps_what_the_kernel_made(mesh):
+    """Its forward pass is not in the backward pass again, as it is where all is recomputed."""
+
+    def forward_passes(policy: str) -> int:
+        config = config_of([f"remat.policy={policy}", *mesh])
+        layout = layout_for(config)
+        run = functools.partial(gradients, config, layout, recipe=KERNEL)
+        return forward_kernels(jax.make_jaxpr(run)(abstract_state(config, layout), batch_of(config, 0)))
+
+    blocks = 3  # dense and MoE layers in a loop each, and an MTP module
+    assert (forward_passes("selective"), forward_passes("full")) == (blocks, 2 * blocks)
