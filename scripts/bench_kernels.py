@@ -9,12 +9,14 @@ One device's experts and the shared expert, forward and backward, `deepseek` aga
   which recomputes SwiGLU too, and as autodiff has it;
 * the products' roofline time, FLOPs over the peak of precision/platforms.py (a bound, no measurement);
 * RMSNorm and SwiGLU with quantisation: bytes of one fused kernel against the operation, then `quantize`;
+* the head's logits up to their gradient: bytes with the kernel that sums them up, and of XLA alone;
 * which instruction multiplies: H100's from SASS (QGMMA.E4M3), a TPU's from the Mosaic kernel's dot.
 
 Nothing is run. Example: .venv-aot/bin/python scripts/bench_kernels.py tpu7x h100
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -30,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.layers import linear, swiglu
 from dsv3_jax.precision.platforms import platform_of
+from pallas_kernels import registry
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.grouped_swiglu.rows import rows_of_slots, sum_choices
 from pallas_kernels.norm_quantize.api import rms_norm_quantize
@@ -38,13 +41,8 @@ from pallas_kernels.scaled import TILE, Gemms, bits
 from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize
 
-TOKENS, HIDDEN, FFN, CHOICES, EXPERTS = (
-    4096,
-    7168,
-    2048,
-    8,
-    8,
-)  # of a device; its tokens go to all its experts
+TOKENS, HIDDEN, FFN, CHOICES, EXPERTS = 4096, 7168, 2048, 8, 8  # of a device; its tokens go to all its experts
+CHUNK, VOCABULARY = 2048, 129280  # tokens of a chunk of the head's
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 # instructions that move nothing: names, views, and the ends of what began before
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id"}
@@ -205,6 +203,24 @@ def fusion(device, kind: str) -> dict[str, int]:
     return {name: bytes_accessed(compiled(device, f, arguments).as_text()) for name, f in (("fused", fused), ("apart", apart))}
 
 
+def cross_entropy(device) -> dict[str, int]:
+    """Bytes of a chunk's logits, log-sum-exps and gradient by the logits: by XLA alone, and with the kernel."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((CHUNK, HIDDEN), (HIDDEN, VOCABULARY)))
+    arguments = x, w, jax.ShapeDtypeStruct((CHUNK,), jnp.int32)
+
+    def gradient(implementation: str, x, w, target):
+        found = registry.run("logit_statistics", implementation, (x, w, target, True), None)
+        lse = found.top_T + jnp.log(found.total_T)
+        onehot = target[:, None] == jnp.arange(VOCABULARY)
+        return lse - found.at_target_T, (jnp.exp(found.logits_TV - lse[:, None]) - onehot).astype(x.dtype)
+
+    by = {"fused": "tpu" if device.platform == "tpu" else "hopper", "apart": "auto"}
+    return {
+        name: bytes_accessed(compiled(device, functools.partial(gradient, implementation), arguments).as_text())
+        for name, implementation in by.items()
+    }
+
+
 def instruction(target: str, device) -> str:
     """What multiplies in the grouped product."""
     name, (f, arguments) = next(
@@ -244,6 +260,9 @@ def main() -> None:
             found[kind] = fusion(device, kind)
             a, b = found[kind]["apart"], found[kind]["fused"]
             print(f"{target}: {kind} + quantise: {a / 1e6:.0f} -> {b / 1e6:.0f} MB fused ({b / a - 1:+.0%})", flush=True)
+        found["cross_entropy"] = cross_entropy(device)
+        a, b = found["cross_entropy"]["apart"], found["cross_entropy"]["fused"]
+        print(f"{target}: logits to their gradient: {a / 1e6:.0f} -> {b / 1e6:.0f} MB ({b / a - 1:+.0%})", flush=True)
         found["instruction"] = instruction(target, device)
         results[target] = found
         print(f"{target}: {found['instruction']}", flush=True)

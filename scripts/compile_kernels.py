@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 os.environ.update({
     "MOSAIC_GPU_DUMP_TO": tempfile.mkdtemp(), "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1",
@@ -30,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.causal_attention.api import causal_attention
+from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
 from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, tiles
@@ -39,7 +39,7 @@ from pallas_kernels.swiglu_quantize.api import swiglu_backward, swiglu_quantize
 TARGETS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h100": "h100:1x1"}
 TOKENS, EXPERTS = 4096, 4  # of a device
 WIDEST_FFN = 8192  # that a TPU's SwiGLU kernel takes
-HIDDEN, FFN, KV_A = 7168, 2048, 576  # the released model's; KV_A is no multiple of 128
+HIDDEN, FFN, KV_A, VOCABULARY = 7168, 2048, 576, 129280  # the released model's; KV_A is no multiple of 128
 
 
 def _matrix(rows: int, columns: int, format: Format, group: int) -> Scaled:
@@ -88,12 +88,23 @@ def cases() -> dict:
 
 def _attention(q, k, v, segment, implementation: str):
     """Forward and gradients."""
-    kernel: Any = {"tpu": "splash", "hopper": "hopper"}[implementation]
 
     def total(q, k, v):
-        return causal_attention(q, k, v, segment, 0.1, kernel).astype(jnp.float32).sum()
+        return causal_attention(q, k, v, segment, 0.1, implementation).astype(jnp.float32).sum()
 
     return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+
+def _cross_entropy(x, w, target, weight, implementation: str):
+    """With its gradients, as training takes it."""
+    loss = functools.partial(linear_cross_entropy, implementation=implementation)
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w, target, weight)
+
+
+def _cross_entropy_arguments() -> tuple:
+    """An eighth of the released model's vocabulary."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((TOKENS, HIDDEN), (HIDDEN, VOCABULARY // 8)))
+    return x, w, jax.ShapeDtypeStruct((TOKENS,), jnp.int32), jax.ShapeDtypeStruct((TOKENS,), jnp.float32)
 
 
 def _attention_arguments() -> tuple:
@@ -154,7 +165,11 @@ def main() -> None:
     results = {}
     for target in args.targets or TARGETS:
         device = devices_of(TARGETS[target])[0]
-        tried = cases() | {"causal_attention, forward and backward": (_attention, _attention_arguments())}
+        tried = cases() | {
+            "causal_attention, forward and backward": (_attention, _attention_arguments()),
+            "linear_cross_entropy with gradients": (_cross_entropy, _cross_entropy_arguments()),
+            "linear_cross_entropy without": (linear_cross_entropy, _cross_entropy_arguments()),
+        }
         if target != "h100":
             tried["block larger than VMEM"] = (_too_large, (jax.ShapeDtypeStruct((8 * TOKENS, HIDDEN), jnp.float32),))
         for name, (f, arguments) in tried.items():

@@ -25,7 +25,7 @@ LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         self.config, self.layout, self.linear = config, layout, Linear("attention", recipe, layout)
-        self.core = recipe.attention_core
+        self.core = recipe.core
         D, H, C, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         N, U, X, Q = config.qk_nope_head_dim, config.v_head_dim, config.qk_head_dim, config.q_lora_rank
         std = config.initializer_range

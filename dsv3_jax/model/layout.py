@@ -113,10 +113,12 @@ class Layout:
         head_DV: Float[Array, "D V"],
         target_BL: Int[Array, "B L"],
         weight_BL: Float[Array, "B L"],
+        implementation: str,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Weighted sums of nll and of right guesses (see `pallas_kernels.linear_cross_entropy`)."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        return linear_cross_entropy(x_TD, head_DV.astype(x_BLD.dtype), target_BL.reshape(-1), weight_BL.reshape(-1))
+        head_DV = head_DV.astype(x_BLD.dtype)
+        return linear_cross_entropy(x_TD, head_DV, target_BL.reshape(-1), weight_BL.reshape(-1), implementation)
 
 
 def is_float32(variable: nnx.Variable) -> bool:

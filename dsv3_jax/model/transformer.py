@@ -124,6 +124,7 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.dtype, self.remat, self.layout = config, jnp.dtype(recipe.dtype), remat, layout
+        self.core = recipe.core
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.embed_VD = weight(rngs, std, vocab_in=V, embed_in=D)
         self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.ends, recipe, rngs)

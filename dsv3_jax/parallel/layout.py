@@ -108,7 +108,7 @@ class MeshLayout(Layout):
 
     def attention(self, q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, implementation):
         attend = functools.partial(causal_attention, scale=scale, implementation=implementation)
-        if implementation == "blockwise":  # plain JAX, which XLA partitions
+        if implementation == "auto":  # plain JAX, which XLA partitions
             return attend(q_BLHX, k_BLHX, v_BLHU, segment_BL)
         heads, tokens = self.spec("batch", None, "heads", None), self.spec("batch", None)
         on_each = jax.shard_map(
@@ -119,8 +119,8 @@ class MeshLayout(Layout):
     def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms):
         return experts.routed(self, gemms, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
-    def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL):
-        return _cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL)
+    def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL, implementation):
+        return _cross_entropy(self, implementation, x_BLD, head_DV, target_BL, weight_BL)
 
 
 def _constrain_along(w, steps: Sequence[NamedSharding]):
@@ -205,21 +205,24 @@ def _total(sums, batch):
     return lax.psum(sums, batch) if batch else sums
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(layout: MeshLayout, x_BLD, head_DV, target_BL, weight_BL):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(layout: MeshLayout, implementation: str, x_BLD, head_DV, target_BL, weight_BL):
+    setting = chunked.Setting(layout.axes("vocab"), implementation)
+
     def local(*args):
-        return _total(chunked.loss(*_prepare(layout, *args), layout.axes("vocab")), layout.axes("batch"))
+        return _total(chunked.loss(*_prepare(layout, *args), setting), layout.axes("batch"))
 
     specs = _cross_entropy_specs(layout)
     return layout.on_each_device(local, specs, (P(), P()))(x_BLD, head_DV, target_BL, weight_BL)
 
 
-def _cross_entropy_fwd(layout: MeshLayout, x_BLD, head_DV, target_BL, weight_BL):
-    batch, length, vocab = layout.axes("batch"), layout.axes("sequence"), layout.axes("vocab")
+def _cross_entropy_fwd(layout: MeshLayout, implementation: str, x_BLD, head_DV, target_BL, weight_BL):
+    batch, length = layout.axes("batch"), layout.axes("sequence")
+    setting = chunked.Setting(layout.axes("vocab"), implementation)
 
     def local(x_bld, head_dv, target_bL, weight_bL):
         args = _prepare(layout, x_bld, head_dv, target_bL, weight_bL)
-        sums, (dx_TD, dw_Dv) = chunked.loss_and_gradients(*args, vocab)
+        sums, (dx_TD, dw_Dv) = chunked.loss_and_gradients(*args, setting)
         dx = dx_TD.reshape(x_bld.shape[0], -1, x_bld.shape[-1])
         # `sequence` and `vocab` are sharded over the same axes, so one reduce-scatter sums and hands out dx
         dx = lax.psum_scatter(dx, length, scatter_dimension=1, tiled=True) if length else dx
@@ -230,7 +233,7 @@ def _cross_entropy_fwd(layout: MeshLayout, x_BLD, head_DV, target_BL, weight_BL)
     return layout.on_each_device(local, specs, ((P(), P()), specs[:2]))(x_BLD, head_DV, target_BL, weight_BL)
 
 
-def _cross_entropy_bwd(layout: MeshLayout, residuals, cotangents):
+def _cross_entropy_bwd(_layout, _implementation, residuals, cotangents):
     dx_BLD, dw_DV = residuals
     scale = cotangents[0]
     return (dx_BLD * scale).astype(dx_BLD.dtype), (dw_DV * scale).astype(dw_DV.dtype), None, None

@@ -34,7 +34,7 @@ class Platform:
     memory_tb_s: float = 0.0
     # for products in 8 bits: "auto" where this package's kernels run, "reference" (plain JAX) or a plug-in's name where not
     implementation: str = "auto"
-    attention: str = "blockwise"  # the implementation of `pallas_kernels.causal_attention` in 16 bits; this one is plain JAX
+    core: str = "auto"  # for attention and the head's cross-entropy, in 16 bits: whose kernels; "auto" is plain JAX
     note: str = ""
 
     def gain(self, format: str) -> float:
@@ -74,19 +74,19 @@ _BUILT_IN = (
     Platform("cpu", ("cpu",), "", _formats("float32", "bf16 e4m3 e5m2 int8"), {}, note="numerics only, never a speed claim"),
     Platform(
         "v5e", _TPU, r"v5 lite|v5e", _formats("bf16 int8", "float32 e4m3 e5m2"), {"bf16": 197, "int8": 394}, 15.75, 0.82,
-        attention="splash",
+        core="tpu",
     ),
     Platform(
         "v5p", _TPU, r"v5$|v5p", _formats("bf16 int8", "float32 e4m3 e5m2"), {"bf16": 459, "int8": 918}, 95, 2.46,
-        attention="splash",
+        core="tpu",
     ),
     Platform(
         "v6e", _TPU, r"v6 lite|v6e", _formats("bf16 int8 e4m3 e5m2", "float32"),
-        {"bf16": 920, "int8": 1840, "e4m3": 920, "e5m2": 920}, 31.25, 1.64, attention="splash",
+        {"bf16": 920, "int8": 1840, "e4m3": 920, "e5m2": 920}, 31.25, 1.64, core="tpu",
     ),
     Platform(
         "tpu7x", _TPU, r"TPU7x|7x", _formats("bf16 e4m3 e5m2", "float32 int8"),
-        {"bf16": 1155, "e4m3": 2300, "e5m2": 2300}, 94.75, 3.7, attention="splash",
+        {"bf16": 1155, "e4m3": 2300, "e5m2": 2300}, 94.75, 3.7, core="tpu",
     ),
     Platform(
         "a100", _CUDA, "A100", _formats("float32 bf16 int8", "e4m3 e5m2"),
@@ -96,7 +96,7 @@ _BUILT_IN = (
     Platform(
         "h100", _CUDA, "H100|H200|H800|GH200", _formats("float32 bf16 e4m3 e5m2", "int8"),
         {"float32": 67, "bf16": 989, "e4m3": 1979, "e5m2": 1979}, 79.1, 3.35,
-        attention="hopper", note="int8 has no kernel: Mosaic GPU's wgmma takes none, so it runs as plain JAX",
+        core="hopper", note="int8 has no kernel: Mosaic GPU's wgmma takes none, so it runs as plain JAX",
     ),
     Platform(
         "b200", _CUDA, "B200|B100|GB200", _formats("float32 bf16 e4m3 e5m2 int8"),

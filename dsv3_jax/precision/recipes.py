@@ -25,7 +25,7 @@ class Recipe:
     ffn: Gemms | None = None
     experts: Gemms | None = None
     controlled: bool = False  # every layer's products can go back to `dtype` (see controller.py)
-    attention_core: str = "blockwise"  # implementation of `pallas_kernels.causal_attention`; set by `run_by`
+    core: str = "auto"  # implementation of attention and of the head's cross-entropy; set by `run_by`
 
 
 _E4M3 = Gemms()
@@ -50,16 +50,16 @@ def recipe_of(config: PrecisionConfig) -> Recipe:
     return replace(RECIPES[config.recipe], controlled=config.controller)
 
 
-def run_by(recipe: Recipe, implementation: str, attention_core: str) -> Recipe:
-    """The recipe with its products in 8 bits, and attention in 16, run by these of `pallas_kernels`' implementations."""
+def run_by(recipe: Recipe, implementation: str, core: str) -> Recipe:
+    """The recipe with its products in 8 bits, and its core in 16, run by these of `pallas_kernels`' implementations."""
 
     def by(gemms: Gemms | None) -> Gemms | None:
         return gemms and replace(gemms, implementation=implementation)
 
-    core = attention_core if recipe.dtype == "bfloat16" else "blockwise"
-    return replace(recipe, attention=by(recipe.attention), ffn=by(recipe.ffn), experts=by(recipe.experts), attention_core=core)
+    core = core if recipe.dtype == "bfloat16" else "auto"
+    return replace(recipe, attention=by(recipe.attention), ffn=by(recipe.ffn), experts=by(recipe.experts), core=core)
 
 
 def unquantised(recipe: Recipe) -> Recipe:
     """For evaluation and decoding: of the weights, in 16 or 32 bits."""
-    return Recipe(recipe.dtype, attention_core=recipe.attention_core)
+    return Recipe(recipe.dtype, core=recipe.core)

@@ -59,7 +59,7 @@ def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, cou
     L = hidden_BLD.shape[1]
     target_BL = batch["tokens"][:, ahead : ahead + L]
     weight_BL = _counting(batch["segments"], L, ahead).astype(jnp.float32) / jnp.maximum(count, 1)
-    return model.layout.ends.cross_entropy(hidden_BLD, model.head_weight(), target_BL, weight_BL)
+    return model.layout.ends.cross_entropy(hidden_BLD, model.head_weight(), target_BL, weight_BL, model.core)
 
 
 def inputs(batch: Batch, depth: int) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:

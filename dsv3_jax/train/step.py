@@ -48,9 +48,9 @@ def over_replicas(f: Callable, layout: Layout) -> Callable:
 
 
 def training_recipe(config: Config, layout: Layout) -> Recipe:
-    """The configuration's, with its products and attention run by what the layout's devices have kernels for."""
+    """The configuration's, with its products, attention and head run by what the layout's devices have kernels for."""
     platform = platform_of(device_of(layout))
-    return run_by(recipe_of(config.precision), platform.implementation, platform.attention)
+    return run_by(recipe_of(config.precision), platform.implementation, platform.core)
 
 
 def gradients(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import registry
 from pallas_kernels.causal_attention import blockwise, hopper, reference, splash
 
-for _name, _module in (("reference", reference), ("blockwise", blockwise), ("splash", splash), ("hopper", hopper)):
+for _name, _module in (("reference", reference), ("blockwise", blockwise), ("tpu", splash), ("hopper", hopper)):
     registry.register("causal_attention", _name, _module.causal_attention)
 
 
@@ -24,7 +24,7 @@ def causal_attention(
 
     Key and value head sizes may differ. `blockwise` (what "auto" takes) never holds more than one block of scores a head,
     forward or backward, on every platform; being plain JAX, it is partitioned by XLA. For one device's heads there are
-    `splash`, JAX's kernel for TPU, and `hopper`, for bfloat16; `interpret` goes to them. What the backward pass needs of the
+    `tpu`, JAX's splash attention, and `hopper`, for bfloat16; `interpret` goes to them. What the backward pass needs of the
     result has the checkpoint_name `blockwise.RESIDUALS` in all of them.
     """
     chosen = "blockwise" if implementation == "auto" else implementation

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_attention.blockwise import RESIDUALS
+from pallas_kernels.hopper import COLUMN, ROW, over_columns, summed, tiling
 
 _ROWS = 64  # of a warpgroup, which is what wgmma multiplies at once
 _GROUPS = 2  # warpgroups of a program of the forward pass; the backward passes' sums take the registers of two
@@ -25,11 +26,7 @@ _BLOCK = 64  # rows of what they meet in one step
 _NEG = -1e30  # finite, so that a row with nothing to attend to yet gives exp2(0), not NaN; it is rescaled away later
 _STAGES = 2  # blocks on their way at once
 _LOG2E = math.log2(math.e)
-_ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a block
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-_transforms: Any = plgpu  # pyright takes their classes for abstract
-# shared memory as the tensor cores read 16-bit numbers
-_TILED = (_transforms.TilingTransform((8, 64)), _transforms.SwizzleTransform(128))
+_TILED = tiling(jnp.bfloat16)
 
 
 def _matrix(rows: int, columns: int, dtype, groups: int):
@@ -37,12 +34,8 @@ def _matrix(rows: int, columns: int, dtype, groups: int):
 
 
 def _zeros(*shape: int, fill: float = 0.0):
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else _ROW
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else ROW
     return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
-
-
-def _over_columns(x_R, shape):
-    return lax.broadcast_in_dim(x_R, shape, (0,))
 
 
 def _over_rows(x_C, shape):
@@ -71,23 +64,12 @@ def _dot_transposed(a, b_smem, shape):
     return _dot(a, b_smem.transpose((1, 0)), shape)
 
 
-def _summed(run, sums: list, shape: tuple[int, int]):
-    """What a pipeline's steps add to `sums[0]`, an accumulator that stays in registers from step to step."""
-
-    def with_accumulator(accumulator):
-        sums.append(accumulator)
-        run(None)
-        return accumulator[...]
-
-    return pl.run_scoped(with_accumulator, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _visible(first_row, first_column, segment_row, segment_column, shape, queries_are_rows: bool):
     """Which pairs may meet: the same segment, no key after its query."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
     row, column = row + first_row, column + first_column
     ahead = row >= column if queries_are_rows else column >= row
-    return ahead & (_over_columns(segment_row, shape) == _over_rows(segment_column, shape))
+    return ahead & (over_columns(segment_row, shape) == _over_rows(segment_column, shape))
 
 
 def _here(groups: int) -> tuple:
@@ -138,7 +120,7 @@ def _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
             ]  # fmt: skip
             _fetch(pairs, [b.at[group] for b in barriers])
             out, total, top = run((_zeros(_ROWS, U), _zeros(_ROWS), _zeros(_ROWS, fill=_NEG)))
-            out_smem[group] = (out * _over_columns(1 / total, (_ROWS, U))).astype(dtype)
+            out_smem[group] = (out * over_columns(1 / total, (_ROWS, U))).astype(dtype)
             lse_smem[group] = top + jnp.log(total) * _LOG2E
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[group], out_gmem.at[batch, mine, head])
@@ -148,14 +130,14 @@ def _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
         def step(index, k_smem, v_smem, segment_k_smem, carry):
             out, total, top = carry
             s = _dot_transposed(q_smem.at[group], k_smem, shape) * (scale * _LOG2E)
-            segment_q = plgpu.load(segment_smem.at[group], layout=_ROW)
-            segment_k = plgpu.load(segment_k_smem, layout=_COLUMN)
+            segment_q = plgpu.load(segment_smem.at[group], layout=ROW)
+            segment_k = plgpu.load(segment_k_smem, layout=COLUMN)
             s = jnp.where(_visible(row, index[0] * _BLOCK, segment_q, segment_k, shape, True), s, _NEG)
             new_top = jnp.maximum(top, jnp.max(s, axis=1))
-            p = jnp.exp2(s - _over_columns(new_top, shape))
+            p = jnp.exp2(s - over_columns(new_top, shape))
             shrink = jnp.exp2(top - new_top)
             total = total * shrink + jnp.sum(p, axis=1)
-            out = out * _over_columns(shrink, (_ROWS, U)) + _dot(_stored(p, p_smem.at[group]), v_smem, (_ROWS, U))
+            out = out * over_columns(shrink, (_ROWS, U)) + _dot(_stored(p, p_smem.at[group]), v_smem, (_ROWS, U))
             return out, total, new_top
 
         steps = (lax.axis_index("block") + 1) * (_MINE // _BLOCK)
@@ -189,19 +171,19 @@ def _gradient_of_queries(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL,
                 (delta_gmem.at[batch, head, mine], delta_smem.at[group]),
             ]  # fmt: skip
             _fetch(pairs, [b.at[group] for b in barriers])
-            dq = _summed(run, sums, (_ROWS, X))
+            dq = summed(run, sums, (_ROWS, X))
             plgpu.copy_smem_to_gmem(_stored(dq * scale, q_smem.at[group]), dq_gmem.at[batch, mine, head])
             plgpu.wait_smem_to_gmem(0)
 
         def step(index, k_smem, v_smem, segment_k_smem, carry):
             s = _dot_transposed(q_smem.at[group], k_smem, shape) * (scale * _LOG2E)
-            segment_q = plgpu.load(segment_smem.at[group], layout=_ROW)
-            segment_k = plgpu.load(segment_k_smem, layout=_COLUMN)
+            segment_q = plgpu.load(segment_smem.at[group], layout=ROW)
+            segment_k = plgpu.load(segment_k_smem, layout=COLUMN)
             s = jnp.where(_visible(row, index[0] * _BLOCK, segment_q, segment_k, shape, True), s, _NEG)
-            lse, delta = (plgpu.load(a.at[group], layout=_ROW) for a in (lse_smem, delta_smem))
-            p = jnp.exp2(s - _over_columns(lse, shape))
+            lse, delta = (plgpu.load(a.at[group], layout=ROW) for a in (lse_smem, delta_smem))
+            p = jnp.exp2(s - over_columns(lse, shape))
             dp = _dot_transposed(dout_smem.at[group], v_smem, shape)
-            ds = p * (dp - _over_columns(delta, shape))
+            ds = p * (dp - over_columns(delta, shape))
             plgpu.wgmma(sums[0], _stored(ds, ds_smem.at[group]), k_smem)
             plgpu.wgmma_wait(0)  # before the block that it reads is fetched anew
             return carry
@@ -243,7 +225,7 @@ def _gradient_of_keys(
                 (segment_gmem.at[batch, mine], segment_smem.at[group]),
             ]  # fmt: skip
             _fetch(pairs, [b.at[group] for b in barriers])
-            d = _summed(run, sums, (_ROWS, like.shape[-1]))
+            d = summed(run, sums, (_ROWS, like.shape[-1]))
             d_smem = (v_smem if of_values else k_smem).at[group]
             d = d if of_values else d * scale
             plgpu.copy_smem_to_gmem(_stored(d, d_smem), d_gmem.at[batch, mine, head])
@@ -253,12 +235,12 @@ def _gradient_of_keys(
             factor = 1.0
             if not of_values:
                 dp = _dot_transposed(v_smem.at[group], dout_smem, shape)
-                factor = dp - _over_rows(plgpu.load(delta_smem, layout=_COLUMN), shape)
+                factor = dp - _over_rows(plgpu.load(delta_smem, layout=COLUMN), shape)
             s = _dot_transposed(k_smem.at[group], q_smem, shape)
-            segment_k = plgpu.load(segment_smem.at[group], layout=_ROW)
-            segment_q = plgpu.load(segment_q_smem, layout=_COLUMN)
+            segment_k = plgpu.load(segment_smem.at[group], layout=ROW)
+            segment_q = plgpu.load(segment_q_smem, layout=COLUMN)
             visible = _visible(row, (first + index[0]) * _BLOCK, segment_k, segment_q, shape, False)
-            lse = _over_rows(plgpu.load(lse_smem, layout=_COLUMN), shape)
+            lse = _over_rows(plgpu.load(lse_smem, layout=COLUMN), shape)
             p = jnp.where(visible, jnp.exp2(s * (scale * _LOG2E) - lse), 0)
             plgpu.wgmma(sums[0], _stored(p * factor, p_smem.at[group]), dout_smem if of_values else q_smem)
             plgpu.wgmma_wait(0)  # before the block that it reads is fetched anew

@@ -46,5 +46,6 @@ def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret
     # padding gets a segment of its own: no real query sees it, and its rows still have themselves to attend to
     segment_BL = jnp.pad(segment_BL.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
     q_BLHX = (q_BLHX * scale).astype(q_BLHX.dtype)  # the kernel does not scale
-    out_BHLU: Any = jax.vmap(of_sequence)(*map(heads_first, (q_BLHX, k_BLHX, v_BLHU)), segment_BL)
+    q_BHLX, k_BHLX, v_BHLU = map(heads_first, (q_BLHX, k_BLHX, v_BLHU))
+    out_BHLU: Any = jax.vmap(of_sequence)(q_BHLX, k_BHLX, v_BHLU, segment_BL)
     return jnp.swapaxes(out_BHLU, 1, 2)[:, :L]

@@ -1,12 +1,10 @@
 """Output head and cross-entropy in one operation that never holds all logits."""
 
-from typing import Literal
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_cross_entropy import chunked, reference
-
-_IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "chunked": chunked.linear_cross_entropy}
 
 
 def linear_cross_entropy(
@@ -14,13 +12,17 @@ def linear_cross_entropy(
     w_DV: Float[Array, "D V"],
     target_T: Int[Array, " T"],
     weight_T: Float[Array, " T"],
-    implementation: Literal["auto", "chunked", "reference"] = "auto",
+    implementation: str = "auto",
+    interpret: Any = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum_t weight_t * nll_t, sum_t weight_t * [argmax = target]) for logits x @ w, both float32, nll in nats.
 
     The first is differentiable in x and w; the second is a count. Logits and the softmax are float32 whatever x's dtype.
-    `chunked` (what "auto" takes) goes through the tokens in chunks and computes the gradients in the same pass, so that
-    no logits are kept or recomputed.
+    All but `reference` go through the tokens in chunks and compute the gradients in the same pass, so that no logits are kept
+    or recomputed. A chunk's logits and what cross-entropy needs of them come from plain JAX ("auto"), or in one pass
+    from a kernel for TPU (`tpu`) or, in bfloat16, NVIDIA Hopper (`hopper`), to which `interpret` goes; both are
+    for one device's columns. A plug-in registers the operation `logit_statistics`.
     """
-    chosen = "chunked" if implementation == "auto" else implementation
-    return _IMPLEMENTATIONS[chosen](x_TD, w_DV, target_T, weight_T)
+    if implementation == "reference":
+        return reference.linear_cross_entropy(x_TD, w_DV, target_T, weight_T)
+    return chunked.linear_cross_entropy(x_TD, w_DV, target_T, weight_T, implementation, interpret)

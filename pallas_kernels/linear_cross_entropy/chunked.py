@@ -5,17 +5,36 @@ logits are; the backward pass only scales what the forward pass made. Three matm
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_CHUNK = 512  # tokens: 16 MB of float32 logits at V = 8192, and a matmul large enough to run at speed
+from pallas_kernels import registry
+from pallas_kernels.linear_cross_entropy import hopper, tpu
+from pallas_kernels.linear_cross_entropy.statistics import logit_statistics
+
+# Tokens of a chunk. In plain JAX, 512: 16 MB of float32 logits at V = 8192, and a matmul large enough to run at speed on a
+# CPU. On an accelerator dw's float32 sums go through memory once a chunk, which takes 2048 tokens' products to hide.
+_CHUNK, _CHUNK_OF_KERNELS = 512, 2048
+OPERATION = "logit_statistics"
+for _name, _function in (("auto", logit_statistics), ("tpu", tpu.logit_statistics), ("hopper", hopper.logit_statistics)):
+    registry.register(OPERATION, _name, _function)
 
 
-def _chunks(x_TD, target_T, weight_T):
+class Setting(NamedTuple):
+    """Mesh axes over which the vocabulary is sharded (w is then this device's columns, and targets count from the first of
+    them, so that they may lie outside; called inside `shard_map`), and who computes a chunk's logits."""
+
+    axes: tuple[str, ...] = ()
+    implementation: str = "auto"
+    interpret: Any = None
+
+
+def _chunks(x_TD, target_T, weight_T, setting: Setting):
     T = x_TD.shape[0]
-    chunk = min(_CHUNK, T)
+    chunk = min(_CHUNK if setting.implementation == "auto" else _CHUNK_OF_KERNELS, T)
     pad = -T % chunk
 
     def cut(a):
@@ -24,60 +43,57 @@ def _chunks(x_TD, target_T, weight_T):
     return cut(x_TD), cut(target_T), cut(weight_T)  # padding has weight 0
 
 
-def _chunk_loss(x, w_DV, target, weight, axes: tuple[str, ...]):
-    """Weighted nll and count of right guesses, exp(logits - top) and its sum over the whole vocabulary."""
-    logits = jnp.dot(x, w_DV, preferred_element_type=jnp.float32)
-    here = (target >= 0) & (target < w_DV.shape[1])
-    top = lax.pmax(logits.max(-1), axes) if axes else logits.max(-1)
-    exp = jnp.exp(logits - top[:, None])
-    at_target = jnp.where(here, jnp.take_along_axis(logits, target[:, None], axis=-1, mode="clip")[:, 0], 0)
-    total, at_target = lax.psum((exp.sum(-1), at_target), axes) if axes else (exp.sum(-1), at_target)
-    nll = jnp.log(total) + top - at_target
+def _chunk_loss(x, w_DV, target, weight, setting: Setting, keep: bool):
+    """(weighted nll, weighted count of right guesses), log-sum-exps over the whole vocabulary, and logits if kept."""
+    top, total, at_target, logits = registry.run(OPERATION, setting.implementation, (x, w_DV, target, keep), setting.interpret)
+    if setting.axes:
+        top_here, top = top, lax.pmax(top, setting.axes)
+        total, at_target = lax.psum((total * jnp.exp(top_here - top), at_target), setting.axes)
+    lse = top + jnp.log(total)
     correct = at_target >= top  # argmax, but a tie counts as right
-    return jnp.sum(weight * nll), jnp.sum(weight * correct), exp, total
+    return (jnp.sum(weight * (lse - at_target)), jnp.sum(weight * correct)), lse, logits
 
 
-def loss(x_TD, w_DV, target_T, weight_T, axes: tuple[str, ...] = ()):
-    """The two sums. With mesh `axes` over which the vocabulary is sharded, `w_DV` is this device's columns and `target_T`
-    counts from the first of them, so that it may lie outside; call it inside `shard_map` then."""
+def loss(x_TD, w_DV, target_T, weight_T, setting: Setting):
+    """The two sums."""
 
-    def body(carry, chunk):
+    def body(sums, chunk):
         x, target, weight = chunk
-        loss, correct, _, _ = _chunk_loss(x, w_DV, target, weight, axes)
-        return (carry[0] + loss, carry[1] + correct), None
+        chunk_sums, _, _ = _chunk_loss(x, w_DV, target, weight, setting, keep=False)
+        return jax.tree.map(jnp.add, sums, chunk_sums), None
 
-    return lax.scan(body, (jnp.float32(0), jnp.float32(0)), _chunks(x_TD, target_T, weight_T))[0]
+    return lax.scan(body, (jnp.float32(0), jnp.float32(0)), _chunks(x_TD, target_T, weight_T, setting))[0]
 
 
-def loss_and_gradients(x_TD, w_DV, target_T, weight_T, axes: tuple[str, ...] = ()):
+def loss_and_gradients(x_TD, w_DV, target_T, weight_T, setting: Setting):
     """(`loss`, (dx_TD, f32 dw_DV)). With a sharded vocabulary dx is these columns' part of a sum over the shards."""
 
     def body(carry, chunk):
-        loss, correct, dw_DV = carry
+        sums, dw_DV = carry
         x, target, weight = chunk
-        chunk_loss, chunk_correct, exp, total = _chunk_loss(x, w_DV, target, weight, axes)
+        chunk_sums, lse, logits = _chunk_loss(x, w_DV, target, weight, setting, keep=True)
         onehot = target[:, None] == jnp.arange(w_DV.shape[1])
-        dlogits = (exp * (weight / total)[:, None] - jnp.where(onehot, weight[:, None], 0)).astype(x.dtype)
+        dlogits = ((jnp.exp(logits - lse[:, None]) - onehot) * weight[:, None]).astype(x.dtype)
         dx = jnp.dot(dlogits, w_DV.T, preferred_element_type=jnp.float32).astype(x.dtype)
         dw_DV = dw_DV + jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
-        return (loss + chunk_loss, correct + chunk_correct, dw_DV), dx
+        return (jax.tree.map(jnp.add, sums, chunk_sums), dw_DV), dx
 
-    init = (jnp.float32(0), jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-    (loss, correct, dw_DV), dx = lax.scan(body, init, _chunks(x_TD, target_T, weight_T))
-    return (loss, correct), (dx.reshape(-1, x_TD.shape[1])[: x_TD.shape[0]], dw_DV)
-
-
-@jax.custom_vjp
-def _loss(x_TD, w_DV, target_T, weight_T):
-    return loss(x_TD, w_DV, target_T, weight_T)
+    init = (jnp.float32(0), jnp.float32(0)), jnp.zeros(w_DV.shape, jnp.float32)
+    (sums, dw_DV), dx = lax.scan(body, init, _chunks(x_TD, target_T, weight_T, setting))
+    return sums, (dx.reshape(-1, x_TD.shape[1])[: x_TD.shape[0]], dw_DV)
 
 
-def _loss_fwd(x_TD, w_DV, target_T, weight_T):
-    sums, (dx_TD, dw_DV) = loss_and_gradients(x_TD, w_DV, target_T, weight_T)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss(x_TD, w_DV, target_T, weight_T, setting: Setting):
+    return loss(x_TD, w_DV, target_T, weight_T, setting)
+
+
+def _loss_fwd(x_TD, w_DV, target_T, weight_T, setting: Setting):
+    sums, (dx_TD, dw_DV) = loss_and_gradients(x_TD, w_DV, target_T, weight_T, setting)
     return sums, (dx_TD, dw_DV.astype(w_DV.dtype))
 
 
-def _loss_bwd(residuals, cotangents):
+def _loss_bwd(_, residuals, cotangents):
     dx_TD, dw_DV = residuals
     scale = cotangents[0]
     return (dx_TD * scale).astype(dx_TD.dtype), (dw_DV * scale).astype(dw_DV.dtype), None, None
@@ -87,6 +103,6 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 @functools.partial(jax.named_call, name="linear_cross_entropy_chunked")
-def linear_cross_entropy(x_TD, w_DV, target_T, weight_T):
+def linear_cross_entropy(x_TD, w_DV, target_T, weight_T, implementation: str = "auto", interpret: Any = None):
     """See `api.linear_cross_entropy`."""
-    return _loss(x_TD, w_DV, target_T, weight_T)
+    return _loss(x_TD, w_DV, target_T, weight_T, Setting((), implementation, interpret))

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import COLUMN, ROW, tiling
 from pallas_kernels.scaled import TILE, Scaled, tiles
 
 _HALF = 64  # rows of a warpgroup
@@ -23,13 +24,6 @@ def _padded(x: Scaled):
     M, K = x.values.shape
     values = jnp.pad(x.values, ((0, -M % TILE), (0, -K % TILE))) if M % TILE or K % TILE else x.values
     return values, jnp.pad(x.row_scales(), ((0, 0), (0, -M % TILE)))
-
-
-def _tiling(dtype) -> tuple:
-    """How TMA lays out rows of 128 bytes so that the tensor cores read them without bank conflicts."""
-    tiling: Any = plgpu.TilingTransform  # whose base class pyright takes for abstract
-    swizzle: Any = plgpu.SwizzleTransform
-    return tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128)
 
 
 def _product(steps, first, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
@@ -43,8 +37,8 @@ def _product(steps, first, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y
             return accumulator[...]
 
         partial = pl.run_scoped(dot, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
-        a_scale = plgpu.load(a_scale_smem.at[0, mine], layout=plgpu.Layout.WGMMA.reduce(1))
-        b_scale = plgpu.load(b_scale_smem.at[0], layout=plgpu.Layout.WGMMA.reduce(0))
+        a_scale = plgpu.load(a_scale_smem.at[0, mine], layout=ROW)
+        b_scale = plgpu.load(b_scale_smem.at[0], layout=COLUMN)
         scale = lax.broadcast_in_dim(a_scale, shape, (0,)) * lax.broadcast_in_dim(b_scale, shape, (1,))
         return total + partial * scale
 
@@ -55,7 +49,7 @@ def _product(steps, first, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y
         plgpu.copy_smem_to_gmem(y_smem.at[mine], y_gmem.at[mine])
         plgpu.wait_smem_to_gmem(0)
 
-    values = {"memory_space": plgpu.SMEM, "transforms": _tiling(a_gmem.dtype)}
+    values = {"memory_space": plgpu.SMEM, "transforms": tiling(a_gmem.dtype)}
     plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(steps,),
@@ -90,7 +84,7 @@ def _wgrad_body(first_gmem, count_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gm
 
 def _kernel(body, out_type, grid: dict[str, int], interpret: Any):
     """Two warpgroups that compute and one that fetches, for each point of the grid."""
-    scratch = (plgpu.SMEM((TILE, TILE), out_type.dtype, transforms=_tiling(out_type.dtype)),)
+    scratch = (plgpu.SMEM((TILE, TILE), out_type.dtype, transforms=tiling(out_type.dtype)),)
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=3,
         thread_name="warpgroup", interpret=interpret,

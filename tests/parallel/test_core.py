@@ -1,4 +1,4 @@
-"""Attention by a kernel, which XLA cannot partition, runs on each device's sequences and heads and changes no number."""
+"""Attention and head by kernels, which XLA cannot partition, run on each device's part and change no number."""
 
 import functools
 from dataclasses import replace
@@ -12,16 +12,18 @@ from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import gradients
 from pallas_kernels import register
 from pallas_kernels.causal_attention import splash
+from pallas_kernels.linear_cross_entropy import tpu
 from tests.parallel.cases import MESHES, assert_same_gradients, batch_of, config_of, state_on
 
-register("causal_attention", "splash interpreted", functools.partial(splash.causal_attention, interpret=True))
-KERNEL = replace(RECIPES["float32"], attention_core="splash interpreted")
+register("causal_attention", "interpreted", functools.partial(splash.causal_attention, interpret=True))
+register("logit_statistics", "interpreted", functools.partial(tpu.logit_statistics, interpret=True))
+KERNEL = replace(RECIPES["float32"], core="interpreted")
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
-def test_the_kernel_on_a_mesh_equals_one_device(mesh):
-    """The whole model's gradients, with replicas and pipeline stages as axes of a vmap around JAX's kernel for TPU,
-    interpreted. float32; sums over devices and over keys come in another order."""
+def test_kernels_on_a_mesh_equal_one_device(mesh):
+    """The whole model's gradients, with replicas and pipeline stages as axes of a vmap around the kernels for TPU,
+    interpreted, and a sharded vocabulary. float32; sums over devices, keys and vocabulary come in another order."""
 
     def found(overrides, recipe):
         config = config_of(["remat.policy=selective", *overrides])
