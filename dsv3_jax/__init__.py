@@ -15,24 +15,31 @@ if TYPE_CHECKING:
     from dsv3_jax.checkpoint.load import load as load
     from dsv3_jax.config import Config as Config
     from dsv3_jax.config import ModelConfig as ModelConfig
+    from dsv3_jax.config import ParallelConfig as ParallelConfig
     from dsv3_jax.config import load_config as load_config
     from dsv3_jax.errors import UserError as UserError
-    from dsv3_jax.interop.hf_weights import load_hf as load_hf
+    from dsv3_jax.interop.hf_export import save_hf as save_hf
+    from dsv3_jax.interop.hf_load import load_hf as load_hf
     from dsv3_jax.model.transformer import Transformer as Transformer
     from dsv3_jax.serve.generate import generate as generate
 
 _HOME = {
     "Config": "config",
     "ModelConfig": "config",
+    "ParallelConfig": "config",
     "load_config": "config",
     "UserError": "errors",
-    "load_hf": "interop.hf_weights",
+    "load_hf": "interop.hf_load",
+    "save_hf": "interop.hf_export",
     "load": "checkpoint.load",
     "Transformer": "model.transformer",
     "generate": "serve.generate",
 }
 
-__all__ = ["Config", "ModelConfig", "Transformer", "UserError", "generate", "load", "load_config", "load_hf"]
+__all__ = [
+    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "generate", "load", "load_config", "load_hf",
+    "save_hf",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

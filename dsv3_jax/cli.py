@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -160,6 +160,67 @@ def generate(
         print(tokenizer.decode(np.asarray(out)[0].tolist()))
 
 
+def import_(
+    hf_dir: Annotated[Path, tyro.conf.Positional],
+    ckpt_dir: Annotated[Path | None, tyro.conf.Positional] = None,
+    overrides: Overrides = (),
+    plan: bool = False,
+    dtype: Literal["exact", "bfloat16"] = "exact",
+) -> None:
+    """Import a Hugging Face checkpoint of DeepSeek-V3's architecture: float32, bfloat16 or DeepSeek's block-FP8.
+
+    The result is a checkpoint that eval, generate and export take, on any mesh. What was cut off goes on when called again.
+
+    Example: dsv3 import path/to/DeepSeek-V3 checkpoints/v3 parallel.expert=8 && dsv3 import --plan path/to/DeepSeek-V3
+
+    Args:
+        hf_dir: A directory with config.json and safetensors; with --plan, an index with config.json beside it will do.
+        ckpt_dir: Where the checkpoint goes; nothing stands there before all of it does.
+        overrides: key=value for what config.json does not say: parallel.*, data.*, precision.*, ...
+        plan: Only print which tensor fills which array, what is left over, and what it takes; reads no weights.
+        dtype: exact keeps every number (8 bits become float32); bfloat16 rounds matrices.
+    """
+    if plan:
+        from rich.console import Console
+
+        from dsv3_jax.interop.hf_plan import plan_import, show_plan
+
+        show_plan(plan_import(hf_dir), Console(highlight=False))
+        return
+    if ckpt_dir is None:
+        raise UserError("import needs CKPT_DIR, where the checkpoint goes; or --plan")
+    _join()
+    from dsv3_jax.interop.hf_import import import_hf
+    from dsv3_jax.parallel.processes import is_first
+
+    written = import_hf(hf_dir, ckpt_dir, overrides, dtype == "bfloat16")
+    if is_first():
+        print(f"imported {hf_dir} as {written}")
+
+
+def export(
+    run: RunPath,
+    out_dir: Annotated[Path, tyro.conf.Positional],
+    format: Literal["hf-f32", "hf-bf16", "hf-fp8"] = "hf-bf16",
+    shard_gb: float = 5.0,
+) -> None:
+    """Export a run or checkpoint as a Hugging Face checkpoint that transformers, vLLM and SGLang load.
+
+    Weights are read from disk a tensor at a time: no device and little memory is needed, whatever mesh wrote them.
+
+    Example: dsv3 export runs/tiny exported/tiny --format hf-fp8
+
+    Args:
+        run: A run (its latest checkpoint) or a checkpoint directory.
+        out_dir: Where it goes; nothing stands there before all of it does.
+        format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8).
+        shard_gb: Size of a safetensors file at most, in 10^9 bytes.
+    """
+    from dsv3_jax.interop.hf_export import export as write
+
+    print(f"exported {run} as {write(run, out_dir, format, int(shard_gb * 1e9))}")
+
+
 def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
     """Print a configuration's parameters, bytes, cache and FLOPs. Allocates nothing.
 
@@ -216,6 +277,8 @@ _VERBS = {
     "resume": resume,
     "eval": evaluate,
     "generate": generate,
+    "import": import_,
+    "export": export,
     "describe": describe,
     "platforms": platforms,
     "launch": launch,

@@ -408,6 +408,15 @@ def config_from_dict(raw: dict, source: str = "config") -> Config:
         raise UserError(_explain(error, source)) from None
 
 
+def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
+    """Set `key=value`s in a nested dict; values are YAML. Raises `UserError` for what is none."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not key=value, e.g. train.steps=100")
+        _merge(raw, key, _parse_yaml(value, override))
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML preset and apply `key=value` overrides (values are YAML: `1e-3`, `null`, `true`, `text`)."""
     try:
@@ -417,11 +426,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     raw = _parse_yaml(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(raw).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {override!r} is not key=value, e.g. train.steps=100")
-        _merge(raw, key, _parse_yaml(value, override))
+    merge_overrides(raw, overrides)
     return config_from_dict(raw, str(path))
 
 

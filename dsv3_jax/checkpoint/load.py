@@ -27,12 +27,17 @@ class Checkpoint:
     path: Path
     config: Config
 
+    def tokenizer_file(self) -> Path | None:
+        """tokenizer.json: the run's, two levels above a checkpoint, or in an imported checkpoint itself."""
+        found = (parent / "tokenizer.json" for parent in (self.path, *self.path.parents[:2]))
+        return next((file for file in found if file.is_file()), None)
+
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer.json, which stands two levels above a checkpoint."""
-        for parent in self.path.parents[:2]:
-            if (parent / "tokenizer.json").is_file():
-                return load_tokenizer(parent / "tokenizer.json", self.config.model.vocab_size)
-        raise UserError(f"no tokenizer.json above {self.path}; a checkpoint needs its run's one")
+        """Raises `UserError` if there is none."""
+        file = self.tokenizer_file()
+        if file is None:
+            raise UserError(f"no tokenizer.json in {self.path} or above it; a checkpoint needs its run's one")
+        return load_tokenizer(file, self.config.model.vocab_size)
 
 
 @dataclass(frozen=True)

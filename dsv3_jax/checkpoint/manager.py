@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from dsv3_jax.parallel.processes import on_first
 from dsv3_jax.train.state import TrainState
 
 _MANIFEST = "manifest.json"
+WEIGHTS = "weights"  # the set of arrays that a model needs, which all checkpoints have
+_CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
 
 
@@ -40,7 +43,7 @@ def _unflat(template: Any, flat: dict[str, Any]) -> Any:
 
 def _parts(state: TrainState) -> dict[str, Any]:
     parts = {
-        "weights": {"params": state.params, "router_bias": state.router_bias},
+        WEIGHTS: {"params": state.params, "router_bias": state.router_bias},
         "optimizer": {"step": state.step, "opt_state": state.opt_state, "controller": state.controller},
     }
     return parts if state.ema is None else parts | {"ema": {"ema": state.ema}}
@@ -55,8 +58,10 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
 
 
-def _write_manifest(directory: Path) -> None:
-    listing = {str(p.relative_to(directory)): [p.stat().st_size, _digest(p)] for p in _files(directory)}
+def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> None:
+    """Every file's [size, sha256] by its name within `directory`; those that are `known` are not read again."""
+    names = {p.relative_to(directory).as_posix(): p for p in _files(directory)}
+    listing = dict(known or {}) | {n: [p.stat().st_size, _digest(p)] for n, p in names.items() if n not in (known or {})}
     scratch = directory / f"{_MANIFEST}.tmp"
     scratch.write_text(json.dumps(listing, indent=1))
     scratch.rename(directory / _MANIFEST)
@@ -131,8 +136,9 @@ class CheckpointManager:
         on_first(lambda: shutil.rmtree(target, ignore_errors=True))  # cut off: start over
         parts = {name: _flat(tree) for name, tree in _parts(state).items()}
         try:
-            ocp.save_checkpointables(str(target), parts, custom_metadata=metadata)
-            on_first(lambda: _write_manifest(target))
+            with _saving():
+                ocp.save_checkpointables(str(target), parts, custom_metadata=metadata)
+            on_first(lambda: write_manifest(target))
         except FailedElsewhere:
             raise
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
@@ -168,7 +174,7 @@ class CheckpointManager:
         directory = self._directory / str(step)
         on_first(lambda: verify(directory))
         loaded = _load(directory, _parts(template))
-        optimizer, weights = loaded["optimizer"], loaded["weights"]
+        optimizer, weights = loaded["optimizer"], loaded[WEIGHTS]
         state = replace(
             template,
             step=optimizer["step"],
@@ -179,6 +185,13 @@ class CheckpointManager:
             controller=optimizer["controller"],
         )
         return state, read_metadata(directory)
+
+
+def _saving() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.array.saving.storage_options.shard_axes = (0,)
+    return context
 
 
 def _reason(error: BaseException) -> str:
@@ -199,5 +212,5 @@ def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
 
 def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, Any]:
     """Only what a model needs of a verified checkpoint, in the shapes and shardings of the given templates."""
-    weights = _load(directory, {"weights": {"params": params, "router_bias": router_bias}})["weights"]
+    weights = _load(directory, {WEIGHTS: {"params": params, "router_bias": router_bias}})[WEIGHTS]
     return weights["params"], weights["router_bias"]

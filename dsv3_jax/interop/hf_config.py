@@ -7,13 +7,15 @@ from typing import Any
 
 from dsv3_jax.config import ModelConfig, RopeConfig, config_from_dict
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop import fp8
 
 # Fields that say nothing about the computation, or repeat what others say.
 _IGNORED = {
     "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
     "ep_size", "head_dim", "id2label", "is_encoder_decoder", "label2id", "model_type", "num_key_value_heads",
     "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "problem_type", "qk_head_dim", "return_dict", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
+    "problem_type", "qk_head_dim", "quantization_config", "return_dict", "seq_aux", "torch_dtype", "transformers_version",
+    "use_cache",
 }  # fmt: skip
 
 # Fields that the architecture fixes: any other value is another model.
@@ -33,6 +35,9 @@ _DEFAULTS = {
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
     "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
+
+# Of quantization_config: how scales were rounded, and which modules are in 16 bits; both are in the tensors.
+_QUANTIZATION_IGNORED = {"scale_fmt", "modules_to_not_convert", "ignored_layers"}
 
 _RENAMED = {"num_mtp_layers": "num_nextn_predict_layers"}
 
@@ -62,25 +67,42 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: float(value) if key in floats else value for key, value in rope.items()}
 
 
-def read_hf_config(directory: str | Path) -> ModelConfig:
-    """Parse `directory/config.json`. Raises `UserError` naming a field that is unknown, unsupported or impossible."""
+def _check_quantization(quantization: Any, where: str) -> None:
+    """DeepSeek's block-FP8, which tensors show by themselves: all that could say otherwise is refused."""
+    if not isinstance(quantization, dict):
+        raise UserError(f"{where}: quantization_config={quantization!r} must be an object")
+    for key, value in fp8.QUANTIZATION_CONFIG.items():
+        if quantization.get(key, None if key == "quant_method" else value) != value:
+            raise UserError(f"{where}: quantization_config.{key}={quantization.get(key)!r} is not supported; only {value!r} is")
+    unknown = sorted(set(quantization) - set(fp8.QUANTIZATION_CONFIG) - _QUANTIZATION_IGNORED)
+    if unknown:
+        raise UserError(f"{where}: quantization_config.{unknown[0]} is unknown, so its effect on the weights is too")
+
+
+def read_config_json(directory: str | Path) -> dict[str, Any]:
+    """The fields of `directory/config.json`. Raises `UserError` if it is not a DeepSeek-V3's."""
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "deepseek_v3":
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: model_type={found!r}; only 'deepseek_v3' can be loaded")
+    return raw
+
+
+def model_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """Raises `UserError` naming a field that is unknown, unsupported or impossible."""
     raw = _DEFAULTS | raw
     if raw.get("quantization_config"):
-        raise UserError(f"{path}: quantization_config is not supported yet; load a float32 or bfloat16 checkpoint")
+        _check_quantization(raw["quantization_config"], where)
     for name, value in _FIXED.items():
         if raw.get(name, value) != value:
-            raise UserError(f"{path}: {name}={raw[name]!r} is not supported; only {value!r} is")
+            raise UserError(f"{where}: {name}={raw[name]!r} is not supported; only {value!r} is")
     heads = raw["num_attention_heads"]
     if raw.get("num_key_value_heads", heads) not in (heads, None):
-        raise UserError(f"{path}: num_key_value_heads={raw['num_key_value_heads']} must equal num_attention_heads={heads}")
+        raise UserError(f"{where}: num_key_value_heads={raw['num_key_value_heads']} must equal num_attention_heads={heads}")
 
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     model: dict[str, Any] = {_RENAMED.get(str(key), str(key)): value for key, value in raw.items()}
@@ -88,8 +110,31 @@ def read_hf_config(directory: str | Path) -> ModelConfig:
     unknown = sorted(set(model) - known - _IGNORED - set(_FIXED) - {"rope_scaling", "rope_theta"})
     unknown = [key for key in unknown if not key.startswith("_")]
     if unknown:
-        raise UserError(f"{path}: field {unknown[0]!r} is unknown, so its effect on the model is too")
+        raise UserError(f"{where}: field {unknown[0]!r} is unknown, so its effect on the model is too")
     sections = {"model": {k: v for k, v in model.items() if k in known} | {"rope_parameters": rope}}
     # a config of its own defaults, but for the model: seq_len must not trip over a short context
     sections["data"] = {"seq_len": 1}
-    return config_from_dict(sections, str(path)).model
+    return config_from_dict(sections, where).model
+
+
+def hf_config(c: ModelConfig, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """config.json's fields for a model, as released checkpoints have them; transformers, vLLM and SGLang read these.
+
+    `before` is the config.json that the model was imported from, whose fields that say nothing about the computation stay.
+    """
+    dropped = {"quantization_config", "rope_parameters", "transformers_version", "torch_dtype", "dtype", "auto_map"}
+    kept = {key: value for key, value in (before or {}).items() if key in _IGNORED - dropped}
+    model = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name != "rope_parameters"}
+    rope = dataclasses.asdict(c.rope_parameters)
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    scaling = None if kind == "default" else {"type": kind} | {k: v for k, v in rope.items() if v is not None}
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **kept, **model, **_FIXED,
+        "num_key_value_heads": c.num_attention_heads, "ep_size": 1, "use_cache": True,
+        "rope_theta": theta, "rope_scaling": scaling,
+    }  # fmt: skip
+
+
+def read_hf_config(directory: str | Path) -> ModelConfig:
+    """Of `directory/config.json`. Raises `UserError` as `read_config_json` and `model_config`."""
+    return model_config(read_config_json(directory), str(Path(directory) / "config.json"))

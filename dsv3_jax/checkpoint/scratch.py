@@ -1,0 +1,60 @@
+"""Directories that appear whole or not at all: written beside their place, under a lock, and renamed."""
+
+import fcntl
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from dsv3_jax.errors import UserError
+
+_LOCK = "lock"
+
+
+def scratch_of(target: Path) -> Path:
+    """Where `target` is written."""
+    target = target.absolute()
+    return target.with_name(f".{target.name}.partial")
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A scratch directory that this process alone may write."""
+
+    target: Path
+    scratch: Path
+    lock: IO
+
+    def clear(self) -> None:
+        for path in self.scratch.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def publish(self, directory: Path) -> None:
+        """`directory`, within the scratch directory, becomes the target."""
+        if self.target.exists():  # an empty directory, or `claim` would have refused it
+            self.target.rmdir()
+        directory.rename(self.target)
+        self.drop()
+
+    def drop(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.lock.close()
+
+
+def claim(target: Path) -> Claimed:
+    """The scratch directory of `target`, with what a writer that was killed has left in it.
+
+    Raises `UserError` if the target exists (and is no empty directory), or if somebody else is writing it.
+    """
+    target, scratch = target.absolute(), scratch_of(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; choose another directory or remove it")
+    scratch.mkdir(parents=True, exist_ok=True)
+    lock = (scratch / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"{target} is being written by another process") from None
+    return Claimed(target, scratch, lock)

@@ -1,0 +1,278 @@
+"""`dsv3 export` and `save_hf`: a model as a Hugging Face checkpoint for PyTorch clients (transformers, vLLM, SGLang).
+
+Formats: `hf-f32`, `hf-bf16`, and `hf-fp8`, DeepSeek's block-FP8 with bfloat16 for what it leaves in 16 bits. A directory
+appears whole or not at all: everything is written beside it, config.json last, and renamed.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.checkpoint.load import open_checkpoint
+from dsv3_jax.checkpoint.manager import read_metadata
+from dsv3_jax.checkpoint.piecewise import StoredArrays
+from dsv3_jax.checkpoint.scratch import claim
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.tokenizer import load_tokenizer, special_ids
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop import fp8
+from dsv3_jax.interop.arrays import abstract_arrays, array_names, stored_name
+from dsv3_jax.interop.hf_config import hf_config
+from dsv3_jax.interop.hf_files import INDEX, SINGLE
+from dsv3_jax.interop.hf_import import COMPANIONS
+from dsv3_jax.interop.hf_tensors import Source, copies, sources
+from dsv3_jax.interop.progress import BytesProgress
+from dsv3_jax.interop.safetensors_file import SafetensorsWriter
+from dsv3_jax.model.transformer import Transformer
+
+FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
+SHARD_BYTES = 5 * 10**9
+_F32, _BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor, what it is made of, and whether in 8 bits (then its scales follow it)."""
+
+    name: str
+    source: Source
+    dtype: np.dtype
+
+    @property
+    def parts(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        found = {self.name: (self.dtype, self.source.shape)}
+        if self.dtype == fp8.VALUES:
+            found[self.name + fp8.SUFFIX] = _F32, fp8.scale_shape(self.source.shape)
+        return found
+
+    @property
+    def size(self) -> int:
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.parts.values())
+
+    def encode(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        if self.dtype != fp8.VALUES:
+            return {self.name: tensor.astype(self.dtype)}
+        values, scales = fp8.quantize(tensor.astype(_F32))
+        return {self.name: values, self.name + fp8.SUFFIX: scales}
+
+
+def _outputs(config: ModelConfig, format: str) -> list[_Output]:
+    found: dict[str, _Output] = {}
+    for s in sources(config):
+        # the balancing bias decides between experts by small differences: released checkpoints have it in float32 too
+        exact = format == "hf-f32" or s.tensor.endswith("e_score_correction_bias")
+        dtype = _F32 if exact else fp8.VALUES if format == "hf-fp8" and s.is_fp8 else _BF16
+        found[s.tensor] = _Output(s.tensor, s, dtype)
+    for copy in copies(config):
+        if not copy.tensor.startswith("lm_head"):  # transformers ties it by itself, and would call a copy unexpected
+            found[copy.tensor] = _Output(copy.tensor, found[copy.of].source, found[copy.of].dtype)
+    return list(found.values())
+
+
+def _shards(outputs: list[_Output], shard_bytes: int) -> list[list[_Output]]:
+    """In order; a shard has at least one tensor."""
+    found: list[list[_Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if found[-1] and size + output.size > shard_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(output)
+        size += output.size
+    return found
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A directory beside `target`, which becomes it at the end, or goes if something fails."""
+    claimed = claim(target)
+    try:
+        claimed.clear()  # of an export that was killed
+        directory = claimed.scratch / "export"
+        directory.mkdir()
+        yield directory
+        claimed.publish(directory)
+    except BaseException:
+        claimed.drop()
+        raise
+
+
+def _write_tensors(
+    directory: Path, config: ModelConfig, format: str, read: Callable[[Source], np.ndarray], shard_bytes: int
+) -> int:
+    """Shards and, if there are several, their index; returns the tensors' bytes. `read` gives a source's tensor."""
+    shards = _shards(_outputs(config, format), shard_bytes)
+    total, weight_map = sum(output.size for shard in shards for output in shard), {}
+    with BytesProgress("export", total) as progress:
+        for i, shard in enumerate(shards):
+            file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            parts = {name: part for output in shard for name, part in output.parts.items()}
+            with SafetensorsWriter(directory / file, parts) as writer:
+                for output in shard:
+                    for name, tensor in output.encode(read(output.source)).items():
+                        writer.write(name, tensor)
+                    progress.advance(output.size)
+            weight_map |= dict.fromkeys(parts, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return total
+
+
+def _card(config: ModelConfig, format: str, total: int, origin: Mapping[str, str]) -> str:
+    """The model card: what this is and how it was made."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in origin.items())
+    eight = (
+        "Projections and experts are e4m3 with a float32 scale (`weight_scale_inv`) for every 128 x 128 block, the rest is "
+        "bfloat16 (router bias: float32).\n\n" if format == "hf-fp8" else ""
+    )  # fmt: skip
+    mtp = config.num_nextn_predict_layers
+    modules = f", and {mtp} multi-token-prediction module{'s' * (mtp > 1)} (`model.layers.{config.num_hidden_layers}.*`)"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [deepseek_v3, dsv3_jax]
+---
+
+# A model of DeepSeek-V3's architecture
+
+{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.n_routed_experts} experts of which a token takes \
+{config.num_experts_per_tok}{modules if mtp else ""}; {total / 1e9:.2f} GB of weights as `{format}`.
+
+{eight}Exported by dsv3_jax {version("dsv3-jax")}:
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory", dtype="auto")
+```
+"""
+
+
+def _tokenizer_files(directory: Path, tokenizer: Path | None, vocab_size: int) -> dict[str, int]:
+    """tokenizer.json with the settings that transformers wants beside it, if there is one; ids of its special tokens."""
+    if tokenizer is None:
+        return {}
+    loaded = load_tokenizer(tokenizer, vocab_size)
+    bos, eos = special_ids(loaded)
+    if tokenizer.parent != directory:
+        shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    if not (directory / "tokenizer_config.json").exists():
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": loaded.id_to_token(bos),
+            "eos_token": loaded.id_to_token(eos), "clean_up_tokenization_spaces": False,
+        }  # fmt: skip
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return {"bos_token_id": bos, "eos_token_id": eos}
+
+
+def write_hf(
+    target: str | Path,
+    config: ModelConfig,
+    format: str,
+    read: Callable[[Source], np.ndarray],
+    *,
+    origin: Mapping[str, str],
+    companions: Path | None = None,
+    tokenizer: Path | None = None,
+    before: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """A checkpoint's directory: shards, index, config, generation config, tokenizer files, model card.
+
+    `read(source)` gives a tensor in Hugging Face's layout. `origin` goes into the card, `companions` is a directory whose
+    COMPANIONS come along, `before` the config.json of an import. Raises `UserError` for an unknown format, a shard size that
+    is not positive, and a target that exists.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if shard_bytes <= 0:
+        raise UserError(f"shard size {shard_bytes} must be positive")
+    with _appearing(Path(target)) as directory:
+        for name in COMPANIONS if companions else ():
+            if (companions / name).is_file():  # type: ignore[operator]
+                shutil.copyfile(companions / name, directory / name)  # type: ignore[operator]
+        ids = _tokenizer_files(directory, tokenizer, config.vocab_size)
+        total = _write_tensors(directory, config, format, read, shard_bytes)
+        fields = hf_config(config, before) | {"dtype": "float32" if format == "hf-f32" else "bfloat16"}
+        fields |= {"torch_dtype": fields["dtype"]}  # what clients older than transformers 5 read
+        fields = ids | fields
+        if format == "hf-fp8":
+            fields["quantization_config"] = fp8.QUANTIZATION_CONFIG
+        if not (directory / "generation_config.json").exists():
+            known = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in fields}
+            (directory / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+        (directory / "README.md").write_text(_card(config, format, total, origin))
+        (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return Path(target)
+
+
+def save_hf(
+    model: Transformer, directory: str | Path, format: str = "hf-bf16", *, tokenizer: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:  # fmt: skip
+    """Write a model as a Hugging Face checkpoint; `tokenizer` is a tokenizer.json to put beside it.
+
+    Formats: hf-f32, hf-bf16, hf-fp8. Nothing stands at `directory` before all of it does. Raises as `write_hf`.
+    """
+    if jax.process_count() > 1:
+        raise UserError("save_hf writes from one process; save a checkpoint, and `dsv3 export` it from any machine")
+    arrays = {name: variable.get_value() for name, variable in array_names(nnx.state(model)).items()}
+    layers: dict[tuple[str, int], np.ndarray] = {}  # of the array in hand, so that a sharded one is gathered once
+
+    def read(s: Source) -> np.ndarray:
+        array, (first, *rest) = arrays[s.array], s.place
+        if not isinstance(first, int):
+            return s.to_tensor(np.asarray(array)[s.place])
+        if (s.array, first) not in layers:
+            for key in [k for k in layers if k[0] == s.array]:
+                del layers[key]
+            layers[s.array, first] = np.asarray(jax.lax.dynamic_index_in_dim(array, first, keepdims=False))
+        return s.to_tensor(layers[s.array, first][tuple(rest)])
+
+    origin = {"from": "a model in memory (`dsv3_jax.save_hf`)", "format": f"`{format}`"}
+    return write_hf(
+        directory, model.config, format, read, origin=origin, tokenizer=Path(tokenizer) if tokenizer else None,
+        shard_bytes=shard_bytes,
+    )  # fmt: skip
+
+
+def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a run's latest checkpoint, or a checkpoint, of whatever mesh, as a Hugging Face checkpoint.
+
+    Weights are read from disk a tensor at a time, so that no device and little memory is needed. Raises as `write_hf` and
+    `open_checkpoint`.
+    """
+    found = open_checkpoint(run_or_checkpoint)
+    config = found.config.model
+    stored, variables = StoredArrays(found.path), abstract_arrays(config)
+    arrays: dict[str, Any] = {}
+
+    def read(s: Source) -> np.ndarray:
+        if s.array not in arrays:
+            arrays[s.array] = stored[stored_name(s.array, variables[s.array])]
+        # in the order of the tensor's axes, which is that of an imported chunk's bytes
+        region = arrays[s.array][s.place].transpose(tuple(np.argsort(s.order)))
+        return s.from_split(region.read().result())
+
+    metadata = read_metadata(found.path)
+    origin = {"from": f"`{found.config.name}`, checkpoint `{found.path.name}`", "format": f"`{format}`"}
+    return write_hf(
+        directory, config, format, read, origin=origin, companions=found.path, tokenizer=found.tokenizer_file(),
+        before=metadata.get("hf_config"), shard_bytes=shard_bytes,
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""`dsv3 import`: a Hugging Face checkpoint becomes one of this project's, tensor by tensor.
+
+Every tensor is a chunk of the array that it fills, in the order of its own bytes: what is in 16 or 32 bits is copied, not
+transposed, and nothing is rounded; weights in 8 bits are multiplied with their scales, into float32. Few are in memory.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
+from dsv3_jax.config import Config, config_from_dict, config_to_dict, merge_overrides
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop.arrays import abstract_arrays, stored_name
+from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
+from dsv3_jax.interop.hf_tensors import Source
+from dsv3_jax.interop.progress import BytesProgress
+from dsv3_jax.parallel.processes import is_first, on_first
+
+# Files of a checkpoint that go along: an export needs them.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+_THREADS = 2  # each hashes and writes
+IN_FLIGHT = 4  # tensors
+_SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) -> Config:
+    """The model as config.json has it, the rest by default; `overrides` may not touch the model."""
+    context = found.config.max_position_embeddings
+    raw: dict[str, Any] = {"name": name, "data": {"seq_len": min(context, _SEQ_LEN)}}
+    merge_overrides(raw, overrides)
+    if "model" in raw:
+        raise UserError("model.* comes from config.json and cannot be overridden")
+    raw["model"] = config_to_dict(found.config)
+    return config_from_dict(raw, "import")
+
+
+def stored_arrays(found: HFCheckpoint, bfloat16: bool) -> dict[str, ChunkedArray]:
+    """How a checkpoint holds the model's arrays, by their names in `hf_tensors`.
+
+    In the smallest dtype that holds all of an array's tensors exactly; matrices in bfloat16 if asked for.
+    """
+    variables, arrays = abstract_arrays(found.config), {}
+    for s in found.sources:
+        dtype = found.files.dtype(s.tensor)
+        if bfloat16 and len(s.shape) > 1:
+            dtype = BFLOAT16
+        if s.array in arrays and arrays[s.array].dtype != dtype:
+            dtype = np.dtype(np.float32)  # 16-bit formats of two kinds, or some tensors in more than 16
+        arrays[s.array] = ChunkedArray(variables[s.array].get_value().shape, dtype, s.chunk, s.chunk_order)
+    return arrays
+
+
+def _identity(found: HFCheckpoint, options: dict[str, Any]) -> str:
+    """Of an import: the files' headers, sizes and times, and what it was asked for."""
+    files = [(f, (found.files.directory / f).stat()) for f in sorted(found.files.files)]
+    described = {
+        "files": [(f, stat.st_size, stat.st_mtime_ns) for f, stat in files],
+        "tensors": [(name, found.files.entry(name)) for name in sorted(found.files.names)],
+        "config": found.raw_config,
+        "options": options,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _chunk_index(s: Source) -> tuple[int, ...]:
+    return tuple(0 if isinstance(i, slice) else i for i in s.place)
+
+
+def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[str, ...] = (), bfloat16: bool = False) -> Path:
+    """Write `directory`'s model as a checkpoint that `load`, `eval`, `generate`, `export` and training take, on any mesh.
+
+    Numbers are kept as they are (float32, bfloat16; 8 bits become float32), or matrices are rounded with `bfloat16`. What was
+    cut off goes on when called again; nothing stands at `checkpoint` before all of it does. `overrides` set config keys of
+    other sections than the model's. Several processes (`jax.distributed`) share the tensors. Raises `UserError` as
+    `hf_files.open_hf`, and for a `checkpoint` that exists.
+    """
+    target = Path(checkpoint)
+    found = open_hf(directory)
+    on_first(found.check_copies)
+    config = imported_config(found, target.name, overrides)
+    arrays, variables = stored_arrays(found, bfloat16), abstract_arrays(found.config)
+    names = {array: stored_name(array, variables[array]) for array in arrays}
+    metadata = {"config": config_to_dict(config), "hf_config": found.raw_config}
+    on_first(lambda: _check_room(target, arrays))
+    writer = PiecewiseWriter(
+        target,
+        _identity(found, metadata | {"bfloat16": bfloat16}),
+        {names[a]: stored for a, stored in arrays.items()},
+        metadata,
+    )
+    mine = found.sources[jax.process_index() :: jax.process_count()]
+    left = [s for s in mine if not writer.done(names[s.array], _chunk_index(s))]
+    total = sum(found.files.size(s.tensor) for s in mine)
+    done = total - sum(found.files.size(s.tensor) for s in left)
+
+    def write(s: Source, tensor: np.ndarray) -> None:
+        writer.write(names[s.array], _chunk_index(s), s.to_split(tensor.astype(arrays[s.array].dtype, copy=False)))
+
+    with BytesProgress("import", total, done, quiet=not is_first()) as progress, ThreadPoolExecutor(_THREADS) as pool:
+        running: deque[tuple[Source, Future]] = deque()
+
+        def finish_one() -> None:
+            s, future = running.popleft()
+            future.result()
+            found.files.release(s.tensor)
+            progress.advance(found.files.size(s.tensor))
+
+        for s in left:
+            if len(running) == IN_FLIGHT:
+                finish_one()
+            running.append((s, pool.submit(write, s, found.files.read(s.tensor))))
+        while running:
+            finish_one()
+    on_first(lambda: _copy_companions(found.files.directory, writer))
+    writer.commit()
+    return target
+
+
+def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
+    needed = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in arrays.values())
+    existing = next(p for p in target.absolute().parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    partial = target.absolute().with_name(f".{target.name}.partial")
+    there = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.exists() else 0
+    if needed - there > free:
+        raise UserError(f"{target} needs {needed / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left")
+
+
+def _copy_companions(directory: Path, writer: PiecewiseWriter) -> None:
+    for name in COMPANIONS:
+        if (directory / name).is_file():
+            writer.copy_file(directory / name)

@@ -1,0 +1,74 @@
+"""`load_hf`: a Hugging Face checkpoint as a model, on one device or on a mesh."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+
+from dsv3_jax.config import ParallelConfig
+from dsv3_jax.interop.arrays import array_names
+from dsv3_jax.interop.hf_files import TensorFiles, open_hf
+from dsv3_jax.interop.hf_tensors import Source
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.layout import MeshLayout, make_layout
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.processes import on_first
+from dsv3_jax.parallel.rules import stored_spec
+from dsv3_jax.parallel.serving import for_serving
+from dsv3_jax.precision.recipes import Recipe
+
+
+def _part(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...], index: Any) -> np.ndarray:
+    """f32 array[index] from the tensors that fill it."""
+    bounds = [i.indices(n) for i, n in zip(index, shape, strict=True)]
+    out = np.empty([stop - start for start, stop, _ in bounds], np.float32)
+    for s in sources:
+        at, part = [], []
+        for i, (start, stop, _), n in zip(s.place, bounds, shape, strict=True):
+            at.append(i if isinstance(i, slice) else i - start)
+            if isinstance(i, slice):
+                part.append(slice(None) if (start, stop) == (0, n) else slice(start, stop))
+            elif not start <= i < stop:
+                break  # another device's
+        else:
+            out[tuple(at)] = s.to_region(files.read(s.tensor), tuple(part))
+            files.release(s.tensor)
+    return out
+
+
+def _sharding(variable: nnx.Variable, layout: Layout) -> Sharding:
+    if isinstance(layout, MeshLayout):
+        return NamedSharding(layout.mesh, stored_spec(variable, layout.mesh))
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelConfig | None = None) -> Transformer:
+    """A model from a directory with config.json and safetensors (float32, bfloat16 or DeepSeek's block-FP8).
+
+    Parameters are float32, exactly the checkpoint's numbers; activations and products are in `dtype`. With `parallel` they
+    are spread over that mesh as training stores them, and every process reads only what its devices hold. Raises `UserError`
+    as `hf_files.open_hf`.
+    """
+    found = open_hf(directory)
+    on_first(found.check_copies)
+    layout = Layout() if parallel is None else make_layout(parallel, make_mesh(parallel))
+    recipe = Recipe(jnp.dtype(dtype).name)
+    model = nnx.eval_shape(lambda: Transformer(found.config, recipe=recipe, layout=for_serving(layout), rngs=nnx.Rngs(0)))
+
+    of_array: dict[str, list[Source]] = {}
+    for s in found.sources:
+        of_array.setdefault(s.array, []).append(s)
+
+    graph, state = nnx.split(model)
+    for name, variable in array_names(state).items():
+        shape = variable.get_value().shape
+        part = functools.partial(_part, found.files, of_array[name], shape)
+        variable.set_value(jax.make_array_from_callback(shape, _sharding(variable, layout), part))
+    return nnx.merge(graph, state)

@@ -1,0 +1,128 @@
+"""`dsv3 import --plan`: which tensor fills which array, what is left over on either side, what it takes. Reads no weights."""
+
+import collections
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop import fp8
+from dsv3_jax.interop.arrays import abstract_arrays
+from dsv3_jax.interop.hf_config import model_config, read_config_json
+from dsv3_jax.interop.hf_files import INDEX, SINGLE, TensorFiles, read_index, without_absent_mtp
+from dsv3_jax.interop.hf_import import IN_FLIGHT
+from dsv3_jax.interop.hf_tensors import copies, sources
+from dsv3_jax.interop.safetensors_file import DTYPES
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A tensor, what config.json or the file says of it, and where it goes."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str  # in safetensors' names
+    goes_to: str  # an array with the index that it fills, the weight that it scales, or the tensor that it repeats
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    mapped: list[Mapped]
+    tensors_left: list[str]  # that fill nothing
+    arrays_left: dict[str, str]  # array -> a tensor that it misses
+    arrays: dict[str, tuple[int, ...]]
+    written_bytes: int  # of the checkpoint that `dsv3 import` makes
+    host_bytes: int  # of a process, at most: tensors that are read at a time
+
+
+def _index(place: tuple[int | slice, ...]) -> str:
+    return ", ".join(":" if isinstance(i, slice) else str(i) for i in place)
+
+
+def _implied_dtypes(config: ModelConfig, raw: dict) -> dict[str, str]:
+    """What a released checkpoint with this config.json has each tensor in."""
+    plain = "F32" if (raw.get("dtype") or raw.get("torch_dtype")) == "float32" else "BF16"
+    found = {c.tensor: plain for c in copies(config)}
+    for s in sources(config):
+        in_8_bits = raw.get("quantization_config") and s.is_fp8
+        exact = s.tensor.endswith("e_score_correction_bias")
+        found[s.tensor] = "F32" if exact else "F8_E4M3" if in_8_bits else plain
+    return found
+
+
+def plan_import(path: str | Path) -> ImportPlan:
+    """Of a checkpoint's directory, or of its index alone with config.json beside it; then shapes and dtypes are those that
+    config.json implies. Raises `UserError` for a config or a file that cannot be read."""
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    raw = read_config_json(directory)
+    config = model_config(raw, str(directory / "config.json"))
+    index = path if path.is_file() else directory / INDEX
+    files = None
+    if index.is_file() and not all((directory / file).is_file() for file in set(read_index(index).values())):
+        names = set(read_index(index))
+    elif index.is_file() or (directory / SINGLE).is_file():
+        files = TensorFiles(directory)
+        names = files.names
+    else:
+        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    config = without_absent_mtp(config, names)
+    dtypes = _implied_dtypes(config, raw)
+    if files is not None:
+        dtypes |= {name: files.entry(name).dtype for name in dtypes if name in files}
+
+    mapped, missing = [], {}
+    written = largest = 0
+    for s in sources(config):
+        if s.tensor not in names:
+            missing.setdefault(s.array, s.tensor)
+            continue
+        mapped.append(Mapped(s.tensor, s.shape, dtypes[s.tensor], f"{s.array}[{_index(s.place)}]"))
+        size = math.prod(s.shape)
+        if dtypes[s.tensor] == "F8_E4M3":
+            scale = s.tensor + fp8.SUFFIX
+            if scale in names:
+                mapped.append(Mapped(scale, fp8.scale_shape(s.shape), "F32", f"scales of {s.tensor}"))
+            else:
+                missing.setdefault(s.array, scale)
+        stored = 4 if dtypes[s.tensor] == "F8_E4M3" else DTYPES[dtypes[s.tensor]].itemsize
+        written += size * stored
+        largest = max(largest, size * stored)
+    mapped += [Mapped(c.tensor, c.shape, dtypes[c.tensor], f"as {c.of}") for c in copies(config) if c.tensor in names]
+    left = sorted(names - {m.tensor for m in mapped})
+    arrays = {name: variable.get_value().shape for name, variable in abstract_arrays(config).items()}
+    return ImportPlan(mapped, left, missing, arrays, written, IN_FLIGHT * largest)
+
+
+def show_plan(plan: ImportPlan, console: Console) -> None:
+    """A row for each kind of tensor, and the totals. Raises `UserError` at the end if something is left over."""
+    kinds: dict[tuple[str, str], list[Mapped]] = collections.defaultdict(list)
+    for m in plan.mapped:
+        kinds[re.sub(r"\.\d+\.", ".N.", re.sub(r"\.\d+\.", ".N.", m.tensor)), re.sub(r"\d+", "N", m.goes_to)].append(m)
+    table = Table("tensor", "how many", "shape", "dtype", "GB", "goes to", title="import")
+    for (tensor, goes_to), found in kinds.items():
+        size = sum(m.bytes for m in found)
+        shape = " x ".join(map(str, found[0].shape))
+        table.add_row(tensor, f"{len(found):,}", shape, found[0].dtype, f"{size / 1e9:,.3f}", goes_to)
+    console.print(table)
+    filled = len(plan.arrays) - len(plan.arrays_left)
+    console.print(f"tensors: {len(plan.mapped):,} of {len(plan.mapped) + len(plan.tensors_left):,} go to an array")
+    console.print(f"arrays:  {filled} of {len(plan.arrays)} are filled")
+    console.print(
+        f"reads {sum(m.bytes for m in plan.mapped) / 1e9:,.2f} GB, writes {plan.written_bytes / 1e9:,.2f} GB (half of it in 8 "
+        f"bits' case with --dtype bfloat16); memory of a process: at most {plan.host_bytes / 1e9:,.2f} GB of tensors at a time"
+    )
+    if plan.tensors_left:
+        raise UserError(f"{len(plan.tensors_left)} tensors are left over, the first {plan.tensors_left[0]}")
+    if plan.arrays_left:
+        array, tensor = next(iter(plan.arrays_left.items()))
+        raise UserError(f"{len(plan.arrays_left)} arrays are not filled: {array} misses tensor {tensor}")
