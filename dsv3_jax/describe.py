@@ -8,7 +8,7 @@ from rich.table import Table
 from dsv3_jax.config import Config
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
 from dsv3_jax.precision.platforms import FORMATS, Platform, platform_of, platforms
-from dsv3_jax.train.progress import human
+from dsv3_jax.progress import human
 
 
 def _billions(parameters: int) -> str:

@@ -1,5 +1,6 @@
 """The peer's environment (torch and transformers, apart from the project's) and how to ask it for a measurement."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,18 +10,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-torch"
-PACKAGES = ["torch==2.13.0", "transformers==5.23.0", "safetensors"]
+PACKAGES = ["torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0", "accelerate==1.15.0"]
 
 
 def peer_python() -> Path:
     """The interpreter of .venv-torch, made on first use. torch 2.13.0 has a CPU wheel for Python 3.11 where one is at hand."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "ready").exists():
-        base = shutil.which("python3.11") or shutil.which("python3") or sys.executable
-        print(f"making {ENVIRONMENT.name} with {', '.join(PACKAGES)} ...", file=sys.stderr)
-        subprocess.run([base, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        (ENVIRONMENT / "ready").touch()
+    python, ready = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "ready"
+    with open(ROOT / "scripts" / "_peer.py") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several test workers may want it at once
+        if not ready.exists() or ready.read_text() != " ".join(PACKAGES):
+            base = shutil.which("python3.11") or shutil.which("python3") or sys.executable
+            print(f"making {ENVIRONMENT.name} with {', '.join(PACKAGES)} ...", file=sys.stderr)
+            subprocess.run([base, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+            ready.write_text(" ".join(PACKAGES))
     return python
 
 

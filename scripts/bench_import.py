@@ -9,6 +9,7 @@ Example: python scripts/bench_import.py --gb 8 --dir runs/bench_import
 import argparse
 import json
 import math
+import os
 import resource
 import shutil
 import statistics
@@ -24,7 +25,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_files import INDEX
 from dsv3_jax.interop.hf_tensors import sources
-from dsv3_jax.interop.safetensors_file import SafetensorsWriter
+from dsv3_jax.interop.safetensors_file import write_safetensors
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _SHARD_BYTES = 10**9
@@ -55,10 +56,9 @@ def make(directory: Path, gb: float) -> None:
     scratch.mkdir(parents=True)
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with SafetensorsWriter(scratch / name, {s.tensor: (_BF16, s.shape) for s in shard}) as writer:
-            for s in shard:
-                writer.write(s.tensor, np.resize(noise, s.shape))
-                weight_map[s.tensor] = name
+        shapes = {s.tensor: (_BF16, s.shape) for s in shard}
+        write_safetensors(scratch / name, shapes, lambda tensor, shapes=shapes: np.resize(noise, shapes[tensor][1]))
+        weight_map |= dict.fromkeys(shapes, name)
     (scratch / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (scratch / "config.json").write_text(json.dumps(hf_config(config)))
     scratch.rename(directory)
@@ -67,6 +67,7 @@ def make(directory: Path, gb: float) -> None:
 def timed(command: list[str], target: Path) -> dict:
     """Seconds and peak resident memory of a process that writes `target`."""
     shutil.rmtree(target, ignore_errors=True)
+    os.sync()  # what was written and removed before is no part of this
     began = time.perf_counter()
     watched = [sys.executable, __file__, "--watch", *command]
     done = subprocess.run(watched, capture_output=True, text=True, check=False)

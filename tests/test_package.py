@@ -21,7 +21,7 @@ ALLOWED = {
     "optim": {"model"},
     "train": {"data", "precision", "model", "parallel", "optim", "checkpoint", "serve"},
     "checkpoint": {"train", "precision", "model", "parallel", "data"},
-    "interop": {"model", "precision"},
+    "interop": {"data", "model", "precision", "parallel", "checkpoint"},
     "serve": {"model"},
 }
 

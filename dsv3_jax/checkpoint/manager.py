@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dsv3_jax.train.state import TrainState
 
 _MANIFEST = "manifest.json"
 WEIGHTS = "weights"  # the set of arrays that a model needs, which all checkpoints have
+_HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
 _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
 
@@ -76,12 +78,15 @@ def verify(directory: Path) -> None:
         raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {_MANIFEST})") from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{directory}: damaged {_MANIFEST}: {error}") from None
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             raise UserError(f"checkpoint {directory} is damaged: {name} should have {size} bytes, found {found}")
-        if _digest(path) != digest:
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        found = dict(zip(expected, pool.map(lambda name: _digest(directory / name), expected), strict=True))
+    for name, (_, digest) in expected.items():
+        if found[name] != digest:
             raise UserError(f"checkpoint {directory} is damaged: the contents of {name} do not match their sha256")
 
 

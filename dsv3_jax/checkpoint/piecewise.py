@@ -4,7 +4,6 @@ What is written is an ordinary checkpoint (see manager.py): Orbax's tree of Zarr
 a file of its own. A chunk's axes may lie in any order, so that the bytes of a transposed matrix can stay as they are.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore
 
+from dsv3_jax.checkpoint.direct import ReadInto, write_past_cache
 from dsv3_jax.checkpoint.manager import WEIGHTS, write_manifest
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.parallel.processes import agree, on_first
@@ -97,17 +97,12 @@ class PiecewiseWriter:
     def done(self, array: str, chunk: tuple[int, ...]) -> bool:
         return self._name(array, chunk) in self._done
 
-    def write(self, array: str, chunk: tuple[int, ...], data: np.ndarray) -> None:
-        """One chunk, at its place in the grid of chunks; `data` has its axes in the array's `order`. From any thread."""
+    def write(self, array: str, chunk: tuple[int, ...], read: ReadInto) -> None:
+        """One chunk, at its place in the grid of chunks, from the bytes of its numbers in `order`. From any thread."""
         name = self._name(array, chunk)
         path = self._checkpoint / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        with open(path, "wb", buffering=0) as file:
-            left = memoryview(buffer)
-            while left:
-                left = left[file.write(left) :]
-        self._record(name, buffer.size, hashlib.sha256(buffer).hexdigest())
+        self._record(name, *write_past_cache(path, read))
 
     def copy_file(self, source: Path) -> None:
         """A small file that belongs to the checkpoint, such as a tokenizer's."""

@@ -3,8 +3,6 @@
 The last blocks of an axis may be ragged.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -35,12 +33,13 @@ def dequantize(values_MN: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
     return out_MN
 
 
-@functools.partial(jax.jit, backend="cpu")
+@jax.jit
 def _quantize(w_MN):
     return reference.quantize(w_MN, TILE, "e4m3", False)
 
 
 def quantize(w_MN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(e4m3[M, N], f32 scales): every block's largest magnitude becomes 448 (arXiv 2412.19437, section 3.3.2)."""
-    found = _quantize(jnp.asarray(w_MN, jnp.float32))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # whatever accelerators are busy with
+        found = _quantize(jnp.asarray(w_MN, jnp.float32))
     return np.asarray(found.values), np.ascontiguousarray(np.asarray(found.scales).T)

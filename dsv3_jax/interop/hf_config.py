@@ -44,7 +44,10 @@ _RENAMED = {"num_mtp_layers": "num_nextn_predict_layers"}
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older files, DeepSeek's own)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"config.json: rope_parameters={given!r} must be an object")
+    rope = dict(given)
     rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
     if rope["rope_type"] not in ("default", "yarn"):
         raise UserError(f"config.json: rope_type={rope['rope_type']!r} is not supported; use default or yarn")
@@ -64,7 +67,7 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
         if "factor" not in rope and all(isinstance(n, int) and n > 0 for n in (context, original)):
             rope["factor"] = context / original
     floats = {f.name for f in dataclasses.fields(RopeConfig) if f.type is float}
-    return {key: float(value) if key in floats else value for key, value in rope.items()}
+    return {key: float(value) if key in floats and type(value) is int else value for key, value in rope.items()}
 
 
 def _check_quantization(quantization: Any, where: str) -> None:
@@ -127,6 +130,8 @@ def hf_config(c: ModelConfig, before: dict[str, Any] | None = None) -> dict[str,
     model = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name != "rope_parameters"}
     rope = dataclasses.asdict(c.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    if rope["truncate"]:  # the default, which released files leave out
+        del rope["truncate"]
     scaling = None if kind == "default" else {"type": kind} | {k: v for k, v in rope.items() if v is not None}
     return {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **kept, **model, **_FIXED,

@@ -9,10 +9,13 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -32,12 +35,13 @@ from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_files import INDEX, SINGLE
 from dsv3_jax.interop.hf_import import COMPANIONS
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
-from dsv3_jax.interop.progress import BytesProgress
-from dsv3_jax.interop.safetensors_file import SafetensorsWriter
+from dsv3_jax.interop.safetensors_file import write_safetensors
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.progress import BytesProgress, human
 
 FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
 SHARD_BYTES = 5 * 10**9
+_THREADS = 3  # each reads and writes a shard
 _F32, _BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -62,8 +66,8 @@ class _Output:
 
     def encode(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
         if self.dtype != fp8.VALUES:
-            return {self.name: tensor.astype(self.dtype)}
-        values, scales = fp8.quantize(tensor.astype(_F32))
+            return {self.name: tensor.astype(self.dtype, copy=False)}
+        values, scales = fp8.quantize(tensor.astype(_F32, copy=False))
         return {self.name: values, self.name + fp8.SUFFIX: scales}
 
 
@@ -108,31 +112,48 @@ def _appearing(target: Path) -> Iterator[Path]:
         raise
 
 
+class _Written(NamedTuple):
+    bytes: int  # of tensors
+    sha256: dict[str, str]  # of each file
+
+
+def _write_shard(path: Path, shard: list[_Output], read: Callable[[Source], np.ndarray], progress: BytesProgress) -> str:
+    """Returns the file's sha256."""
+    waiting: dict[str, np.ndarray] = {}  # scales, which are made with their weight and come after it
+    outputs = {output.name: output for output in shard}
+
+    def make(name: str) -> np.ndarray:
+        if name in outputs:
+            waiting.update(outputs[name].encode(read(outputs[name].source)))
+            progress.advance(outputs[name].size)
+        return waiting.pop(name)
+
+    parts = {name: part for output in shard for name, part in output.parts.items()}
+    return write_safetensors(path, parts, make)[1]
+
+
 def _write_tensors(
     directory: Path, config: ModelConfig, format: str, read: Callable[[Source], np.ndarray], shard_bytes: int
-) -> int:
-    """Shards and, if there are several, their index; returns the tensors' bytes. `read` gives a source's tensor."""
+) -> _Written:
+    """Shards and, if there are several, their index. `read` gives a source's tensor, from any thread."""
     shards = _shards(_outputs(config, format), shard_bytes)
-    total, weight_map = sum(output.size for shard in shards for output in shard), {}
-    with BytesProgress("export", total) as progress:
-        for i, shard in enumerate(shards):
-            file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            parts = {name: part for output in shard for name, part in output.parts.items()}
-            with SafetensorsWriter(directory / file, parts) as writer:
-                for output in shard:
-                    for name, tensor in output.encode(read(output.source)).items():
-                        writer.write(name, tensor)
-                    progress.advance(output.size)
-            weight_map |= dict.fromkeys(parts, file)
-    if len(shards) > 1:
+    total = sum(output.size for shard in shards for output in shard)
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    with BytesProgress("export", total) as progress, ThreadPoolExecutor(_THREADS) as pool:
+        write = partial(_write_shard, read=read, progress=progress)
+        digests = list(pool.map(write, [directory / name for name in names], shards))
+    if count > 1:
+        weight_map = {part: name for name, shard in zip(names, shards, strict=True) for out in shard for part in out.parts}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return total
+    return _Written(total, dict(zip(names, digests, strict=True)))
 
 
-def _card(config: ModelConfig, format: str, total: int, origin: Mapping[str, str]) -> str:
+def _card(config: ModelConfig, format: str, written: _Written, origin: Mapping[str, str]) -> str:
     """The model card: what this is and how it was made."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in origin.items())
+    files = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in written.sha256.items())
     eight = (
         "Projections and experts are e4m3 with a float32 scale (`weight_scale_inv`) for every 128 x 128 block, the rest is "
         "bfloat16 (router bias: float32).\n\n" if format == "hf-fp8" else ""
@@ -148,7 +169,7 @@ tags: [deepseek_v3, dsv3_jax]
 # A model of DeepSeek-V3's architecture
 
 {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.n_routed_experts} experts of which a token takes \
-{config.num_experts_per_tok}{modules if mtp else ""}; {total / 1e9:.2f} GB of weights as `{format}`.
+{config.num_experts_per_tok}{modules if mtp else ""}; {human(written.bytes, "B")} of weights as `{format}`.
 
 {eight}Exported by dsv3_jax {version("dsv3-jax")}:
 
@@ -161,6 +182,10 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this directory", dtype="auto")
 ```
+
+| file | sha256 |
+|---|---|
+{files}
 """
 
 
@@ -208,7 +233,7 @@ def write_hf(
             if (companions / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(companions / name, directory / name)  # type: ignore[operator]
         ids = _tokenizer_files(directory, tokenizer, config.vocab_size)
-        total = _write_tensors(directory, config, format, read, shard_bytes)
+        written = _write_tensors(directory, config, format, read, shard_bytes)
         fields = hf_config(config, before) | {"dtype": "float32" if format == "hf-f32" else "bfloat16"}
         fields |= {"torch_dtype": fields["dtype"]}  # what clients older than transformers 5 read
         fields = ids | fields
@@ -217,7 +242,7 @@ def write_hf(
         if not (directory / "generation_config.json").exists():
             known = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in fields}
             (directory / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
-        (directory / "README.md").write_text(_card(config, format, total, origin))
+        (directory / "README.md").write_text(_card(config, format, written, origin))
         (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return Path(target)
 
@@ -233,17 +258,17 @@ def save_hf(
     if jax.process_count() > 1:
         raise UserError("save_hf writes from one process; save a checkpoint, and `dsv3 export` it from any machine")
     arrays = {name: variable.get_value() for name, variable in array_names(nnx.state(model)).items()}
-    layers: dict[tuple[str, int], np.ndarray] = {}  # of the array in hand, so that a sharded one is gathered once
+    layers: dict[str, tuple[int, np.ndarray]] = {}  # of each array the layer in hand, so that a sharded one is gathered once
+    reading = Lock()
 
     def read(s: Source) -> np.ndarray:
         array, (first, *rest) = arrays[s.array], s.place
-        if not isinstance(first, int):
+        if not isinstance(first, int) or len(array.devices()) == 1:
             return s.to_tensor(np.asarray(array)[s.place])
-        if (s.array, first) not in layers:
-            for key in [k for k in layers if k[0] == s.array]:
-                del layers[key]
-            layers[s.array, first] = np.asarray(jax.lax.dynamic_index_in_dim(array, first, keepdims=False))
-        return s.to_tensor(layers[s.array, first][tuple(rest)])
+        with reading:
+            if s.array not in layers or layers[s.array][0] != first:
+                layers[s.array] = first, np.asarray(jax.lax.dynamic_index_in_dim(array, first, keepdims=False))
+            return s.to_tensor(layers[s.array][1][tuple(rest)])
 
     origin = {"from": "a model in memory (`dsv3_jax.save_hf`)", "format": f"`{format}`"}
     return write_hf(

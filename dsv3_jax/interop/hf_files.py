@@ -2,8 +2,10 @@
 
 import collections
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -56,6 +58,7 @@ class TensorFiles:
         self._entries: dict[str, dict[str, Entry]] = {}
         self._at: dict[str, _Located] = {}
         self._mapped: collections.OrderedDict[str, MappedFile] = collections.OrderedDict()
+        self._mapping = Lock()
         for file in [SINGLE] if listed is None else dict.fromkeys(listed.values()):
             if listed is not None and not (directory / file).is_file():
                 first = next(name for name, its in listed.items() if its == file)
@@ -90,12 +93,13 @@ class TensorFiles:
 
     def _map(self, name: str) -> MappedFile:
         file = self._at[name].file
-        if file not in self._mapped:
-            self._mapped[file] = MappedFile(self.directory / file, self._entries[file])
-            if len(self._mapped) > _OPEN_FILES:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(file)
-        return self._mapped[file]
+        with self._mapping:
+            if file not in self._mapped:
+                self._mapped[file] = MappedFile(self.directory / file, self._entries[file])
+                if len(self._mapped) > _OPEN_FILES:
+                    self._mapped.popitem(last=False)  # goes when the last view of it does
+            self._mapped.move_to_end(file)
+            return self._mapped[file]
 
     def raw(self, name: str) -> np.ndarray:
         """A read-only view of the file."""
@@ -106,6 +110,10 @@ class TensorFiles:
         values = self.raw(name)
         return fp8.dequantize(values, self.raw(name + fp8.SUFFIX)) if values.dtype == fp8.VALUES else values
 
+    def reader(self, name: str) -> Callable[[memoryview], int]:
+        """Reads its bytes, as the file has them, in order into the buffers it is given; 0 at the end."""
+        return self._map(name).reader(name)
+
     def size(self, name: str) -> int:
         """Bytes in the file, without scales."""
         entry = self.entry(name)
@@ -113,7 +121,9 @@ class TensorFiles:
 
     def release(self, name: str) -> None:
         """Give back the memory of what has been read."""
-        if mapped := self._mapped.get(self._at[name].file):
+        with self._mapping:
+            mapped = self._mapped.get(self._at[name].file)
+        if mapped:
             mapped.release(name)
 
 

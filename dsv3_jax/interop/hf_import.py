@@ -16,21 +16,22 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from dsv3_jax.checkpoint.direct import ReadInto, array_reader
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, merge_overrides
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_arrays, stored_name
 from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
 from dsv3_jax.interop.hf_tensors import Source
-from dsv3_jax.interop.progress import BytesProgress
 from dsv3_jax.parallel.processes import is_first, on_first
+from dsv3_jax.progress import BytesProgress
 
 # Files of a checkpoint that go along: an export needs them.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-_THREADS = 2  # each hashes and writes
-IN_FLIGHT = 4  # tensors
+_THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
+IN_FLIGHT = 8  # tensors
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -105,8 +106,13 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     total = sum(found.files.size(s.tensor) for s in mine)
     done = total - sum(found.files.size(s.tensor) for s in left)
 
-    def write(s: Source, tensor: np.ndarray) -> None:
-        writer.write(names[s.array], _chunk_index(s), s.to_split(tensor.astype(arrays[s.array].dtype, copy=False)))
+    def reader(s: Source) -> ReadInto:
+        if arrays[s.array].dtype == found.files.dtype(s.tensor) and not s.rope and not found.is_fp8(s.tensor):
+            return found.files.reader(s.tensor)  # as they are
+        return array_reader(s.to_split(found.files.read(s.tensor).astype(arrays[s.array].dtype, copy=False)))
+
+    def write(s: Source) -> None:
+        writer.write(names[s.array], _chunk_index(s), reader(s))
 
     with BytesProgress("import", total, done, quiet=not is_first()) as progress, ThreadPoolExecutor(_THREADS) as pool:
         running: deque[tuple[Source, Future]] = deque()
@@ -120,7 +126,7 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
         for s in left:
             if len(running) == IN_FLIGHT:
                 finish_one()
-            running.append((s, pool.submit(write, s, found.files.read(s.tensor))))
+            running.append((s, pool.submit(write, s)))
         while running:
             finish_one()
     on_first(lambda: _copy_companions(found.files.directory, writer))

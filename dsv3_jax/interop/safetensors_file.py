@@ -8,13 +8,14 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from dsv3_jax.checkpoint.direct import lazy_reader, write_past_cache
 from dsv3_jax.errors import UserError
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the library
@@ -122,8 +123,22 @@ class MappedFile:
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
         self._entries = entries
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = path.open("rb")
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def reader(self, name: str) -> Callable[[memoryview], int]:
+        """Reads a tensor's bytes in order into the buffers it is given; 0 at the end. For copying: no page is mapped."""
+        _, _, at, end = self._entries[name]
+
+        def read(buffer: memoryview) -> int:
+            nonlocal at
+            size = os.preadv(self._file.fileno(), [buffer[: end - at]], at) if at < end else 0
+            if not size and at < end:
+                raise UserError(f"{self._file.name}: tensor {name}: the file has become shorter while it was read")
+            at += size
+            return size
+
+        return read
 
     def view(self, name: str) -> np.ndarray:
         dtype, shape, begin, _ = self._entries[name]
@@ -137,39 +152,24 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, page, end - page)
 
 
-class SafetensorsWriter:
-    """Writes a file whose tensors come in any order, each to its place. Use as a context manager."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], make: Callable[[str], np.ndarray]
+) -> tuple[int, str]:
+    """Write a file of tensors with these dtypes and shapes, each made when its turn comes; returns its size and sha256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to read that
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        end = at + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._places: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
-        at = 0
+    def parts() -> Iterator[np.ndarray]:
+        yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
         for name, (dtype, shape) in tensors.items():
-            end = at + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-            self._places[name], at = (dtype, shape, at), end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-        self._first = 8 + len(text)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        os.truncate(self._file, self._first + at)
-        self._write(len(text).to_bytes(8, "little") + text, 0)
+            tensor = make(name)
+            assert (tensor.dtype, tensor.shape) == (dtype, shape), f"{name}: {tensor.dtype}{tensor.shape} for {dtype}{shape}"
+            yield tensor
 
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        os.close(self._file)
-        assert kind is not None or not self._places, f"never written: {sorted(self._places)[:3]}"
-
-    def _write(self, data: Any, at: int) -> None:
-        left = memoryview(data)
-        while left:
-            written = os.pwrite(self._file, left, at)
-            left, at = left[written:], at + written
-
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        """`tensor` in the dtype and shape that were announced."""
-        dtype, shape, at = self._places.pop(name)
-        assert (tensor.dtype, tensor.shape) == (dtype, shape), f"{name}: {tensor.dtype}{tensor.shape} for {dtype}{shape}"
-        self._write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), self._first + at)
+    return write_past_cache(path, lazy_reader(parts()))

@@ -24,9 +24,9 @@ from dsv3_jax.parallel.rows import local_rows, place
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
+from dsv3_jax.progress import ProgressReporter
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.pipelined import schedule_of
-from dsv3_jax.train.progress import ProgressReporter
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
 from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, new_state
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step

@@ -15,7 +15,7 @@ import dsv3_jax as dsv3
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
-from dsv3_jax.interop.hf_weights import sources
+from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
 from tests.conftest import FIXTURES, ROOT
@@ -64,14 +64,14 @@ def test_loss_and_gradients(case):
     theirs = {name.removeprefix("grad:"): reference[name] for name in reference.files if name.startswith("grad:")}
     compared = 0
     for source in sources(model.config):
-        if not all(name in theirs for name in source.names):
+        if source.tensor not in theirs:
             continue
         ours = grads
-        for key in source.path:
-            ours = ours[key]
-        ours = np.asarray(ours if source.layer is None else ours[source.layer])
-        expected = source.convert(*(theirs[name] for name in source.names))
-        assert np.abs(ours - expected).max() <= 1e-4 * max(np.abs(expected).max(), 1e-6), source.names[0]
+        for key in source.array.split("/"):
+            ours = ours[int(key) if key.isdigit() else key]
+        expected = source.to_region(theirs[source.tensor])
+        difference = np.abs(np.asarray(ours)[source.place] - expected).max()
+        assert difference <= 1e-4 * max(np.abs(expected).max(), 1e-6), source.tensor
         compared += 1
     assert compared >= 4
 
@@ -133,9 +133,12 @@ def edit_config(directory, **fields):
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"a_new_switch": True}, "a_new_switch"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method='gptq'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size=[64, 64]"),
+        ({"quantization_config": {"quant_method": "fp8", "a_new_one": 1}}, "quantization_config.a_new_one"),
+        ({"rope_parameters": 5}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
-        ({"hidden_size": 72}, "model.embed_tokens.weight"),
+        ({"hidden_size": 72}, "tensor model.embed_tokens.weight has shape [256, 64]; config.json implies [256, 72]"),
         ({"n_routed_experts": 12, "n_group": 3}, "is missing (24 in all)"),
         ({"num_hidden_layers": 2}, "model.layers.2"),
     ],
@@ -174,7 +177,7 @@ def test_missing_unexpected_and_truncated_tensors(tmp_path):
         dsv3.load_hf(tmp_path / "m")
     save_file(tensors, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor .* the file ends"):
         dsv3.load_hf(tmp_path / "m")
     path.unlink()
     with pytest.raises(UserError, match="neither"):
