@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from dsv3_jax.errors import FailedElsewhere, UserError
@@ -193,9 +194,13 @@ class CheckpointManager:
 
 
 def _saving() -> ocp.Context:
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def in_chunks(key: Any, value: Any) -> Any:
+        return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,)) if np.ndim(value) else None
+
     context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    context.array.saving.storage_options.shard_axes = (0,)
+    context.array.saving.scoped_storage_options_creator = in_chunks  # type: ignore[assignment]
     return context
 
 

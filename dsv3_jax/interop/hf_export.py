@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.checkpoint.load import open_checkpoint
+from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
 from dsv3_jax.checkpoint.manager import read_metadata
 from dsv3_jax.checkpoint.piecewise import StoredArrays
 from dsv3_jax.checkpoint.scratch import claim
@@ -295,9 +295,24 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
         region = arrays[s.array][s.place].transpose(tuple(np.argsort(s.order)))
         return s.from_split(region.read().result())
 
-    metadata = read_metadata(found.path)
-    origin = {"from": f"`{found.config.name}`, checkpoint `{found.path.name}`", "format": f"`{format}`"}
+    before = read_metadata(found.path).get("hf_config")
     return write_hf(
-        directory, config, format, read, origin=origin, companions=found.path, tokenizer=found.tokenizer_file(),
-        before=metadata.get("hf_config"), shard_bytes=shard_bytes,
+        directory, config, format, read, origin=_origin(found, before is not None, format), companions=found.path,
+        tokenizer=found.tokenizer_file(), before=before, shard_bytes=shard_bytes,
     )  # fmt: skip
+
+
+def _origin(found: Checkpoint, imported: bool, format: str) -> dict[str, str]:
+    """For the card: what the weights come from."""
+    c = found.config
+    if imported:
+        return {"from": f"`{found.path.name}`, imported from another Hugging Face checkpoint", "format": f"`{format}`"}
+    step = int(found.path.name)
+    tokens = step * c.data.batch_size * c.data.seq_len
+    corpus = "the source text of Python's standard library" if c.data.path is None else f"`{Path(c.data.path).name}`"
+    return {
+        "from": f"run `{c.name}`, step {step} of {c.train.steps}",
+        "trained on": f"{human(tokens)} tokens of {corpus}, in sequences of {c.data.seq_len}",
+        "precision in training": f"`{c.precision.recipe}`",
+        "format": f"`{format}`",
+    }

@@ -5,8 +5,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from safetensors.numpy import load_file
 
 import dsv3_jax as dsv3
@@ -26,16 +29,9 @@ FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynami
 
 def random_model(config: dsv3.ModelConfig, seed: int = 0) -> dsv3.Transformer:
     """Random weights; norms and the balancing bias too."""
-    import jax
-    from flax import nnx
-
-    model = dsv3.Transformer(config, rngs=nnx.Rngs(seed))
-    state = nnx.state(model)
-    leaves, tree = jax.tree.flatten(state)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: dsv3.Transformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
-    leaves = [a + rng.normal(0, 0.1, a.shape).astype(np.float32) for a in leaves]
-    nnx.update(model, jax.tree.unflatten(tree, leaves))
-    return model
+    return nnx.merge(graph, jax.tree.map(lambda a: jnp.asarray(rng.normal(a.ndim == 2, 0.1, a.shape), jnp.float32), shapes))
 
 
 def noise_checkpoint(directory: Path, experts: int) -> Path:

@@ -1,0 +1,211 @@
+"""Exports: what stands in them, whole or not at all, from any mesh. Another program reads them in test_clients.py."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import dsv3_jax as dsv3
+from dsv3_jax.config import load_config
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop.hf_export import export
+from dsv3_jax.interop.hf_files import open_hf
+from dsv3_jax.interop.hf_import import import_hf
+from dsv3_jax.train.loop import train
+from tests.conftest import FIXTURES, ROOT
+from tests.interop.cases import BF16, F8, FP8_CONFIG, RAGGED, dequantized, is_fp8, random_model, read_all
+from tests.test_package import dsv3 as command
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """A model and its weights, float32."""
+    directory = dsv3.save_hf(random_model(RAGGED), tmp_path_factory.mktemp("ragged") / "f32", "hf-f32")
+    return directory, {name: np.array(w) for name, w in read_all(directory).items()}
+
+
+def test_fp8_is_the_releases_layout(ragged, tmp_path):
+    """Which tensors are in 8 bits, their scales' shapes (blocks that end early too), and how near value * scale is."""
+    directory, weights = ragged
+    tensors = read_all(dsv3.save_hf(dsv3.load_hf(directory), tmp_path / "fp8", "hf-fp8"))
+    assert json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"] == FP8_CONFIG
+    assert set(tensors) == set(weights) | {name + "_scale_inv" for name in weights if is_fp8(name)}
+    for name, w in weights.items():
+        found = tensors[name]
+        if not is_fp8(name):
+            wanted = np.float32 if name.endswith("e_score_correction_bias") else BF16
+            np.testing.assert_array_equal(found, w.astype(wanted), err_msg=name)
+            continue
+        scales = tensors[name + "_scale_inv"]
+        assert (found.dtype, scales.dtype) == (F8, np.float32)
+        assert scales.shape == tuple(math.ceil(n / 128) for n in w.shape), name
+        assert np.isfinite(found.astype(np.float32)).all()
+        for i, j in np.ndindex(scales.shape):
+            block = np.s_[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+            assert np.abs(found[block].astype(np.float32)).max() == 448, name  # the whole range is used
+            assert scales[i, j] == pytest.approx(np.abs(w[block]).max() / 448, rel=1e-6)
+        error = np.linalg.norm(dequantized(found, scales) - w) / np.linalg.norm(w)
+        assert error < 0.03, name  # 3 bits of mantissa: 2.6% of a normal distribution
+    loaded = read_all(dsv3.save_hf(dsv3.load_hf(tmp_path / "fp8"), tmp_path / "again", "hf-f32"))
+    for name in weights:
+        if is_fp8(name):
+            np.testing.assert_array_equal(loaded[name], dequantized(tensors[name], tensors[name + "_scale_inv"]), err_msg=name)
+
+
+def test_zeros_and_outliers_in_8_bits(tmp_path):
+    """A block of zeros has a scale that is not zero; a large number leaves other blocks as they were."""
+    from dsv3_jax.interop import fp8
+
+    w = np.zeros((200, 300), np.float32)
+    w[130:, 130:] = np.random.default_rng(0).normal(0, 1, (70, 170))
+    w[140, 140] = 1e6
+    values, scales = fp8.quantize(w)
+    assert (scales > 0).all()
+    back = fp8.dequantize(values, scales)
+    np.testing.assert_array_equal(back, dequantized(values, scales))
+    np.testing.assert_array_equal(back[:128], 0)
+    assert back[140, 140] == pytest.approx(1e6)
+    assert np.abs(back - w)[130:, 256:].max() <= np.abs(w[130:, 256:]).max() / 16  # half a step of 3 bits' mantissa
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 300_000, 10**9])
+def test_shards_and_their_index(ragged, shard_bytes, tmp_path):
+    directory, weights = ragged
+    out = dsv3.save_hf(dsv3.load_hf(directory), tmp_path / "out", "hf-bf16", shard_bytes=shard_bytes)
+    files = sorted(out.glob("*.safetensors"))
+    tensors = read_all(out)
+    assert set(tensors) == set(weights)
+    if shard_bytes == 10**9:
+        assert [f.name for f in files] == ["model.safetensors"]
+        assert not (out / "model.safetensors.index.json").exists()
+        return
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert set(index["weight_map"].values()) == {f.name for f in files}
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    largest = max(t.nbytes for t in tensors.values())
+    assert all(f.stat().st_size <= max(shard_bytes, largest) + 20_000 for f in files)
+    assert open_hf(out).config == RAGGED
+
+
+@pytest.fixture(scope="module")
+def run_on_a_mesh(tmp_path_factory, corpus_dir):
+    """A run of two steps on eight devices, with every axis but `data` in use."""
+    root = tmp_path_factory.mktemp("runs")
+    overrides = [
+        "model.vocab_size=304", "model.hidden_size=32", "model.intermediate_size=48", "model.moe_intermediate_size=16",
+        "model.num_hidden_layers=3", "model.num_attention_heads=2", "model.q_lora_rank=16", "model.kv_lora_rank=16",
+        "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8", "model.n_routed_experts=8",
+        "data.seq_len=32", "data.batch_size=8", f"data.path={corpus_dir}/*.txt", f"data.cache_dir={root}/cache",
+        "train.steps=2", "train.eval_every=2", "train.eval_batches=1", "optim.warmup_steps=1", "name=meshed",
+        "parallel.fsdp=2", "parallel.expert=2", "parallel.tensor=2",
+    ]  # fmt: skip
+    return train(load_config(ROOT / "configs" / "tiny.yaml", overrides), root).run.path
+
+
+def test_a_run_of_a_mesh_is_exported_without_one(run_on_a_mesh, tmp_path):
+    """By the command, in a process with one device: the weights that the run's model has, and all that a client wants."""
+    done = command("export", str(run_on_a_mesh), str(tmp_path / "out"), "--format", "hf-f32", "--shard-gb", "0.0001", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    model = dsv3.load(run_on_a_mesh)
+    mine = read_all(dsv3.save_hf(model, tmp_path / "saved", "hf-f32"))
+    theirs = read_all(tmp_path / "out")
+    assert set(mine) == set(theirs)
+    for name, tensor in mine.items():
+        np.testing.assert_array_equal(theirs[name], tensor, err_msg=name)
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".safetensors"} == {
+        "config.json", "generation_config.json", "model.safetensors.index.json", "README.md", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    ids = {
+        key: json.loads((tmp_path / "out/generation_config.json").read_text())[key] for key in ("bos_token_id", "eos_token_id")
+    }
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert {tokenizer.token_to_id(settings[f"{which}_token"]) for which in ("bos", "eos")} == set(ids.values())
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["bos_token_id"] == ids["bos_token_id"]
+    assert (config["scoring_func"], config["topk_method"], config["dtype"]) == ("sigmoid", "noaux_tc", "float32")
+    card = (tmp_path / "out/README.md").read_text()
+    for fact in ("meshed", "step 2", "hf-f32", "library_name: transformers", "sha256"):
+        assert fact in card, fact
+
+
+def test_an_imported_checkpoint_keeps_what_came_with_it(tmp_path):
+    source = tmp_path / "hf"
+    dsv3.save_hf(dsv3.load_hf(FIXTURES / "options_c"), source, "hf-f32")
+    extra = {"bos_token_id": 3, "eos_token_id": [4, 5], "pretraining_tp": 1, "aux_loss_alpha": 0.001}
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | extra))
+    (source / "generation_config.json").write_text('{"temperature": 0.3}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    import_hf(source, tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "back", "hf-bf16")
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert extra.items() <= config.items()
+    assert (tmp_path / "back/generation_config.json").read_text() == '{"temperature": 0.3}'
+    assert (tmp_path / "back/chat_template.jinja").read_text() == "{{ messages }}"
+    assert open_hf(tmp_path / "back").config == open_hf(FIXTURES / "options_c").config  # YaRN in its older form
+
+
+def test_what_cannot_be_written_is_refused(ragged, tmp_path):
+    model = dsv3.load_hf(ragged[0])
+    with pytest.raises(UserError, match="format 'hf-int3' is unknown; use one of hf-f32, hf-bf16, hf-fp8"):
+        dsv3.save_hf(model, tmp_path / "out", "hf-int3")
+    with pytest.raises(UserError, match="shard size 0 must be positive"):
+        dsv3.save_hf(model, tmp_path / "out", "hf-f32", shard_bytes=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    with pytest.raises(UserError, match="exists already"):
+        dsv3.save_hf(model, tmp_path / "full", "hf-f32")
+    with pytest.raises(UserError, match="cannot read"):
+        dsv3.save_hf(model, tmp_path / "out", "hf-f32", tokenizer=tmp_path / "no.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    for bad in (
+        ["export", "no_such_run", "x"],
+        ["export", str(ROOT / "configs"), "x"],
+        ["export", "x", "y", "--format", "gguf"],
+    ):
+        assert command(*bad, cwd=ROOT).returncode == 2
+
+
+def test_an_export_that_fails_leaves_nothing(ragged, tmp_path, monkeypatch):
+    from dsv3_jax.interop import hf_export
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_export, "_card", fails)
+    with pytest.raises(OSError, match="No space"):
+        dsv3.save_hf(dsv3.load_hf(ragged[0]), tmp_path / "out", "hf-f32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_twenty_killed_exports_leave_nothing_that_loads_wrongly(tmp_path):
+    """SIGKILL at random points: the directory is not there, or it is whole. The next export clears up and finishes."""
+    from tests.interop.cases import noise_checkpoint
+
+    source = noise_checkpoint(tmp_path / "hf", 16)
+    import_hf(source, tmp_path / "ckpt")
+    program = [
+        sys.executable,
+        str(ROOT / "tests/interop/kill_storm.py"),
+        "export",
+        str(tmp_path / "ckpt"),
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*program, "20", "hf-bf16"], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["killed"] + found["finished"] == 20
+    assert found["killed"] >= 12
+    wanted, out = read_all(source), read_all(tmp_path / "out")
+    assert set(out) == set(wanted)
+    for name, tensor in wanted.items():
+        expected = tensor if name.endswith("e_score_correction_bias") else tensor.astype(BF16)
+        np.testing.assert_array_equal(out[name].view(np.uint8), expected.view(np.uint8), err_msg=name)
