@@ -185,7 +185,7 @@ def import_(
 
         from dsv3_jax.interop.hf_plan import plan_import, show_plan
 
-        show_plan(plan_import(hf_dir), Console(highlight=False))
+        show_plan(plan_import(hf_dir), Console(highlight=False, width=None if sys.stdout.isatty() else 180))
         return
     if ckpt_dir is None:
         raise UserError("import needs CKPT_DIR, where the checkpoint goes; or --plan")

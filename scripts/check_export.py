@@ -44,16 +44,15 @@ def ours(directory: Path, ids: np.ndarray, eight_bit: bool) -> dict[str, np.ndar
     return {"logits": np.asarray(model(jnp.asarray(ids))), "greedy": np.asarray(dsv3.generate(model, ids, _NEW_TOKENS))}
 
 
-def theirs(directory: Path, ids: np.ndarray, scratch: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """The same by the client, and what it says of its loading."""
+def theirs(directories: list[Path], ids: np.ndarray, scratch: Path) -> list[dict]:
+    """The same by the client, of each directory, and what it says of its loading."""
     np.save(scratch / "ids.npy", ids)
     request = {
-        "directory": str(directory), "ids": str(scratch / "ids.npy"), "new_tokens": _NEW_TOKENS,
-        "out": str(scratch / "theirs.npz"), "text": _TEXT if (directory / "tokenizer.json").exists() else None,
+        "directories": [str(d) for d in directories], "ids": str(scratch / "ids.npy"), "new_tokens": _NEW_TOKENS,
+        "out": str(scratch), "text": _TEXT if (directories[0] / "tokenizer.json").exists() else None,
     }  # fmt: skip
-    loading = ask(peer_python(), "_peer_export.py", request, False)
-    with np.load(scratch / "theirs.npz") as found:
-        return dict(found), loading
+    loading = ask(peer_python(), "_peer_export.py", request, False)["loading"]
+    return [dict(np.load(scratch / f"{i}.npz")) | {"loading": said} for i, said in enumerate(loading)]
 
 
 def is_aligned(found: HFCheckpoint) -> bool:
@@ -112,13 +111,13 @@ def main() -> None:
     controls = {"pairs in the other order": wrong_pairs} | ({"other scales": other_scales} if eight_bit else {})
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        here = ours(args.directory, ids, eight_bit)
-        there, loading = theirs(args.directory, ids, scratch)
-        result: dict = {"export": compare(here, there) | loading}
-        for what, change in controls.items():
-            copy = scratch / what.replace(" ", "-")
+        copies = [scratch / what.replace(" ", "-") for what in controls]
+        for copy, change in zip(copies, controls.values(), strict=True):
             damaged(args.directory, copy, *change(found))
-            result[what] = compare(here, theirs(copy, ids, scratch)[0])
+        here = ours(args.directory, ids, eight_bit)
+        there, *damages = theirs([args.directory, *copies], ids, scratch)
+    result: dict = {"export": compare(here, there) | there["loading"]}
+    result |= {what: compare(here, damage) for what, damage in zip(controls, damages, strict=True)}
     mtp = f"model.layers.{found.config.num_hidden_layers}."
     export = result["export"]
     unexpected = [key for key in export["unexpected_keys"] if not key.startswith(mtp)]

@@ -30,8 +30,8 @@ from dsv3_jax.progress import BytesProgress
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-_THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
-IN_FLIGHT = 8  # tensors
+THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
+_IN_FLIGHT = 2 * THREADS  # tensors that are waited for
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -114,7 +114,7 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     def write(s: Source) -> None:
         writer.write(names[s.array], _chunk_index(s), reader(s))
 
-    with BytesProgress("import", total, done, quiet=not is_first()) as progress, ThreadPoolExecutor(_THREADS) as pool:
+    with BytesProgress("import", total, done, quiet=not is_first()) as progress, ThreadPoolExecutor(THREADS) as pool:
         running: deque[tuple[Source, Future]] = deque()
 
         def finish_one() -> None:
@@ -124,7 +124,7 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
             progress.advance(found.files.size(s.tensor))
 
         for s in left:
-            if len(running) == IN_FLIGHT:
+            if len(running) == _IN_FLIGHT:
                 finish_one()
             running.append((s, pool.submit(write, s)))
         while running:

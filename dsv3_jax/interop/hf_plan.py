@@ -15,9 +15,10 @@ from dsv3_jax.interop import fp8
 from dsv3_jax.interop.arrays import abstract_arrays
 from dsv3_jax.interop.hf_config import model_config, read_config_json
 from dsv3_jax.interop.hf_files import INDEX, SINGLE, TensorFiles, read_index, without_absent_mtp
-from dsv3_jax.interop.hf_import import IN_FLIGHT
+from dsv3_jax.interop.hf_import import THREADS
 from dsv3_jax.interop.hf_tensors import copies, sources
 from dsv3_jax.interop.safetensors_file import DTYPES
+from dsv3_jax.progress import human
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class ImportPlan:
     tensors_left: list[str]  # that fill nothing
     arrays_left: dict[str, str]  # array -> a tensor that it misses
     arrays: dict[str, tuple[int, ...]]
-    written_bytes: int  # of the checkpoint that `dsv3 import` makes
-    host_bytes: int  # of a process, at most: tensors that are read at a time
+    written_bytes: dict[str, int]  # of the checkpoint that `dsv3 import` makes, by its --dtype
+    host_bytes: int  # of a process, at most: tensors that are converted at a time; others are copied through a small buffer
 
 
 def _index(place: tuple[int | slice, ...]) -> str:
@@ -81,7 +82,7 @@ def plan_import(path: str | Path) -> ImportPlan:
         dtypes |= {name: files.entry(name).dtype for name in dtypes if name in files}
 
     mapped, missing = [], {}
-    written = largest = 0
+    exact = rounded = largest = 0
     for s in sources(config):
         if s.tensor not in names:
             missing.setdefault(s.array, s.tensor)
@@ -94,35 +95,38 @@ def plan_import(path: str | Path) -> ImportPlan:
                 mapped.append(Mapped(scale, fp8.scale_shape(s.shape), "F32", f"scales of {s.tensor}"))
             else:
                 missing.setdefault(s.array, scale)
-        stored = 4 if dtypes[s.tensor] == "F8_E4M3" else DTYPES[dtypes[s.tensor]].itemsize
-        written += size * stored
-        largest = max(largest, size * stored)
+        in_8_bits = dtypes[s.tensor] == "F8_E4M3"
+        stored = size * (4 if in_8_bits else DTYPES[dtypes[s.tensor]].itemsize)
+        exact += stored
+        rounded += 2 * size if len(s.shape) > 1 else stored
+        largest = max(largest, stored if in_8_bits or s.rope else 0)
     mapped += [Mapped(c.tensor, c.shape, dtypes[c.tensor], f"as {c.of}") for c in copies(config) if c.tensor in names]
     left = sorted(names - {m.tensor for m in mapped})
     arrays = {name: variable.get_value().shape for name, variable in abstract_arrays(config).items()}
-    return ImportPlan(mapped, left, missing, arrays, written, IN_FLIGHT * largest)
+    return ImportPlan(mapped, left, missing, arrays, {"exact": exact, "bfloat16": rounded}, THREADS * largest)
 
 
 def show_plan(plan: ImportPlan, console: Console) -> None:
     """A row for each kind of tensor, and the totals. Raises `UserError` at the end if something is left over."""
     kinds: dict[tuple[str, str], list[Mapped]] = collections.defaultdict(list)
     for m in plan.mapped:
-        kinds[re.sub(r"\.\d+\.", ".N.", re.sub(r"\.\d+\.", ".N.", m.tensor)), re.sub(r"\d+", "N", m.goes_to)].append(m)
-    table = Table("tensor", "how many", "shape", "dtype", "GB", "goes to", title="import")
+        kinds[re.sub(r"\.\d+\b", ".N", m.tensor), re.sub(r"(?<=[\[/. ])\d+\b", "N", m.goes_to)].append(m)
+    table = Table("tensor", "how many", "shape", "dtype", "bytes", "goes to", title="import")
     for (tensor, goes_to), found in kinds.items():
         size = sum(m.bytes for m in found)
         shape = " x ".join(map(str, found[0].shape))
-        table.add_row(tensor, f"{len(found):,}", shape, found[0].dtype, f"{size / 1e9:,.3f}", goes_to)
+        table.add_row(tensor, f"{len(found):,}", shape, found[0].dtype, human(size, "B"), goes_to)
+    for column in table.columns:
+        column.no_wrap = True
     console.print(table)
     filled = len(plan.arrays) - len(plan.arrays_left)
-    console.print(f"tensors: {len(plan.mapped):,} of {len(plan.mapped) + len(plan.tensors_left):,} go to an array")
+    console.print(f"tensors: {len(plan.mapped):,} of {len(plan.mapped) + len(plan.tensors_left):,} have a place")
     console.print(f"arrays:  {filled} of {len(plan.arrays)} are filled")
-    console.print(
-        f"reads {sum(m.bytes for m in plan.mapped) / 1e9:,.2f} GB, writes {plan.written_bytes / 1e9:,.2f} GB (half of it in 8 "
-        f"bits' case with --dtype bfloat16); memory of a process: at most {plan.host_bytes / 1e9:,.2f} GB of tensors at a time"
-    )
-    if plan.tensors_left:
-        raise UserError(f"{len(plan.tensors_left)} tensors are left over, the first {plan.tensors_left[0]}")
+    written = ", ".join(f"{human(size, 'B')} with --dtype {dtype}" for dtype, size in plan.written_bytes.items())
+    console.print(f"reads {human(sum(m.bytes for m in plan.mapped), 'B')}; writes {written}")
+    console.print(f"memory for tensors, of each process that takes part: at most {human(plan.host_bytes, 'B')}")
     if plan.arrays_left:
         array, tensor = next(iter(plan.arrays_left.items()))
         raise UserError(f"{len(plan.arrays_left)} arrays are not filled: {array} misses tensor {tensor}")
+    if plan.tensors_left:
+        raise UserError(f"{len(plan.tensors_left)} tensors are left over, the first {plan.tensors_left[0]}")
