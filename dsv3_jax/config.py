@@ -207,6 +207,7 @@ class TrainConfig:
 
     __pydantic_config__ = _STRICT
     steps: int = 600
+    init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, such as an imported one
     seed: int = 0
     grad_accum_steps: int = 1
     eval_every: int = 100

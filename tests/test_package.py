@@ -91,7 +91,7 @@ def test_counts_equal_a_hand_count():
 
 
 def test_help_has_examples():
-    for verb in ("train", "resume", "eval", "generate", "describe", "launch"):
+    for verb in ("train", "resume", "eval", "generate", "import", "export", "describe", "launch"):
         done = dsv3(verb, "--help", cwd=ROOT)
         assert done.returncode == 0
         assert f"Example: dsv3 {verb}" in done.stdout
@@ -115,6 +115,10 @@ def test_describe_prints_the_table():
         ("eval", "configs"),
         ("generate", "no_such_run", "--prompt", "x"),
         ("describe", "configs/tiny.yaml", "nonsense"),
+        ("import", "no_such_dir", "never"),
+        ("import", "configs"),
+        ("import", "--plan", "configs"),
+        ("export", "no_such_run", "never"),
         ("launch", "--processes", "0", "train", "configs/tiny.yaml"),
         ("launch", "--processes", "2"),
         ("train", "configs/tiny.yaml", "parallel.tensor=3", "name=never"),

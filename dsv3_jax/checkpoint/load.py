@@ -58,7 +58,10 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     """Raises `UserError` if there is no whole, undamaged checkpoint of this project at the path."""
     path = resolve(run_or_checkpoint)
     on_first(lambda: verify(path))
-    return Checkpoint(path, config_from_dict(read_metadata(path)["config"], str(path)))
+    config = config_from_dict(read_metadata(path)["config"], str(path))
+    if (path / "tokenizer.json").is_file():  # imported: text is read by what came with it
+        config = replace(config, data=replace(config.data, tokenizer=str(path / "tokenizer.json")))
+    return Checkpoint(path, config)
 
 
 def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:

@@ -104,9 +104,9 @@ class PiecewiseWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._record(name, *write_past_cache(path, read))
 
-    def copy_file(self, source: Path) -> None:
+    def add_file(self, name: str, content: bytes) -> None:
         """A small file that belongs to the checkpoint, such as a tokenizer's."""
-        shutil.copyfile(source, self._checkpoint / source.name)
+        (self._checkpoint / name).write_bytes(content)
 
     def _record(self, name: str, size: int, digest: str) -> None:
         with self._writing:

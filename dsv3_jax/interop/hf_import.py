@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv3_jax.checkpoint.direct import ReadInto, array_reader
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
-from dsv3_jax.config import Config, config_from_dict, config_to_dict, merge_overrides
+from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_arrays, stored_name
 from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
@@ -129,7 +129,7 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
             running.append((s, pool.submit(write, s)))
         while running:
             finish_one()
-    on_first(lambda: _copy_companions(found.files.directory, writer))
+    on_first(lambda: _add_files(found.files.directory, config, writer))
     writer.commit()
     return target
 
@@ -144,7 +144,8 @@ def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
         raise UserError(f"{target} needs {needed / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left")
 
 
-def _copy_companions(directory: Path, writer: PiecewiseWriter) -> None:
+def _add_files(directory: Path, config: Config, writer: PiecewiseWriter) -> None:
+    writer.add_file("config.yaml", config_to_yaml(config).encode())  # to train with: train.init_from is the checkpoint
     for name in COMPANIONS:
         if (directory / name).is_file():
-            writer.copy_file(directory / name)
+            writer.add_file(name, (directory / name).read_bytes())

@@ -26,6 +26,7 @@ from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.progress import ProgressReporter
 from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.initial import with_its_tokenizer, with_weights
 from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
 from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, new_state
@@ -154,7 +155,8 @@ def _data(config: Config, layout: Layout, corpus: Corpus) -> _Data:
 def _start(config: Config, layout: Layout, manager: CheckpointManager, data: _Data) -> TrainState:
     """A fresh state, or that of the latest checkpoint, with the data moved to where it left them."""
     if manager.latest() is None:
-        return new_state(config, layout)
+        state = new_state(config, layout)
+        return state if config.train.init_from is None else with_weights(config, layout, state, config.train.init_from)
     state, metadata = manager.restore(abstract_state(config, layout))
     data.batches.set_state(metadata["data"])
     return state
@@ -167,7 +169,7 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
     checkpoint that cannot be written.
     """
     layout = layout_for(config)
-    config = resolve(config, device_of(layout))
+    config = with_its_tokenizer(resolve(config, device_of(layout)))
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache

@@ -13,7 +13,10 @@ from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
 from dsv3_jax.errors import UserError
 
 # Keys that may change when a run goes on: they decide how long, how often and where, never what a step computes.
-_MAY_CHANGE = {"train.steps", "train.eval_every", "train.eval_batches", "train.grad_accum_steps", "data.cache_dir"}
+_MAY_CHANGE = {
+    "train.steps", "train.eval_every", "train.eval_batches", "train.grad_accum_steps", "train.init_from",
+    "data.cache_dir",
+}  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
 

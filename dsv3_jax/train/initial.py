@@ -1,0 +1,46 @@
+"""Beginning a run with the weights of another one, or of an imported checkpoint."""
+
+import dataclasses
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
+from dsv3_jax.checkpoint.manager import load_weights
+from dsv3_jax.config import Config
+from dsv3_jax.errors import UserError
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.train.state import TrainState, abstract_state
+
+
+def _check_same_model(config: Config, found: Checkpoint) -> None:
+    for field in dataclasses.fields(config.model):
+        ours, theirs = getattr(config.model, field.name), getattr(found.config.model, field.name)
+        if ours != theirs and field.name != "initializer_range":
+            raise UserError(f"model.{field.name}={ours!r}, and train.init_from={config.train.init_from} has {theirs!r}")
+
+
+def with_its_tokenizer(config: Config) -> Config:
+    """A configuration that begins with a checkpoint reads text by that one's tokenizer, unless it names one.
+
+    Raises `UserError` if `train.init_from` has another model, or no tokenizer where none is named.
+    """
+    if config.train.init_from is None:
+        return config
+    found = open_checkpoint(config.train.init_from)
+    _check_same_model(config, found)
+    if config.data.tokenizer is not None:
+        return config
+    file = found.tokenizer_file()
+    if file is None:
+        raise UserError(f"train.init_from={config.train.init_from} has no tokenizer.json; set data.tokenizer")
+    return replace(config, data=replace(config.data, tokenizer=str(file)))
+
+
+def with_weights(config: Config, layout: Layout, state: TrainState, init_from: str) -> TrainState:
+    """A fresh state with the weights of a checkpoint of any mesh."""
+    template = abstract_state(config, layout)
+    params, router_bias = load_weights(open_checkpoint(init_from).path, template.params, template.router_bias)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, router_bias=router_bias, ema=ema)
