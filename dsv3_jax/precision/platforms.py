@@ -1,8 +1,9 @@
 """What each platform can multiply, how fast, and which recipe pays there.
 
 A plug-in for another platform (a PJRT backend of its own) registers a `Platform` here, and its operations with
-`pallas_kernels.register`: those in 8 bits under `implementation`, `causal_attention` and `logit_statistics` under `core`. It calls `register` itself, or is found by the packaging entry point `dsv3_jax.platforms`, whose
-object is called without arguments before the first look-up:
+`pallas_kernels.register`: those in 8 bits under `implementation`, `causal_attention` and `logit_statistics` under `core`. It
+calls `register` itself, or is found by the packaging entry point `dsv3_jax.platforms`, whose object is called without arguments
+before the first look-up:
 
     [project.entry-points."dsv3_jax.platforms"]
     ascend = "my_package:register_ascend"
