@@ -3,17 +3,11 @@
 import sys
 import time
 from threading import Lock
+from typing import IO, Self
 
+from rich import progress as columns
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)  # fmt: skip
+from rich.progress import Progress, ProgressColumn
 
 _LINE_EVERY_S = 5.0
 
@@ -26,26 +20,22 @@ def human(x: float, unit: str = "") -> str:
     return f"{x:.3g}{unit}"
 
 
-class ProgressReporter:
-    """Of training, on standard output. Use as a context manager; `update` after every step, `say` for everything else.
+class _Reporter:
+    """A bar of these columns, or lines. Use as a context manager. `quiet` shows nothing."""
 
-    `quiet` shows nothing.
-    """
-
-    def __init__(self, steps: int, done: int, quiet: bool = False):
-        self._steps = steps
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
+    def __init__(self, file: IO[str], what: str, shown: tuple[ProgressColumn, ...], total: int, done: int, quiet: bool):
+        self._console = Console(file=file, highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Progress | None = None
         self._last_line = 0.0
         if self._console.is_terminal and not quiet:
-            self._live = Progress(
-                TextColumn("[bold]train"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"), TextColumn("ETA"), TimeRemainingColumn(),
-                console=self._console,
+            bar = (
+                columns.TextColumn(f"[bold]{what}"), columns.BarColumn(bar_width=24), *shown,
+                columns.TextColumn("ETA"), columns.TimeRemainingColumn(),
             )  # fmt: skip
-            self._task = self._live.add_task("train", total=steps, completed=done, status="compiling")
+            self._live = Progress(*bar, console=self._console)
+            self._task = self._live.add_task(what, total=total, completed=done, status="compiling")
 
-    def __enter__(self) -> "ProgressReporter":
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -57,6 +47,23 @@ class ProgressReporter:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
+    def _is_time(self) -> bool:
+        """Whether the last line is some seconds ago."""
+        now = time.monotonic()
+        due = now - self._last_line >= _LINE_EVERY_S
+        if due:
+            self._last_line = now
+        return due
+
+
+class ProgressReporter(_Reporter):
+    """Of training, on standard output: `update` after every step, `say` for everything else."""
+
+    def __init__(self, steps: int, done: int, quiet: bool = False):
+        self._steps = steps
+        shown = columns.MofNCompleteColumn(), columns.TextColumn("{task.fields[status]}")
+        super().__init__(sys.stdout, "train", shown, steps, done, quiet)
+
     def update(self, step: int, row: dict[str, float], flops_per_s: float) -> None:
         status = (
             f"loss {row['loss']:.4f}  {human(row['tokens_per_s'])} tokens/s  {human(flops_per_s, 'FLOP/s')}  "
@@ -64,38 +71,21 @@ class ProgressReporter:
         )
         if self._live:
             self._live.update(self._task, completed=step, status=status)
-            return
-        now = time.monotonic()
-        if step == 1 or step == self._steps or now - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
+        elif self._is_time() or step in (1, self._steps):
             left = (self._steps - step) * row["step_time_s"]
             self.say(f"step {step}/{self._steps}  {status}  ETA {left:.0f} s")
 
 
-class BytesProgress:
-    """Of a copy, on standard error. Use as a context manager and `advance` by bytes. `quiet` shows nothing."""
+class BytesProgress(_Reporter):
+    """Of a copy, on standard error: `advance` by bytes."""
 
     def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False):
         self._what, self._total, self._done, self._before = what, total, done, done
         self._counting = Lock()
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=quiet)
-        self._live: Progress | None = None
-        if self._console.is_terminal and not quiet:
-            columns = BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), TimeRemainingColumn()
-            self._live = Progress(TextColumn(f"[bold]{what}"), *columns, console=self._console)
-            self._task = self._live.add_task(what, total=total, completed=done)
-
-    def __enter__(self) -> "BytesProgress":
+        super().__init__(sys.stderr, what, (columns.DownloadColumn(), columns.TransferSpeedColumn()), total, done, quiet)
         self._began = self._last_line = time.monotonic()
-        if self._done:
-            self._console.print(f"{self._what}: goes on at {human(self._done, 'B')} of {human(self._total, 'B')}")
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._live:
-            self._live.stop()
+        if done:
+            self.say(f"{what}: goes on at {human(done, 'B')} of {human(total, 'B')}")
 
     def advance(self, size: int) -> None:
         """From any thread."""
@@ -103,12 +93,9 @@ class BytesProgress:
             self._done += size
         if self._live:
             self._live.update(self._task, completed=self._done)
-            return
-        now = time.monotonic()
-        if self._done >= self._total or now - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
-            rate = (self._done - self._before) / max(now - self._began, 1e-9)
+        elif self._is_time() or self._done >= self._total:
+            rate = (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
             left = (self._total - self._done) / max(rate, 1.0)
-            self._console.print(
+            self.say(
                 f"{self._what}: {human(self._done, 'B')} of {human(self._total, 'B')}, {human(rate, 'B/s')}, ETA {left:.0f} s"
             )
