@@ -303,6 +303,9 @@ def main(args: list[str] | None = None) -> None:
         _fail(f"no space left on the device while writing {error.filename or 'the run'}; earlier checkpoints are intact")
     except FailedElsewhere:
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("dsv3: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _fail(message: str) -> None:

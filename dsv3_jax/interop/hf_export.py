@@ -18,7 +18,6 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -35,14 +34,14 @@ from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_files import INDEX, SINGLE
 from dsv3_jax.interop.hf_import import COMPANIONS
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
-from dsv3_jax.interop.safetensors_file import write_safetensors
+from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.progress import BytesProgress, human
 
 FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
 SHARD_BYTES = 5 * 10**9
 _THREADS = 3  # each reads and writes a shard
-_F32, _BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+_F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
 
 
 @dataclass(frozen=True)
@@ -229,9 +228,9 @@ def write_hf(
     if shard_bytes <= 0:
         raise UserError(f"shard size {shard_bytes} must be positive")
     with _appearing(Path(target)) as directory:
-        for name in COMPANIONS if companions else ():
-            if (companions / name).is_file():  # type: ignore[operator]
-                shutil.copyfile(companions / name, directory / name)  # type: ignore[operator]
+        for file in [companions / name for name in COMPANIONS] if companions else []:
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
         ids = _tokenizer_files(directory, tokenizer, config.vocab_size)
         written = _write_tensors(directory, config, format, read, shard_bytes)
         fields = hf_config(config, before) | {"dtype": "float32" if format == "hf-f32" else "bfloat16"}

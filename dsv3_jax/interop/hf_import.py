@@ -8,21 +8,23 @@ import hashlib
 import json
 import shutil
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from dsv3_jax.checkpoint.direct import ReadInto, array_reader
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
+from dsv3_jax.checkpoint.scratch import scratch_of
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_arrays, stored_name
 from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
 from dsv3_jax.interop.hf_tensors import Source
+from dsv3_jax.interop.safetensors_file import DTYPES
 from dsv3_jax.parallel.processes import is_first, on_first
 from dsv3_jax.progress import BytesProgress
 
@@ -33,7 +35,6 @@ COMPANIONS = (
 THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
 _IN_FLIGHT = 2 * THREADS  # tensors that are waited for
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) -> Config:
@@ -56,7 +57,7 @@ def stored_arrays(found: HFCheckpoint, bfloat16: bool) -> dict[str, ChunkedArray
     for s in found.sources:
         dtype = found.files.dtype(s.tensor)
         if bfloat16 and len(s.shape) > 1:
-            dtype = BFLOAT16
+            dtype = DTYPES["BF16"]
         if s.array in arrays and arrays[s.array].dtype != dtype:
             dtype = np.dtype(np.float32)  # 16-bit formats of two kinds, or some tensors in more than 16
         arrays[s.array] = ChunkedArray(variables[s.array].get_value().shape, dtype, s.chunk, s.chunk_order)
@@ -114,32 +115,34 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     def write(s: Source) -> None:
         writer.write(names[s.array], _chunk_index(s), reader(s))
 
-    with BytesProgress("import", total, done, quiet=not is_first()) as progress, ThreadPoolExecutor(THREADS) as pool:
-        running: deque[tuple[Source, Future]] = deque()
-
-        def finish_one() -> None:
-            s, future = running.popleft()
-            future.result()
+    with BytesProgress("import", total, done, quiet=not is_first()) as progress:
+        for s in _in_parallel(write, left):
             found.files.release(s.tensor)
             progress.advance(found.files.size(s.tensor))
-
-        for s in left:
-            if len(running) == _IN_FLIGHT:
-                finish_one()
-            running.append((s, pool.submit(write, s)))
-        while running:
-            finish_one()
     on_first(lambda: _add_files(found.files.directory, config, writer))
     writer.commit()
     return target
+
+
+def _in_parallel(f: Callable[[Source], None], all_of: Iterable[Source]) -> Iterator[Source]:
+    """Those for which f is done, in order; it is at work on a few of them. What it raises is raised."""
+    running: deque[tuple[Source, Future]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for s in all_of:
+            running.append((s, pool.submit(f, s)))
+            if len(running) == _IN_FLIGHT:
+                running[0][1].result()
+                yield running.popleft()[0]
+        for s, future in running:
+            future.result()
+            yield s
 
 
 def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
     needed = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in arrays.values())
     existing = next(p for p in target.absolute().parents if p.exists())
     free = shutil.disk_usage(existing).free
-    partial = target.absolute().with_name(f".{target.name}.partial")
-    there = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.exists() else 0
+    there = sum(p.stat().st_size for p in scratch_of(target).rglob("*") if p.is_file())  # of an import that was cut off
     if needed - there > free:
         raise UserError(f"{target} needs {needed / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left")
 
