@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -70,8 +70,7 @@ class PiecewiseWriter:
                 ocp.save_checkpointables(str(self._checkpoint), {WEIGHTS: placeholders}, custom_metadata=metadata)
             on_first(lambda: self._begin(arrays))
         self._done = self._read_journals()
-        journal = self._scratch / f"done-{jax.process_index()}.jsonl"
-        self._journal = journal.open("a", buffering=1)
+        self._journal = _open_journal(self._scratch / f"done-{jax.process_index()}.jsonl")
         self._writing = Lock()
 
     def _must_begin(self) -> bool:
@@ -133,6 +132,14 @@ class PiecewiseWriter:
     def _commit(self) -> None:
         write_manifest(self._checkpoint, self._read_journals())
         self._claimed.publish(self._checkpoint)
+
+
+def _open_journal(path: Path) -> TextIO:
+    """To append lines, after the last whole one."""
+    path.touch()
+    whole = path.read_bytes().rfind(b"\n") + 1
+    os.truncate(path, whole)
+    return path.open("a", buffering=1)
 
 
 def _size(path: Path) -> int | None:

@@ -1,10 +1,12 @@
 """Run by tests: imports or exports in children that are killed at random moments; prints what happened as one JSON line.
 
 kill_storm.py import|export SOURCE TARGET KILLS [FORMAT]. Children are forked after everything is imported and before any
-thread or device exists, so that a kill falls into the work. After each, the target must not be there, or be whole; exports that
-finish are removed and begun again, an import that finishes ends the storm. Then one is let finish, unless LEAVE is set.
+thread or device exists, so that a kill falls into the work: a quarter at any time of the start, the others once a random part
+is on disk, so that slow machines see the same storm. After each, the target must not be there, or be whole; exports that finish
+are removed and begun again, an import that finishes ends the storm. Then one is let finish, unless LEAVE is set.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +21,8 @@ from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
 
-LONGEST_S = 0.6  # about what an undisturbed child takes
+START_S = 0.3  # about what a child takes before it writes
+PART = {"import": 1 / 8, "export": 1.1}  # of all bytes, at most, between two kills: an import goes on, an export begins again
 
 
 def child(work: Callable) -> int:
@@ -31,6 +34,26 @@ def child(work: Callable) -> int:
     return pid
 
 
+def size(directory: Path) -> int:
+    """Bytes in it, while somebody else writes and renames there."""
+    found = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.stat(os.path.join(folder, name)).st_size
+    return found
+
+
+def kill_once_written(pid: int, scratch: Path, enough: float) -> bool:
+    """Kill the child when `scratch` has `enough` bytes, unless it ends before that; whether it was killed."""
+    while size(scratch) < enough:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)  # of one that has ended, and has not been waited for: nothing
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
 def main() -> None:
     verb, source, target, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     rng, scratch = random.Random(3), target.with_name(f".{target.name}.partial")
@@ -38,13 +61,18 @@ def main() -> None:
     def work():
         return import_hf(source, target) if verb == "import" else export(source, target, sys.argv[5], 20_000_000)
 
+    total = sum(p.stat().st_size for p in Path(source).rglob("*") if p.is_file())
+    if len(sys.argv) > 5:
+        total //= {"hf-f32": 1, "hf-bf16": 2, "hf-fp8": 4}[sys.argv[5]]  # sources are in float32
     found = {"killed": 0, "finished": 0, "chunks": []}
-    for _ in range(kills):
-        pid = child(work)
-        time.sleep(rng.uniform(0.05, LONGEST_S))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        found["killed"] += os.WIFSIGNALED(status)
+    for n in range(kills):
+        before, pid = size(scratch), child(work)
+        if n % 4 == 3:
+            time.sleep(rng.uniform(0, START_S))
+            killed = kill_once_written(pid, scratch, 0)
+        else:
+            killed = kill_once_written(pid, scratch, (before if verb == "import" else 0) + rng.uniform(0, PART[verb]) * total)
+        found["killed"] += killed
         if verb == "import":
             if target.exists():
                 break
@@ -54,7 +82,7 @@ def main() -> None:
             open_hf(target)  # all files are there, and every header is right
             assert (target / "README.md").is_file()
             shutil.rmtree(target)
-            found["finished"] += not os.WIFSIGNALED(status)
+            found["finished"] += not killed
     if not os.environ.get("LEAVE") and not target.exists():
         _, status = os.waitpid(child(work), 0)
         assert status == 0

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint.manager import verify
+from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import array_names
 from dsv3_jax.interop.hf_export import export
@@ -169,8 +170,6 @@ def test_targets_that_cannot_be_written(tmp_path):
 
 
 def test_two_writers_do_not_meet(tmp_path):
-    from dsv3_jax.checkpoint.scratch import claim
-
     claimed = claim(tmp_path / "ckpt")
     with pytest.raises(UserError, match="is being written by another process"):
         import_hf(FIXTURES / "v3_tiny", tmp_path / "ckpt")
@@ -211,10 +210,26 @@ def test_a_killed_import_leaves_nothing_that_loads_and_goes_on(large, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "whole"]
 
 
-def test_an_import_of_something_else_starts_over(large, tmp_path):
+@pytest.fixture
+def cut_off(large, tmp_path):
+    """The target of an import that was killed."""
     program = [sys.executable, str(ROOT / "tests/interop/kill_storm.py"), "import", str(large), str(tmp_path / "ckpt"), "1"]
     subprocess.run(program, capture_output=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT), "LEAVE": "1"})
     assert not (tmp_path / "ckpt").exists()
+    return tmp_path / "ckpt"
+
+
+def test_a_line_of_the_journal_may_be_cut_off(large, cut_off):
+    """As a machine that loses power leaves it: what the line stood for is written again, and the lines after it count."""
+    journal = scratch_of(cut_off) / "done-0.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert lines
+    journal.write_text("".join(lines)[:-9])
+    import_hf(large, cut_off)
+    verify(cut_off)
+
+
+def test_an_import_of_something_else_starts_over(cut_off, tmp_path):
     import_hf(FIXTURES / "v3_tiny", tmp_path / "ckpt")
     reference = np.load(FIXTURES / "v3_tiny" / "reference.npz")
     logits = dsv3.load(tmp_path / "ckpt")(jnp.asarray(reference["input_ids_0"]))
