@@ -251,6 +251,48 @@ def platforms() -> None:
     describe_platforms(jax.devices()[0], Console(highlight=False))
 
 
+def plan(
+    config: Annotated[Path | None, tyro.conf.Positional] = None,
+    overrides: Overrides = (),
+    topology: tuple[str, ...] = (),
+    out: Path | None = None,
+    imbalance: float = 1.0,
+    price: float | None = None,
+    memory_gb: float = 16.0,
+    timeout_s: float = 3600.0,
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
+) -> None:
+    """Compile a configuration's training step for meshes that are not here: does it fit, what moves, how fast will it be?
+
+    Writes plan.json and plan.html into --out. Needs the targets' compilers, not their devices: scripts/setup_aot.sh makes
+    .venv-aot with them. What was compiled is kept; the same plan again takes seconds.
+
+    Example: dsv3 plan configs/v3_671b.yaml data.batch_size=512 train.grad_accum_steps=1 --topology v5p:8x8x8 tpu7x:4x4x8
+
+    Args:
+        config: A YAML file.
+        overrides: key=value, e.g. parallel.expert=64 remat.policy=full.
+        topology: One or more of KIND:SHAPE, such as v5p:8x8x8 or h100:128x8 (hosts x GPUs); several are compared.
+        out: Where plan.json and plan.html go; plans/NAME if not given.
+        imbalance: Rows of the fullest device over the mean, of tokens on their way to experts.
+        price: Of a device and hour, for the cost of the run.
+        memory_gb: The compiler is stopped beyond this.
+        timeout_s: And after this time.
+        list_: Only print known topologies.
+    """
+    from rich.console import Console
+
+    from dsv3_jax.plan.command import list_topologies, run_plan
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    if list_:
+        list_topologies(console)
+        return
+    if config is None or not topology:
+        raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")
+    run_plan(config, overrides, topology, out, imbalance, price, memory_gb, timeout_s, console)
+
+
 def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:
     """Run another verb in several processes on this machine's CPU, as a cluster would; the first failure ends them all.
 
@@ -281,6 +323,7 @@ _VERBS = {
     "export": export,
     "describe": describe,
     "platforms": platforms,
+    "plan": plan,
     "launch": launch,
 }
 

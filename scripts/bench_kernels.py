@@ -26,11 +26,11 @@ import compile_kernels  # first: it sets the environment in which kernels are du
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aot_compile import devices_of
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.layers import linear, swiglu
+from dsv3_jax.plan.topologies import devices, parse_topology
 from dsv3_jax.precision.platforms import platform_of
 from pallas_kernels import registry
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
@@ -249,7 +249,7 @@ def main() -> None:
         print(f"kept for the backward pass, {name}: {a / 1e6:.0f} -> {b / 1e6:.0f} MB ({b / a - 1:+.0%})")
     results: dict[str, Any] = {"kept": kept}
     for target in args.targets or ("tpu7x", "h100"):
-        device = devices_of(compile_kernels.TARGETS[target])[0]
+        device = devices(parse_topology(compile_kernels.TARGETS[target]))[0]
         found: dict[str, Any] = {"bf16": of_layer(device, bf16_layer), "deepseek": of_layer(device, eight_bit_layer)}
         for what in ("accessed", "temporaries"):
             a, b = found["bf16"][what], found["deepseek"][what]

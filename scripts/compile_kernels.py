@@ -15,7 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.update({
+from dsv3_jax.plan.topologies import ENVIRONMENT, devices, parse_topology
+
+os.environ.update(ENVIRONMENT | {
     "MOSAIC_GPU_DUMP_TO": tempfile.mkdtemp(), "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1",
     "PATH": ":".join([os.environ["PATH"], *map(str, Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin"))]),
 })  # fmt: skip
@@ -23,7 +25,6 @@ os.environ.update({
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aot_compile import devices_of
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -164,7 +165,7 @@ def main() -> None:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; valid: {', '.join(TARGETS)}")
     results = {}
     for target in args.targets or TARGETS:
-        device = devices_of(TARGETS[target])[0]
+        device = devices(parse_topology(TARGETS[target]))[0]
         tried = cases() | {
             "causal_attention, forward and backward": (_attention, _attention_arguments()),
             "linear_cross_entropy with gradients": (_cross_entropy, _cross_entropy_arguments()),

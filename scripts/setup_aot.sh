@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv-aot: .venv with the compilers of TPU and NVIDIA GPUs beside it, for scripts/aot_compile.py and compile_kernels.py.
+# Make .venv-aot: .venv with the compilers of TPU and NVIDIA GPUs beside it, for `dsv3 plan` and scripts/compile_kernels.py.
 # Of CUDA, only what compiling needs: no cuDNN, cuBLAS, NCCL (4 GB). It is kept apart because JAX looks
 # for accelerators wherever these are installed.
 set -eu

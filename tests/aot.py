@@ -6,9 +6,13 @@ import subprocess
 from tests.conftest import ROOT
 
 
-def in_aot_environment(*arguments: str) -> subprocess.CompletedProcess:
+def set_up_aot_environment() -> None:
     with open(ROOT / "requirements-aot.lock") as file:  # test workers must not set it up at once
         fcntl.flock(file, fcntl.LOCK_EX)
         subprocess.run([ROOT / "scripts" / "setup_aot.sh"], check=True, timeout=300)
+
+
+def in_aot_environment(*arguments: str) -> subprocess.CompletedProcess:
+    set_up_aot_environment()
     command = [str(ROOT / ".venv-aot" / "bin" / "python"), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)

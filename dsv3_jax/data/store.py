@@ -52,7 +52,7 @@ def cache_root(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
 
 
-def _cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     """Directory `root/key`, made by `build` in a temporary sibling first if it does not exist."""
     target = root / key
     if target.is_dir():
@@ -124,7 +124,7 @@ def _tokenizer_for(config: DataConfig, vocab_size: int, corpus_key: str) -> Toke
         train_tokenizer(texts, vocab_size).save(str(directory / "tokenizer.json"))
 
     key = _key("tokenizer", corpus_key, str(vocab_size), str(config.validation_fraction))
-    return load_tokenizer(_cached(cache_root(config), key, build) / "tokenizer.json", vocab_size)
+    return load_tokenizer(cached(cache_root(config), key, build) / "tokenizer.json", vocab_size)
 
 
 def _key(kind: str, *parts: str) -> str:
@@ -149,7 +149,7 @@ def load_corpus(config: DataConfig, vocab_size: int, report: Callable[[str], Non
         _check_not_empty(config, {split: len(_read_store(directory / split)) for split in ("train", "validation")})
 
     key = _key("tokens", corpus_key, tokenizer_hash(tokenizer), str(config.validation_fraction))
-    directory = _cached(cache_root(config), key, build)
+    directory = cached(cache_root(config), key, build)
     return Corpus(tokenizer, _read_store(directory / "train"), _read_store(directory / "validation"))
 
 

@@ -28,7 +28,7 @@ from pallas_kernels.scaled import Gemms
 
 # Room for a pair of ranks over its mean number of rows. 2 holds the imbalance of a trained router within a sequence, so that
 # a second round is rare; buffers grow in proportion.
-_SLACK = 2
+SLACK = 2
 
 
 class Hop(NamedTuple):
@@ -46,7 +46,7 @@ class Hop(NamedTuple):
 
 def _quota(rows: float, most: int) -> int:
     """Rows a round for a pair whose mean is `rows` and whose maximum is `most`: a multiple of 8, for the kernels."""
-    return -(-min(int(_SLACK * rows) + 1, most) // 8) * 8
+    return -(-min(int(SLACK * rows) + 1, most) // 8) * 8
 
 
 def hops(ranks: int, per_node: int, two_level: bool, experts: int, tokens: int, choices: int) -> tuple[Hop, ...]:

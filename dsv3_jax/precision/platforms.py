@@ -12,7 +12,10 @@ before the first look-up:
 import re
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError
@@ -69,39 +72,31 @@ def _formats(native: str, emulated: str = "", refused: str = "") -> dict[str, Su
 
 
 _TPU, _CUDA = ("tpu",), ("gpu", "cuda")
-# TPU peaks and bandwidths are those of JAX's own table (jax._src.tpu_info), per device: a tpu7x device is one of a chip's two
-# cores. NVIDIA's are its data sheets', dense, SXM. "emulated": values are rounded to the format and multiplied in a wider one.
+HARDWARE: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "hardware.yaml").read_text())
+
+
+def _built_in(name: str, pjrt: tuple[str, ...], kind: str, formats: dict[str, Support], **others) -> Platform:
+    facts = {key: HARDWARE[name][key] for key in ("tera_ops", "memory_gib", "memory_tb_s")}
+    return Platform(name, pjrt, kind, formats, **facts, **others)
+
+
+# "emulated": values are rounded to the format and multiplied in a wider one.
 _BUILT_IN = (
     Platform("cpu", ("cpu",), "", _formats("float32", "bf16 e4m3 e5m2 int8"), {}, note="numerics only, never a speed claim"),
-    Platform(
-        "v5e", _TPU, r"v5 lite|v5e", _formats("bf16 int8", "float32 e4m3 e5m2"), {"bf16": 197, "int8": 394}, 15.75, 0.82,
-        core="tpu",
-    ),
-    Platform(
-        "v5p", _TPU, r"v5$|v5p", _formats("bf16 int8", "float32 e4m3 e5m2"), {"bf16": 459, "int8": 918}, 95, 2.46,
-        core="tpu",
-    ),
-    Platform(
-        "v6e", _TPU, r"v6 lite|v6e", _formats("bf16 int8 e4m3 e5m2", "float32"),
-        {"bf16": 920, "int8": 1840, "e4m3": 920, "e5m2": 920}, 31.25, 1.64, core="tpu",
-    ),
-    Platform(
-        "tpu7x", _TPU, r"TPU7x|7x", _formats("bf16 e4m3 e5m2", "float32 int8"),
-        {"bf16": 1155, "e4m3": 2300, "e5m2": 2300}, 94.75, 3.7, core="tpu",
-    ),
-    Platform(
+    _built_in("v5e", _TPU, r"v5 lite|v5e", _formats("bf16 int8", "float32 e4m3 e5m2"), core="tpu"),
+    _built_in("v5p", _TPU, r"v5$|v5p", _formats("bf16 int8", "float32 e4m3 e5m2"), core="tpu"),
+    _built_in("v6e", _TPU, r"v6 lite|v6e", _formats("bf16 int8 e4m3 e5m2", "float32"), core="tpu"),
+    _built_in("tpu7x", _TPU, r"TPU7x|7x", _formats("bf16 e4m3 e5m2", "float32 int8"), core="tpu"),
+    _built_in(
         "a100", _CUDA, "A100", _formats("float32 bf16 int8", "e4m3 e5m2"),
-        {"float32": 19.5, "bf16": 312, "int8": 624}, 79.1, 2.04,
         implementation="reference", note="no kernel of this package is for Ampere: 8 bits run as plain JAX",
     ),
-    Platform(
+    _built_in(
         "h100", _CUDA, "H100|H200|H800|GH200", _formats("float32 bf16 e4m3 e5m2", "int8"),
-        {"float32": 67, "bf16": 989, "e4m3": 1979, "e5m2": 1979}, 79.1, 3.35,
         core="hopper", note="int8 has no kernel: Mosaic GPU's wgmma takes none, so it runs as plain JAX",
     ),
-    Platform(
+    _built_in(
         "b200", _CUDA, "B200|B100|GB200", _formats("float32 bf16 e4m3 e5m2 int8"),
-        {"float32": 75, "bf16": 2250, "e4m3": 4500, "e5m2": 4500, "int8": 4500}, 179, 7.7,
         implementation="reference", note="the Hopper kernel's wgmma is not on Blackwell: 8 bits run as plain JAX",
     ),
 )  # fmt: skip

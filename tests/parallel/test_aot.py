@@ -1,13 +1,8 @@
-"""The released model's training step, compiled by TPU's own compiler for a slice that is not here."""
-
-import json
+"""Meshes over TPU slices that are not here."""
 
 import pytest
 
 from tests.aot import in_aot_environment
-
-MAXTEXT_TEMPORARIES_GIB = 47.1  # its preset for this model on the same 512 chips: half of that is the bar
-
 
 _SLICES = """
 import os
@@ -25,17 +20,3 @@ for shape in ((2, 1, 2, 2, 1), (1, 2, 1, 4, 1)):
 def test_leading_axes_cross_tpu_slices():
     done = in_aot_environment("-c", _SLICES)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_671b_fits_512_v5p():
-    overrides = ("data.batch_size=512", "train.grad_accum_steps=1")
-    done = in_aot_environment("scripts/aot_compile.py", "configs/v3_671b.yaml", "v5p:8x8x8", *overrides)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["devices"] == 512
-    assert found["fits"]
-    assert found["temp_gib"] <= MAXTEXT_TEMPORARIES_GIB / 2
-    # 671B weights in float32 with two bfloat16 moments and the MTP module, in 512 parts: nothing large is held twice
-    assert found["argument_gib"] <= 1.05 * (683e9 * 8 / 512 / 2**30)
-    assert found["collectives"]["ragged-all-to-all"] > 0

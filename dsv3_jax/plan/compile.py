@@ -1,0 +1,170 @@
+"""Compiling a training step for a mesh that is not here: in a process of its own, watched, and kept by content."""
+
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.data.store import cache_root, cached
+from dsv3_jax.errors import UserError
+from dsv3_jax.plan.hlo import Program, parse
+from dsv3_jax.plan.topologies import ENVIRONMENT, Topology, parse_topology
+
+_PACKAGES = Path(__file__).parents[2]
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the compiling process."""
+
+    memory_gb: float = 16.0
+    seconds: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """`places`: of each partition, [slice, host, coordinates], in the order of the program's partitions."""
+
+    topology: Topology
+    platform: str
+    mesh: dict[str, int]
+    places: list[tuple[int, int, tuple[int, ...]]]
+    memory: dict[str, int]  # the compiler's, in bytes
+    state: dict[str, int]  # bytes of a device's parts of the training state
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    program: Program
+    precision: str  # precision.recipe, with `auto` resolved
+
+
+def compilers() -> str:
+    """A Python that has the targets' compilers: DSV3_PLAN_PYTHON, this one, or the checkout's .venv-aot.
+
+    Raises `UserError` where there is none.
+    """
+    if named := os.environ.get("DSV3_PLAN_PYTHON"):
+        if not shutil.which(named):
+            raise UserError(f"DSV3_PLAN_PYTHON={named} is no program")
+        return named
+    if importlib.util.find_spec("libtpu"):
+        return sys.executable
+    beside = _PACKAGES / ".venv-aot" / "bin" / "python"
+    if beside.is_file():
+        return str(beside)
+    raise UserError(
+        "plan needs the compilers of TPU and NVIDIA GPUs: scripts/setup_aot.sh makes .venv-aot with them, or name a Python "
+        "that has libtpu and jax-cuda13-plugin as DSV3_PLAN_PYTHON"
+    )
+
+
+def _source_digest() -> str:
+    """Of everything that a program is made of."""
+    digest = hashlib.sha256()
+    for package in ("dsv3_jax", "pallas_kernels"):
+        for path in sorted((_PACKAGES / package).rglob("*.py")):
+            if "plan" not in path.parts or path.name == "worker.py":
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _key(config: Config, topology: Topology, options: dict[str, Any]) -> str:
+    """What a compiled program depends on; the sections of the configuration that it does not are left out."""
+    tree = {k: v for k, v in config_to_dict(config).items() if k not in ("name", "checkpoint")}
+    asked = json.dumps([tree, str(topology), options, compilers(), _source_digest()], sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:24]
+
+
+def compile_step(
+    config: Config,
+    topology: str,
+    options: dict[str, Any] | None = None,
+    limits: Limits = Limits(),
+    say: Callable[[str, float, float], None] = lambda phase, seconds, gb: None,
+) -> Compiled:
+    """The training step of `config`, compiled for `topology` with these compiler options, or read from the cache.
+
+    `say` is told the phase, the seconds and the memory in GB while it works. Raises `UserError` for bad input, and where the
+    compiler fails or a limit is passed, with what it said.
+    """
+    parsed = parse_topology(topology)
+
+    def build(out: Path) -> None:
+        request = {"config": config_to_dict(config), "topology": topology, "options": options or {}, "out": str(out)}
+        _run(request, limits, say)
+
+    directory = cached(cache_root(config.data) / "plans", _key(config, parsed, options or {}), build)
+    return read(directory)
+
+
+def read(directory: Path) -> Compiled:
+    facts = json.loads((directory / "facts.json").read_text())
+    with gzip.open(directory / "program.txt.gz", "rt") as file:
+        program = parse(file.read())
+    places = [(slice_, host, tuple(coordinates)) for slice_, host, coordinates in facts.pop("places")]
+    return Compiled(topology=parse_topology(facts.pop("topology")), places=places, program=program, **facts)
+
+
+def _memory_gb(pid: int) -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return 0.0
+
+
+def _run(request: dict[str, Any], limits: Limits, say: Callable[[str, float, float], None]) -> None:
+    command = [compilers(), "-m", "dsv3_jax.plan.worker"]
+    path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    log = Path(request["out"]) / "log.txt"
+    with log.open("w") as errors:
+        child = subprocess.Popen(
+            command, env=os.environ | ENVIRONMENT | {"PYTHONPATH": path}, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+    assert child.stdin
+    assert child.stdout
+    child.stdin.write(json.dumps(request))
+    child.stdin.close()
+    phases = ["starting"]
+    Thread(target=lambda out=child.stdout: phases.extend(line.strip() for line in out), daemon=True).start()
+    began, stopped = time.monotonic(), ""
+    try:
+        while child.poll() is None:
+            seconds, gb = time.monotonic() - began, _memory_gb(child.pid)
+            say(phases[-1], seconds, gb)
+            if gb > limits.memory_gb:
+                stopped = f"the compiler took more than {limits.memory_gb:g} GB of memory while {phases[-1]} (--memory-gb)"
+            elif seconds > limits.seconds:
+                stopped = f"the compiler took longer than {limits.seconds:g} s (--timeout-s)"
+            if stopped:
+                break
+            time.sleep(_POLL_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if (Path(request["out"]) / "facts.json").is_file():
+        return
+    error = Path(request["out"]) / "error.txt"
+    if error.is_file():
+        raise UserError(error.read_text())
+    raise UserError(f"topology={request['topology']}: {stopped or _last_words(log.read_text(), child.returncode)}")
+
+
+def _last_words(log: str, code: int) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    telling = [line for line in lines if "RESOURCE_EXHAUSTED" in line or "Error" in line] or lines
+    how = f"was ended by signal {-code}" if code < 0 else "failed"
+    return f"the compiler {how}: {telling[-1][:600] if telling else 'it said nothing'}"

@@ -1,0 +1,193 @@
+"""The figures of a plan: memory, FLOPs, communication, step time, what a run takes; each with where it comes from."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.counts import training_flops_per_token
+from dsv3_jax.parallel.experts import SLACK
+from dsv3_jax.parallel.schedule import make_schedule
+from dsv3_jax.plan.communication import Links
+from dsv3_jax.plan.compile import Compiled, Limits, compile_step
+from dsv3_jax.plan.cost import CostModel, Efficiency
+from dsv3_jax.plan.hlo import Program
+from dsv3_jax.plan.timeline import Player, Timeline, rounds_of_experts
+from dsv3_jax.precision.platforms import HARDWARE
+
+GIB = 2**30
+# What scripts/backtest_plan.py was calibrated on; see docs/plan.md.
+CALIBRATED = Efficiency(matmul=0.75, memory=0.9, link=0.85)
+SOURCES = {
+    "memory": "compiler (memory_analysis); the split of temporaries is counted: gradients from their shards, activations from "
+    "what the loops over layers stack",
+    "flops": "count: products in the compiled program, loops times their rounds; kernels' from shapes or as they state",
+    "useful_flops": "count from the configuration (model/counts.py)",
+    "communication": "bytes and counts: the compiled program; seconds: model (hardware.yaml)",
+    "step": "model: the compiled schedule played through with rooflines (plan/timeline.py)",
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """`imbalance`: the fullest device's rows over the mean, of tokens sent to experts. `price`: of a device, an hour."""
+
+    imbalance: float = 1.0
+    price: float | None = None
+    efficiency: Efficiency = CALIBRATED
+
+
+@dataclass
+class Plan:
+    """Figures of a device and a step, unless they say otherwise; bytes, seconds and FLOPs are plain numbers."""
+
+    name: str
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    precision: str
+    remat: str
+    batch: dict[str, int]
+    memory: dict[str, float]  # by class, in bytes; `total` and `room` among them
+    flops: dict[str, float]
+    useful_flops: float
+    recomputed: float
+    communication: list[dict[str, Any]]
+    step: dict[str, float]
+    parts: dict[str, float]
+    pipeline_occupancy: float | None
+    run: dict[str, float]
+    assumed: dict[str, Any]
+    notes: list[str]
+    compiled: dict[str, Any]
+    sources: dict[str, str] = field(default_factory=lambda: SOURCES)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory["total"] <= self.memory["room"]
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of the communication's time behind which there is work."""
+        return self.step.get("hidden")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"fits": self.fits}
+
+
+def kept_bytes(program: Program) -> float:
+    """What loops over layers stack for the backward pass: results of a forward loop with a place for each round."""
+    total = 0.0
+    entry = program.computations[program.entry]
+    for loop in entry:
+        trips = program.trip_count(loop, entry) if loop.opcode == "while" else None
+        if not trips or trips < 2 or "transpose(" in loop.op_name or "jvp" not in loop.op_name:
+            continue
+        body = program.computations[loop.called("body") or ""]
+        for number, (array, name) in enumerate(zip(loop.arrays, body.root.operands, strict=False)):
+            result = body.instructions[name]
+            carried = result.opcode == "get-tuple-element" and f"index={number}" in result.attributes
+            if array.dims[:1] == (trips,) and not carried:
+                total += array.bytes
+    return total
+
+
+def memory_of(compiled: Compiled, kept: float) -> dict[str, float]:
+    """By class, in bytes."""
+    m, state = compiled.memory, compiled.state
+    gradients = float(state["parameters"])  # float32, as the master weights
+    rest = m["temp"] - gradients - kept
+    classes = {
+        **{name: float(size) for name, size in state.items() if size},
+        "batch": float(m["argument"] - sum(state.values())),
+        "gradients": min(gradients, float(m["temp"])),
+        "activations kept": min(kept, max(m["temp"] - gradients, 0.0)),
+        "other temporaries": max(rest, 0.0),
+        "results that are not taken over": float(m["output"] - m["alias"]),
+    }
+    total = float(m["argument"] + m["temp"] + m["output"] - m["alias"])
+    return classes | {"total": total, "room": HARDWARE[compiled.topology.kind]["memory_gib"] * GIB}
+
+
+def _communication(line: Timeline) -> list[dict[str, Any]]:
+    return [
+        {"kind": kind, "axes": list(axes), "link": link, **asdict(moved)}
+        for (kind, axes, link), moved in sorted(line.moved.items(), key=lambda item: -item[1].seconds)
+    ]
+
+
+def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumptions()) -> Plan:
+    """Everything about the compiled step of `config`."""
+    topology, program, mesh = compiled.topology, compiled.program, compiled.mesh
+    devices = math.prod(mesh.values())
+    fill = 1 / SLACK
+    cost = CostModel(program, topology.kind, assume.efficiency, fill)
+    tokens = config.data.batch_size * config.data.seq_len
+    microbatches = config.train.grad_accum_steps
+    rows = tokens / devices * config.model.num_experts_per_tok / microbatches * assume.imbalance
+    rounds = math.ceil(assume.imbalance / SLACK)
+    player = Player(
+        program, mesh, Links(topology.kind, compiled.places, topology.shape), cost, assume.efficiency.link, fill,
+        assume.imbalance, rounds_of_experts(program, rows, rounds),
+    )  # fmt: skip
+    line = player.play()
+    useful = training_flops_per_token(config.model, config.data.seq_len) * tokens / devices
+    peaks = HARDWARE[topology.kind]["tera_ops"]
+    step = {
+        "seconds": line.seconds, "work": line.work_seconds, "products": line.matmul_seconds, "memory": line.memory_seconds,
+        "communication": line.communication, "exposed": line.exposed,
+        "tokens_per_s": tokens / line.seconds, "tokens_per_s_device": tokens / line.seconds / devices,
+        "mfu_bf16": useful / line.seconds / (peaks["bf16"] * 1e12),
+        **({} if line.hidden is None else {"hidden": line.hidden}),
+        **{f"waited for {what}": seconds for what, seconds in line.waited.items()},
+    }  # fmt: skip
+    notes = _notes(line, cost, compiled)
+    return Plan(
+        name=config.name, topology=str(topology), devices=devices, mesh=mesh, precision=compiled.precision,
+        remat=config.remat.policy,
+        batch={"sequences": config.data.batch_size, "length": config.data.seq_len, "microbatches": microbatches},
+        memory=memory_of(compiled, kept_bytes(program)), flops=dict(line.work.flops), useful_flops=useful,
+        recomputed=line.recomputed, communication=_communication(line), step=step,
+        parts=dict(sorted(line.parts.items(), key=lambda item: -item[1])),
+        pipeline_occupancy=_occupancy(config, mesh), run=_run(config, line.seconds, devices, assume.price),
+        assumed={"loops": line.assumed, **asdict(assume)}, notes=notes,
+        compiled={"seconds": compiled.seconds, "versions": compiled.versions},
+    )  # fmt: skip
+
+
+def _notes(line: Timeline, cost: CostModel, compiled: Compiled) -> list[str]:
+    notes = [f"loop of unknown length, counted once, so that figures are too low: {name}" for name in line.refused]
+    notes += [f"a kernel's FLOPs are not counted: {name}" for name in sorted(cost.uncounted)]
+    if not compiled.program.scheduled:
+        notes.append("the program is not scheduled: overlap can't be read from it")
+    if not compiled.topology.is_tpu:
+        notes.append(
+            "without a GPU XLA tunes nothing: its choice of kernels for matrix products (cuBLAS, Triton) is not that of a real "
+            "run, and Triton kernels can't be compiled"
+        )
+    return notes
+
+
+def _occupancy(config: Config, mesh: dict[str, int]) -> float | None:
+    if mesh["pipe"] == 1:
+        return None
+    parallel = config.parallel
+    return make_schedule(parallel.pipe_schedule, mesh["pipe"], parallel.pipe_chunks, config.train.grad_accum_steps).occupancy
+
+
+def _run(config: Config, step_seconds: float, devices: int, price: float | None) -> dict[str, float]:
+    """The whole run, without failures."""
+    seconds = step_seconds * config.train.steps
+    hours = seconds / 3600 * devices
+    found = {"tokens": float(config.train.steps * config.data.batch_size * config.data.seq_len)}
+    found |= {"days": seconds / 86400, "device_hours": hours}
+    return found | ({} if price is None else {"cost": hours * price})
+
+
+def plan_step(
+    config: Config, topology: str, assume: Assumptions, limits: Limits, options: dict[str, Any],
+    say: Callable[[str, float, float], None],
+) -> Plan:  # fmt: skip
+    """Compile (or read from the cache) and count. Raises `UserError` as `compile_step`."""
+    return figures(config, compile_step(config, topology, options, limits, say), assume)

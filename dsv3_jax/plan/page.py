@@ -1,0 +1,76 @@
+"""Plans as one HTML page that needs nothing else: tables and plots (SVG) in the file."""
+
+import html
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from dsv3_jax.plan.figures import GIB, Plan
+from dsv3_jax.plan.report import compare, show, verdict
+
+_STYLE = "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{font-size:12px;overflow-x:auto}"
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "dsv3"}):  # the same plan gives the same page
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def _bars(axes: Any, labels: list[str], stacks: dict[str, list[float]], unit: str, title: str) -> None:
+    """Horizontal bars, a row a label, stacked."""
+    left = [0.0] * len(labels)
+    for name, sizes in stacks.items():
+        axes.barh(labels, sizes, left=left, label=name)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel=unit, title=title)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _plots(plans: list[Plan]) -> str:
+    names = [p.topology for p in plans]
+    figure = Figure(figsize=(11, 2.2 + 0.5 * len(plans)), layout="constrained")
+    memory, time = figure.subplots(1, 2)
+    classes = dict.fromkeys(c for p in plans for c in p.memory if c not in ("total", "room"))
+    _bars(memory, names, {c: [p.memory.get(c, 0) / GIB for p in plans] for c in classes}, "GiB a device", "memory")
+    for row, p in enumerate(plans):
+        memory.plot([p.memory["room"] / GIB] * 2, [row - 0.4, row + 0.4], color="black")
+    stacks = {
+        "work": [p.step["work"] for p in plans], "exposed communication": [p.step["exposed"] for p in plans],
+        "other waiting": [max(0.0, p.step["seconds"] - p.step["work"] - p.step["exposed"]) for p in plans],
+    }  # fmt: skip
+    _bars(time, names, stacks, "seconds", "a step (model)")
+    return _svg(figure)
+
+
+def _links(plan: Plan) -> str:
+    rows = [r for r in plan.communication if r["seconds"] > 0.01 * max(1e-9, plan.step["communication"])]
+    if not rows:
+        return ""
+    figure = Figure(figsize=(11, 1.6 + 0.35 * len(rows)), layout="constrained")
+    labels = [f"{r['kind']}, {' x '.join(r['axes'])}, {r['link']}" for r in rows]
+    stacks = {"hidden": [r["seconds"] - r["exposed"] for r in rows], "exposed": [r["exposed"] for r in rows]}
+    _bars(figure.subplots(), labels, stacks, "seconds a step (model)", f"{plan.topology}: communication")
+    return _svg(figure)
+
+
+def page(plans: list[Plan]) -> str:
+    """The page's text."""
+    console = Console(file=io.StringIO(), width=150, record=True, highlight=False, force_terminal=False)
+    if len(plans) > 1:
+        compare(plans, console)
+    for plan in plans:
+        show(plan, console)
+    title = html.escape(f"{plans[0].name}: {', '.join(p.topology for p in plans)}")
+    summary = "".join(f"<p><b>{html.escape(p.topology)}</b> {html.escape(verdict(p))}</p>" for p in plans)
+    text = html.escape(console.export_text())
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{summary}"
+        f"{_plots(plans)}{''.join(_links(p) for p in plans)}<pre>{text}</pre>\n"
+    )

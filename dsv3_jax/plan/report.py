@@ -1,0 +1,104 @@
+"""A plan on a terminal: one topology in full, several as a table."""
+
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.plan.figures import GIB, Plan
+from dsv3_jax.progress import human
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _table(title: str, *columns: str) -> Table:
+    head, _, source = title.partition(" (")
+    table = Table(
+        title=head, title_justify="left", caption=f"({source}" if source else None, caption_justify="left", min_width=60
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def verdict(plan: Plan) -> str:
+    total, room = plan.memory["total"] / GIB, plan.memory["room"] / GIB
+    how = f"{room - total:.1f} GiB left" if plan.fits else f"{total - room:.1f} GiB too much"
+    return f"{'fits' if plan.fits else 'DOES NOT FIT'}: {total:.1f} of {room:.1f} GiB a device, {how}"
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Everything about one topology."""
+    step, batch = plan.step, plan.batch
+    console.rule(f"{plan.name} on {plan.topology}")
+    console.print(
+        f"{plan.devices} devices, {_mesh(plan)}; {plan.precision}, remat {plan.remat}; {batch['sequences']:,} sequences of "
+        f"{batch['length']:,} in {batch['microbatches']} microbatches", soft_wrap=True,
+    )  # fmt: skip
+    console.print(verdict(plan), style="bold green" if plan.fits else "bold red")
+    table = _table(f"memory of a device ({plan.sources['memory']})", "class", "GiB", "share")
+    for name, size in plan.memory.items():
+        if name not in ("total", "room") and size:
+            table.add_row(name, f"{size / GIB:.2f}", _share(size, plan.memory["total"]))
+    console.print(table)
+
+    executed = sum(plan.flops.values())
+    table = _table(f"FLOPs of a device and step ({plan.sources['flops']})", "what", "FLOPs", "of executed")
+    for format, flops in sorted(plan.flops.items(), key=lambda item: -item[1]):
+        table.add_row(f"executed, {format}", human(flops), _share(flops, executed))
+    table.add_row("useful", human(plan.useful_flops), _share(plan.useful_flops, executed))
+    table.add_row("recomputed", human(plan.recomputed), _share(plan.recomputed, executed))
+    console.print(table)
+
+    table = _table(
+        f"communication of a device and step ({plan.sources['communication']})", "kind", "axes", "link", "count", "GB sent",
+        "s", "exposed s",
+    )  # fmt: skip
+    for row in plan.communication:
+        if row["bytes"] >= 1e6:
+            table.add_row(
+                row["kind"], " x ".join(row["axes"]), row["link"], f"{row['count']:,.0f}", f"{row['bytes'] / 1e9:.2f}",
+                f"{row['seconds']:.3f}", f"{row['exposed']:.3f}",
+            )  # fmt: skip
+    console.print(table)
+
+    table = _table(f"a step ({plan.sources['step']})", "what", "s", "of the step")
+    for name in ("seconds", "work", "products", "memory", "communication", "exposed"):
+        table.add_row("step" if name == "seconds" else name, f"{step[name]:.3f}", _share(step[name], step["seconds"]))
+    for part, seconds in plan.parts.items():
+        table.add_row(f"  work in {part}", f"{seconds:.3f}", _share(seconds, step["seconds"]))
+    console.print(table)
+    if plan.hidden is not None:
+        console.print(f"communication hidden behind work: {plan.hidden:.1%} of its time (goal: more than 70%)")
+    if plan.pipeline_occupancy is not None:
+        console.print(f"pipeline occupancy: {plan.pipeline_occupancy:.1%} of the stages' time is work (count: the schedule)")
+    run = plan.run
+    cost = f", {run['cost']:,.0f} in the price's currency" if "cost" in run else ""
+    console.print(
+        f"{step['tokens_per_s_device']:,.0f} tokens/s a device, {human(step['tokens_per_s'])} in all; MFU "
+        f"{step['mfu_bf16']:.1%} (useful FLOPs over bf16's dense peak); {human(run['tokens'])} tokens in {run['days']:,.1f} "
+        f"days, {human(run['device_hours'])} device-hours{cost}", soft_wrap=True,
+    )  # fmt: skip
+    for loop, rounds in plan.assumed["loops"].items():
+        console.print(f"assumed (imbalance {plan.assumed['imbalance']:g}): {loop} runs {rounds:g} times", soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def compare(plans: list[Plan], console: Console) -> None:
+    """A row a topology; tokens/s are of a device."""
+    table = _table(
+        "plans (seconds and what follows from them: model)", "topology", "mesh", "GiB", "of", "fits", "step s", "tokens/s",
+        "MFU", "hidden", "days",
+    )  # fmt: skip
+    for p in plans:
+        table.add_row(
+            p.topology, _mesh(p), f"{p.memory['total'] / GIB:.1f}", f"{p.memory['room'] / GIB:.1f}", "yes" if p.fits else "NO",
+            f"{p.step['seconds']:.2f}", f"{p.step['tokens_per_s_device']:,.0f}", f"{p.step['mfu_bf16']:.1%}",
+            "-" if p.hidden is None else f"{p.hidden:.0%}", f"{p.run['days']:,.1f}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,271 @@
+"""A scheduled program played through with the cost model: how long a step takes, which communication hides behind work.
+
+One stream of work runs the instructions in their order. A collective with a begin and an end occupies its links from its
+begin on (behind what occupies them already) and the stream waits at its end for what is left; one without occupies links and
+stream. Copies between a TPU's memories and its SparseCores' work are such pairs too. Loops are played once and count as often
+as they run; nothing reaches from one round into the next.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dsv3_jax.plan.communication import Collective, Links, Route, kind_of, read_collective
+from dsv3_jax.plan.cost import CostModel, Work
+from dsv3_jax.plan.hlo import Computation, Instruction, Program
+
+PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
+_END = re.compile(r"-(done|update)$")
+
+
+@dataclass
+class Moved:
+    """A kind of collective along some axes over a link: how often a step, what a device sends, how long that takes."""
+
+    count: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    exposed: float = 0.0  # of the seconds: those in which the stream of work stands still
+
+
+@dataclass
+class Timeline:
+    """Of one step. Times in seconds. `moved`: by (kind, axes, link)."""
+
+    seconds: float = 0.0
+    work_seconds: float = 0.0
+    moved: dict[tuple[str, tuple[str, ...], str], Moved] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
+    matmul_seconds: float = 0.0  # products at their rate
+    memory_seconds: float = 0.0  # bytes at theirs
+    recomputed: float = 0.0  # FLOPs of the forward pass that are done again
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds of work by part of the model
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # for other pairs: copies, SparseCores
+    assumed: dict[str, float] = field(default_factory=dict)  # loops whose rounds depend on data, and what was taken
+    refused: list[str] = field(default_factory=list)  # loops whose rounds nothing tells
+
+    def add(self, other: "Timeline", times: float) -> None:
+        self.seconds += times * other.seconds
+        self.work_seconds += times * other.work_seconds
+        self.matmul_seconds += times * other.matmul_seconds
+        self.memory_seconds += times * other.memory_seconds
+        self.work = self.work + Work(Counter({f: n * times for f, n in other.work.flops.items()}), other.work.bytes * times)
+        for key, moved in other.moved.items():
+            mine = self.moved.setdefault(key, Moved())
+            mine.count += times * moved.count
+            mine.bytes += times * moved.bytes
+            mine.seconds += times * moved.seconds
+            mine.exposed += times * moved.exposed
+        for what, seconds in other.waited.items():
+            self.waited[what] += times * seconds
+        self.assumed |= {k: max(n, self.assumed.get(k, 0.0)) for k, n in other.assumed.items()}
+        for part, seconds in other.parts.items():
+            self.parts[part] += times * seconds
+        self.recomputed += times * other.recomputed
+        self.refused += [loop for loop in other.refused if loop not in self.refused]
+
+    @property
+    def communication(self) -> float:
+        return sum(m.seconds for m in self.moved.values())
+
+    @property
+    def exposed(self) -> float:
+        return sum(m.exposed for m in self.moved.values())
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of the communication's time; None without any."""
+        return 1 - self.exposed / self.communication if self.communication else None
+
+
+@dataclass
+class _Pending:
+    """What has begun and not ended: when it will, and what to put the waiting down to."""
+
+    finish: float
+    moved: Moved | None
+    what: str
+    seconds: float
+
+
+class Player:
+    """`rounds(op_name, body)` tells how often a loop runs whose trip count the program does not; None if unknown."""
+
+    def __init__(
+        self, program: Program, mesh: dict[str, int], links: Links, cost: CostModel, link_efficiency: float,
+        ragged_fill: float, imbalance: float, rounds: Callable[[Instruction, Computation], float | None],
+    ):  # fmt: skip
+        self._program, self._mesh, self._links, self._cost = program, mesh, links, cost
+        self._link_efficiency, self._fill, self._imbalance, self._rounds = link_efficiency, ragged_fill, imbalance, rounds
+        self._played: dict[str, Timeline] = {}
+
+    def play(self) -> Timeline:
+        return self._play(self._program.entry)
+
+    def _play(self, name: str) -> Timeline:
+        if name not in self._played:
+            self._played[name] = self._run(self._program.computations[name])
+        return self._played[name]
+
+    def _run(self, computation: Computation) -> Timeline:
+        line, free, pending = Timeline(), {}, {}
+        for i in computation:
+            if _END.search(i.opcode):
+                self._end(i, line, pending)
+            elif kind_of(i):
+                self._collective(i, computation, line, free, pending)
+            elif i.opcode == "while":
+                self._loop(i, computation, line)
+            elif i.opcode == "conditional":
+                line.add(max((self._play(b) for b in i.branches), key=lambda t: t.seconds), 1)
+            elif i.opcode == "call":
+                line.add(self._play(i.called("to_apply") or ""), 1)
+            elif i.opcode.endswith("-start"):
+                self._begin(i, computation, line, free, pending)
+            else:
+                self._do(i, self._cost.work(i, computation), line)
+        line.seconds = max([line.seconds, *(p.finish for p in pending.values())])
+        return line
+
+    def _do(self, i: Instruction, work: Work, line: Timeline) -> None:
+        seconds = self._cost.seconds(work)
+        product, memory = self._cost.bounds(work)
+        line.seconds += seconds
+        line.work_seconds += seconds
+        line.matmul_seconds += product
+        line.memory_seconds += memory
+        line.work = line.work + work
+        line.parts[part_of(i.op_name)] += seconds
+        if "rematted_computation" in i.op_name:
+            line.recomputed += work.flops.total()
+
+    def _collective(self, i: Instruction, inside: Computation, line: Timeline, free: dict, pending: dict) -> None:
+        c = read_collective(i, inside, self._mesh, self._fill)
+        route = self._links.route(c)
+        seconds = route.seconds / self._link_efficiency
+        if c.kind == "ragged-all-to-all":
+            seconds *= self._imbalance  # the fullest device's
+        begin = max([line.seconds, *(free.get(d, 0.0) for d in route.directions)])
+        for direction in route.directions:
+            free[direction] = begin + seconds
+        moved = _record(c, route, seconds, line)
+        if i.opcode.endswith("-start"):
+            pending[i.name] = _Pending(begin + seconds, moved, c.kind, seconds)
+        else:
+            moved.exposed += seconds  # what it waited for counts as that one's
+            line.seconds = begin + seconds
+
+    def _begin(self, i: Instruction, inside: Computation, line: Timeline, free: dict, pending: dict) -> None:
+        """A copy, a SparseCore's work or another stream's: beside the stream of work, one of a kind after the other."""
+        kind = i.opcode.removesuffix("-start")
+        called = i.called("calls") or i.called("to_apply")
+        if called and kind in ("async", "fusion", "call"):
+            inner = self._play(called)
+            self._account(inner, line)
+            seconds = inner.seconds
+        else:
+            operands = [inside.instructions[n] for n in i.operands if n in inside.instructions]
+            seconds = sum(o.bytes for o in operands) / self._cost.memory
+        begin = max(line.seconds, free.get(kind, 0.0))
+        free[kind] = begin + seconds
+        pending[i.name] = _Pending(begin + seconds, None, kind, seconds)
+
+    def _account(self, inner: Timeline, line: Timeline) -> None:
+        """What another stream does is done, without taking this one's time; its communication hides till it is waited for."""
+        beside = Timeline(work=inner.work, moved={k: Moved(m.count, m.bytes, m.seconds, 0.0) for k, m in inner.moved.items()})
+        line.add(beside, 1)
+
+    def _end(self, i: Instruction, line: Timeline, pending: dict) -> None:
+        begun = pending.pop(i.operands[0], None) if i.operands else None
+        if begun is None:
+            return
+        if i.opcode.endswith("-update"):
+            pending[i.name] = begun
+            return
+        wait = max(0.0, begun.finish - line.seconds)
+        if begun.moved is not None:
+            begun.moved.exposed += min(wait, begun.seconds)
+        elif wait:
+            line.waited[begun.what] += wait
+        line.seconds += wait
+
+    def _loop(self, i: Instruction, inside: Computation, line: Timeline) -> None:
+        body = self._play(i.called("body") or "")
+        trips: float | None = self._program.trip_count(i, inside)
+        if trips is None:
+            trips = self._rounds(i, self._program.computations[i.called("body") or ""])
+            if trips is None:
+                line.refused.append(i.op_name or i.name)
+                trips = 1
+            else:
+                line.assumed[_short(i.op_name)] = max(trips, line.assumed.get(_short(i.op_name), 0.0))
+        line.add(body, trips)
+
+
+def part_of(op_name: str) -> str:
+    """The part of the model that an instruction belongs to, by the scopes of its name."""
+    scopes = set(re.split(r"[/()]", op_name))
+    return next((part for part in PARTS if part in scopes), "rest")
+
+
+def _record(c: Collective, route: Route, seconds: float, line: Timeline) -> Moved:
+    """One entry a link; seconds go to the slower one, which is the first."""
+    moved = None
+    for link, sent in route.bytes.items() or {"none": 0.0}.items():
+        entry = line.moved.setdefault((c.kind, c.axes, link), Moved())
+        entry.count += 1
+        entry.bytes += sent
+        moved = moved or entry
+    assert moved
+    moved.seconds += seconds
+    return moved
+
+
+def _short(op_name: str) -> str:
+    """The last names of where a loop comes from."""
+    return "/".join(op_name.split("/")[-3:])
+
+
+def rounds_of_experts(program: Program, rows: float, rounds: float) -> Callable[[Instruction, Computation], float | None]:
+    """Of the loops over data in this package: the experts' exchange, and the blocks of rows of a device's experts.
+
+    `rows`: that a device's experts get in all, `rounds`: of the exchange. Rows lie in blocks of several sizes, each with a loop
+    of its own; balanced loads fill the largest.
+    """
+
+    def block(body: Computation) -> int:
+        """Rows of the block that a loop's body works on: the smallest side that all its products have."""
+        sides = [
+            {d for name in (i.name, i.operands[0]) for d in c.instructions[name].arrays[0].dims if d > 1}
+            for c in _reached(program, body)
+            for i in c
+            if i.opcode == "dot"
+        ]
+        return min(set.intersection(*sides), default=0) if sides else 0
+
+    largest: dict[str, int] = {}
+    for computation in program.computations.values():
+        for i in computation:
+            if i.opcode == "while" and _BLOCKS in i.op_name:
+                size = block(program.computations[i.called("body") or ""])
+                largest[computation.name] = max(largest.get(computation.name, 0), size)
+    bodies = {i.name: c.name for c in program.computations.values() for i in c if i.opcode == "while"}
+
+    def told(loop: Instruction, body: Computation) -> float | None:
+        if _BLOCKS in loop.op_name:
+            size = block(body)
+            return rows / size if size and size == largest[bodies[loop.name]] else 0.0
+        return rounds if _EXCHANGE.search(loop.op_name) else None
+
+    return told
+
+
+_BLOCKS = "grouped_swiglu_blocked"
+_EXCHANGE = re.compile(r"shard_map/while(/body/while)?$")  # and the one inside a node
+
+
+def _reached(program: Program, computation: Computation) -> list[Computation]:
+    """It and what its fusions call."""
+    called = [c for i in computation if i.opcode == "fusion" and (c := i.called("calls"))]
+    return [computation, *(inner for name in called for inner in _reached(program, program.computations[name]))]

@@ -1,0 +1,108 @@
+"""The process that compiles: reads a request (JSON) from stdin, leaves program.txt.gz and facts.json in a directory.
+
+A process of its own, because compilers abort, grow and must be told before JAX loads that no accelerator is here.
+"""
+
+import gzip
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import Config, config_from_dict
+from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.layout import batch_sharding, make_layout
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.rules import check
+from dsv3_jax.plan.topologies import devices, parse_topology
+from dsv3_jax.precision.platforms import platform_of, resolve
+from dsv3_jax.train.state import TrainState, abstract_state
+from dsv3_jax.train.step import make_train_step
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Of one device: its shards of each part of the state."""
+
+    def local(tree: Any) -> int:
+        shards = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(tree)]
+        return sum(int(np.prod(shape)) * size for shape, size in shards)
+
+    return {
+        "parameters": local(state.params),
+        "moments": local(state.opt_state),
+        "moving average": local(state.ema),
+        "other state": local((state.step, state.router_bias, state.controller)),
+    }
+
+
+def _place(device: Any) -> list[Any]:
+    """[slice, host, coordinates of its chip]: what decides over which links it talks to others."""
+    is_tpu = device.platform == "tpu"
+    return [getattr(device, "slice_index", None) or 0, device.process_index, list(device.coords) if is_tpu else [device.id]]
+
+
+def compile_step(config: Config, topology: str, options: dict[str, Any], say) -> tuple[str, dict[str, Any]]:
+    """The compiled training step's text, and what else is known about it."""
+    say("describing")
+    found = devices(parse_topology(topology))
+    config = resolve(config, found[0])
+    mesh = make_mesh(config.parallel, found)
+    if mesh.size < len(found):
+        raise UserError(
+            f"parallel: the mesh has {mesh.size} of {topology}'s {len(found)} devices; set an axis to -1 to fill up"
+        )
+    check(config, dict(mesh.shape))
+    layout = make_layout(config.parallel, mesh)
+    state = abstract_state(config, layout)
+    shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout))
+    say("tracing")
+    began = time.perf_counter()
+    lowered = make_train_step(config, layout).lower(state, {"tokens": tokens, "segments": tokens})
+    traced = time.perf_counter() - began
+    say("compiling")
+    compiled = lowered.compile(compiler_options=options or None)
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    say("reading")
+    facts = {
+        "topology": topology,
+        "platform": platform_of(found[0]).name,
+        "mesh": dict(mesh.shape),
+        "places": [_place(d) for d in mesh.devices.flat],  # in the order of partitions
+        "precision": config.precision.recipe,
+        "seconds": {"tracing": traced, "compiling": seconds - traced},
+        "memory": {
+            name: getattr(memory, f"{name}_size_in_bytes")
+            for name in ("argument", "output", "temp", "alias", "generated_code")
+        } | {"peak": getattr(memory, "peak_memory_in_bytes", 0)},
+        "state": state_bytes(state),
+        "versions": {"jax": jax.__version__},
+    }  # fmt: skip
+    return compiled.as_text(), facts
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.read())
+    out = Path(request["out"])
+
+    def say(phase: str) -> None:
+        print(phase, flush=True)
+
+    try:
+        text, facts = compile_step(config_from_dict(request["config"]), request["topology"], request["options"], say)
+    except UserError as error:
+        (out / "error.txt").write_text(str(error))
+        raise SystemExit(2) from None
+    with gzip.open(out / "program.txt.gz", "wt", compresslevel=3) as file:
+        file.write(text)
+    (out / "facts.json").write_text(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

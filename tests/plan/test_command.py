@@ -1,0 +1,177 @@
+"""`dsv3 plan` as a user calls it. What compiles for TPU and H100 needs their compilers (.venv-aot), and is slow."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from dsv3_jax.cli import main
+from dsv3_jax.config import load_config
+from dsv3_jax.plan import compile as compiling
+from dsv3_jax.plan.compile import Limits, compile_step
+from dsv3_jax.plan.topologies import EXAMPLES, parse_topology
+from dsv3_jax.precision.platforms import HARDWARE, platforms
+from tests.aot import set_up_aot_environment
+from tests.conftest import ROOT
+from tests.test_package import dsv3
+
+TINY = ROOT / "configs" / "tiny.yaml"
+MAXTEXT_TEMPORARIES_GIB = 47.1  # its preset for 671B on the same 512 chips: half of that is the bar
+GIB = 2**30
+# small, of sizes that the kernels take
+SMALL = [
+    "model.hidden_size=256", "model.num_hidden_layers=3", "model.intermediate_size=512", "model.moe_intermediate_size=256",
+    "model.q_lora_rank=128", "model.kv_lora_rank=128", "model.qk_nope_head_dim=128", "model.qk_rope_head_dim=64",
+    "model.v_head_dim=128", "precision.recipe=bf16", "remat.policy=full", "data.seq_len=512", "data.batch_size=16",
+]  # fmt: skip
+
+
+@pytest.fixture
+def failed(capsys):
+    """Of a command's arguments: the one line that it says, with exit code 2."""
+
+    def of(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", *arguments])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert (ended.value.code, len(lines)) == (2, 1), lines
+        return lines[0]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", "one of v5e, v5p"),
+        ("v5p", "use KIND:SHAPE"),
+        ("v5p:8x8", "v5p takes a torus of 3 dimensions"),
+        ("h100:4x4x8", "h100 takes HOSTSxGPUS"),
+        ("2*h100:4x8", "GPUs have hosts and no slices"),
+        ("v5p:0x1x1", "v5p takes a torus"),
+    ],
+)
+def test_topologies_that_are_none(name, message, failed):
+    assert message in failed(str(TINY), "--topology", name)
+
+
+def test_bad_input_is_said_before_anything_is_compiled(failed):
+    assert "needs CONFIG and --topology" in failed()
+    assert "--imbalance=0.5" in failed(str(TINY), "--topology", "v5p:2x2x1", "--imbalance", "0.5")
+    assert "unknown key model.hidden" in failed(str(TINY), "model.hidden=3", "--topology", "v5p:2x2x1")
+
+
+def test_list_names_every_kind(capsys):
+    main(["plan", "--list"])
+    shown = capsys.readouterr().out
+    assert all(kind in shown for kind in EXAMPLES)
+
+
+def test_facts_have_sources_and_platforms_take_theirs_from_them():
+    for kind, facts in HARDWARE.items():
+        assert len(facts["sources"]) > 40, kind
+        assert kind in EXAMPLES
+    for platform in platforms():
+        if platform.name in HARDWARE:
+            assert platform.tera_ops == HARDWARE[platform.name]["tera_ops"]
+    assert all(parse_topology(name).size > 0 for names in EXAMPLES.values() for name in names)
+    assert parse_topology("tpu7x:4x4x8").size == 256  # two cores a chip
+    assert parse_topology("2*v5p:8x8x8").size == 1024
+    assert parse_topology("h100:128x8").size == 1024
+
+
+_GROWS = 'import time; x = b"1" * (300 << 20); time.sleep(60)'
+
+
+def stub(tmp_path, monkeypatch, body: str):
+    """Stands in for a Python with compilers."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("DSV3_PLAN_PYTHON", str(program))
+    return load_config(TINY, [f"data.cache_dir={tmp_path / 'cache'}"])
+
+
+@pytest.mark.parametrize(
+    ("body", "limits", "message"),
+    [
+        ("cat > /dev/null; kill -ABRT $$", Limits(), "was ended by signal 6"),
+        ("cat > /dev/null; echo 'x'; echo 'RESOURCE_EXHAUSTED: out of 3 things' >&2; exit 1", Limits(), "out of 3 things"),
+        ("cat > /dev/null; echo compiling; sleep 60", Limits(seconds=0.6), r"longer than 0\.6 s"),
+        ("cat > /dev/null; echo nothing done", Limits(), "failed: it said nothing"),
+        (f"cat > /dev/null; exec {sys.executable} -c '{_GROWS}'", Limits(memory_gb=0.1), r"more than 0\.1 GB"),
+    ],
+)
+def test_compilers_that_fail(tmp_path, monkeypatch, body, limits, message):
+    """Said in one error, and nothing is left in the cache."""
+    config = stub(tmp_path, monkeypatch, body)
+    with pytest.raises(compiling.UserError, match=message):
+        compile_step(config, "v5p:2x2x1", limits=limits)
+    assert not list((tmp_path / "cache" / "plans").iterdir())
+
+
+def test_no_compilers(monkeypatch):
+    monkeypatch.setenv("DSV3_PLAN_PYTHON", "/nowhere/python")
+    with pytest.raises(compiling.UserError, match="DSV3_PLAN_PYTHON=/nowhere/python"):
+        compiling.compilers()
+
+
+def plan(tmp_path, topologies: list[str], *overrides: str, config=TINY) -> list[dict]:
+    set_up_aot_environment()
+    out = tmp_path / "plan"
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    done = dsv3("plan", str(config), "--topology", *topologies, "--out", str(out), "--", *overrides, cache, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (out / "plan.html").read_text()
+    assert page.count("<svg") >= 2
+    assert not re.search(r"(src|href)=.http", page)  # nothing is fetched
+    return json.loads((out / "plan.json").read_text())["plans"]
+
+
+def bytes_of(p: dict, kind: str, axes: list[str]) -> float:
+    return sum(row["bytes"] for row in p["communication"] if (row["kind"], row["axes"]) == (kind, axes))
+
+
+@pytest.mark.slow
+def test_a_small_model_on_v5p_and_h100(tmp_path):
+    """FLOPs by hand, memory without ZeRO-3, and what the experts' exchange sends."""
+    tpu, gpu = plan(tmp_path, ["v5p:2x2x1", "h100:1x4"], *SMALL, "parallel.fsdp=2", "parallel.expert=2")
+    assert (tpu["devices"], gpu["devices"]) == (4, 4)
+    for p in (tpu, gpu):
+        assert p["fits"]
+        executed = sum(p["flops"].values())
+        # what is recomputed is what is done more than once, but for padding of rows to blocks and causal attention's diagonal
+        assert p["useful_flops"] * 0.9 < executed - p["recomputed"] < 1.35 * p["useful_flops"]
+        assert not [note for note in p["notes"] if "unknown length" in note]
+        assert p["step"]["seconds"] >= p["step"]["work"] > 0
+        # tokens to experts: rows of 256 numbers in bfloat16, half of them to the other one of 2 ranks; in a layer 2 forward (there
+        # and back), 2 when that is done again, 3 or 4 backward (rows and dy there, dx back); weights and numbers come on top
+        rows = 16 * 512 // 4 * 4
+        layers = 3  # two of the main model and the MTP module's
+        sent = rows * 256 * 2 / 2
+        assert 5 * sent * layers <= bytes_of(p, "ragged-all-to-all", ["expert"]) <= 11 * sent * layers
+    (replicas,) = plan(tmp_path, ["v5p:2x2x1"], *SMALL, "parallel.data=2", "parallel.expert=2")
+    sharded = tpu["memory"]["parameters"]
+    # norms are whole everywhere; of the rest a device has two times as much
+    assert replicas["memory"]["parameters"] == pytest.approx(2 * sharded, rel=0.02)
+    assert replicas["memory"]["moments"] - tpu["memory"]["moments"] == pytest.approx(2 * sharded, rel=0.02)
+    assert bytes_of(replicas, "all-reduce", ["data"]) == pytest.approx(replicas["memory"]["parameters"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_671b_fits_512_v5p(tmp_path):
+    (p,) = plan(
+        tmp_path, ["v5p:8x8x8"], "data.batch_size=512", "train.grad_accum_steps=1", config=ROOT / "configs/v3_671b.yaml"
+    )  # fmt: skip
+    assert p["devices"] == 512
+    assert p["fits"]
+    memory = p["memory"]
+    temporaries = sum(memory[name] for name in ("gradients", "activations kept", "other temporaries"))
+    assert temporaries <= MAXTEXT_TEMPORARIES_GIB / 2 * GIB
+    # 671B weights in float32 with two bfloat16 moments and the MTP module, in 512 parts: nothing large is held twice
+    assert memory["parameters"] + memory["moments"] <= 1.05 * 683e9 * 8 / 512
+    assert bytes_of(p, "ragged-all-to-all", ["expert"]) > 0
+    executed = sum(p["flops"].values())
+    assert executed - p["recomputed"] == pytest.approx(p["useful_flops"], rel=0.03)
+    assert not [note for note in p["notes"] if "unknown length" in note]

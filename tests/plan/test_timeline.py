@@ -1,0 +1,142 @@
+"""What is hidden and what is exposed, in schedules whose answer is known."""
+
+import pytest
+
+from dsv3_jax.plan.communication import Links
+from dsv3_jax.plan.cost import CostModel, Efficiency
+from dsv3_jax.plan.hlo import parse
+from dsv3_jax.plan.timeline import Player, Timeline, part_of
+
+SIZE = 8192
+WORK_S = 2 * SIZE**3 / 989e12  # of %dot: 1.1 ms
+SHARD = "bf16[8192,1024]{1,0}"
+GATHER_S = 7 * SIZE * 1024 * 2 / 450e9  # of %gather: 0.26 ms
+GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={1}"
+START = f"%start = ({SHARD}, bf16[8192,8192]{{1,0}}) all-gather-start(%s), {GROUPS}"
+DONE = "%done = bf16[8192,8192]{1,0} all-gather-done(%start)"
+DOT = "%dot = bf16[8192,8192]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+USE = "%use = bf16[8192,8192]{1,0} dot(%done, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def play(*lines: str, extra: str = "", kind: str = "h100", places=None, shape=(), root: str = "%dot") -> Timeline:
+    body = "\n".join(f"  {line}" for line in lines)
+    text = f"""HloModule m, is_scheduled=true
+{extra}
+ENTRY %main (x: bf16[8192,8192], s: bf16[8192,1024]) -> bf16[8192,8192] {{
+  %x = bf16[8192,8192]{{1,0}} parameter(0)
+  %s = {SHARD} parameter(1)
+{body}
+  ROOT %out = bf16[8192,8192]{{1,0}} bitcast({root})
+}}
+"""
+    p = parse(text)
+    links = Links(kind, places or [(0, 0, (i,)) for i in range(8)], shape)
+    return Player(p, {"fsdp": 8}, links, CostModel(p, kind, Efficiency(), 1.0), 1.0, 1.0, 1.0, lambda *_: None).play()
+
+
+def test_work_between_begin_and_end_hides():
+    line = play(START, DOT, DONE)
+    assert line.hidden == 1
+    assert line.seconds == pytest.approx(WORK_S, rel=0.01)
+    assert line.communication == pytest.approx(GATHER_S, rel=0.1)  # and a latency
+
+
+def test_a_dependency_exposes():
+    """The same instructions, but the work needs what is gathered."""
+    line = play(START, DONE, USE, root="%use")
+    assert line.hidden == 0
+    assert line.seconds == pytest.approx(WORK_S + line.communication, rel=0.01)
+
+
+def test_work_that_is_too_short_hides_its_time():
+    short = "%dot = bf16[8192,512]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    weight = "%w = bf16[8192,512]{1,0} parameter(2)"
+    line = play(weight, START, short, DONE, root="%done")
+    work = line.work_seconds
+    assert 0 < work < line.communication
+    assert line.hidden == pytest.approx(work / line.communication, rel=0.02)
+    assert line.seconds == pytest.approx(line.communication, rel=0.02)
+
+
+def test_one_instruction_hides_nothing():
+    line = play(f"%gather = bf16[8192,8192]{{1,0}} all-gather(%s), {GROUPS}", DOT)
+    assert line.hidden == 0
+    assert line.seconds == pytest.approx(WORK_S + line.communication, rel=0.01)
+
+
+def test_two_wait_for_one_link():
+    second = START.replace("%start", "%start2")
+    line = play(START, second, DONE, "%done2 = bf16[8192,8192]{1,0} all-gather-done(%start2)", DOT)
+    assert line.exposed == pytest.approx(line.communication, rel=0.01)
+    assert line.communication == pytest.approx(2 * GATHER_S, rel=0.1)
+
+
+def test_loops_count_as_often_as_they_run():
+    extra = f"""
+%body (p: (s32[], bf16[8192,8192], bf16[8192,1024])) -> (s32[], bf16[8192,8192], bf16[8192,1024]) {{
+  %p = (s32[], bf16[8192,8192]{{1,0}}, {SHARD}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[8192,8192]{{1,0}} get-tuple-element(%p), index=1
+  %s = {SHARD} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  {START}
+  {DOT}
+  {DONE}
+  ROOT %t = (s32[], bf16[8192,8192]{{1,0}}, {SHARD}) tuple(%next, %dot, %s)
+}}
+
+%condition (p: (s32[], bf16[8192,8192], bf16[8192,1024])) -> pred[] {{
+  %p = (s32[], bf16[8192,8192]{{1,0}}, {SHARD}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+"""
+    line = play(
+        "%zero = s32[] constant(0)", f"%init = (s32[], bf16[8192,8192]{{1,0}}, {SHARD}) tuple(%zero, %x, %s)",
+        f"%loop = (s32[], bf16[8192,8192]{{1,0}}, {SHARD}) while(%init), condition=%condition, body=%body",
+        "%dot = bf16[8192,8192]{1,0} get-tuple-element(%loop), index=1", extra=extra,
+    )  # fmt: skip
+    ((moved),) = line.moved.values()
+    assert moved.count == 12
+    assert line.seconds == pytest.approx(12 * WORK_S, rel=0.01)
+    assert line.work.flops["bf16"] == 12 * 2 * SIZE**3
+
+
+def permute(name: str, to: int) -> str:
+    pairs = ",".join(f"{{{i},{(i + to) % 8}}}" for i in range(8))
+    return f"%{name} = ({SHARD}, {SHARD}, u32[]) collective-permute-start(%s), source_target_pairs={{{pairs}}}"
+
+
+@pytest.mark.parametrize(("other", "times"), [(7, 1), (1, 2)])
+def test_permutes_both_ways_round_a_ring(other, times):
+    """TPU's pairs: two the same way share the links, two that go round opposite ways don't."""
+    ends = [f"%{name}.done = {SHARD} collective-permute-done(%{name})" for name in ("a", "b")]
+    places = [(0, 0, (i, 0, 0)) for i in range(8)]
+    line = play(permute("a", 1), permute("b", other), *ends, DOT, kind="v5p", places=places, shape=(8, 1, 1))
+    alone = SIZE * 1024 * 2 / 90e9
+    assert line.seconds - line.work_seconds == pytest.approx(times * alone, rel=0.02)
+
+
+def test_another_thread_works_beside():
+    """SparseCores' and asynchronous copies: waited for at their end only, updates in between."""
+    extra = f"""
+%gathered (p: {SHARD.partition("{")[0]}) -> bf16[8192,1024] {{
+  %p = {SHARD} parameter(0)
+  ROOT %g = {SHARD} copy(%p)
+}}, execution_thread="sparsecore"
+"""
+    begin = f'%c = (({SHARD}), {SHARD}, u32[]) call-start(%s), async_execution_thread="sparsecore", to_apply=%gathered'
+    update = f"%u = (({SHARD}), {SHARD}, u32[]) call-update(%c)"
+    line = play(begin, update, DOT, f"%d = {SHARD} call-done(%u)", extra=extra)
+    assert line.seconds == pytest.approx(WORK_S, rel=0.01)
+    assert not sum(line.waited.values())
+    waits = play(begin, f"%d = {SHARD} call-done(%c)", DOT, extra=extra)
+    assert waits.seconds == pytest.approx(WORK_S + 2 * SIZE * 1024 * 2 / 3.35e12, rel=0.01)
+
+
+def test_parts_of_the_model():
+    assert part_of("jit(train_step)/transpose(jvp())/while/body/checkpoint/attention/dot_general") == "attention"
+    assert part_of("jit(train_step)/jvp(mtp_head)/shard_map/while/body/x") == "mtp_head"
+    assert part_of("jit(train_step)/add") == "rest"
