@@ -293,6 +293,25 @@ def plan(
     run_plan(config, overrides, topology, out, imbalance, price, memory_gb, timeout_s, console)
 
 
+def overlap(trace: Annotated[Path, tyro.conf.Positional], plan: Path | None = None) -> None:
+    """Print how much of a run's communication went on behind work, from a trace of jax.profiler (TPU, GPU or CPU).
+
+    Trace a few steps after the first with jax.profiler.start_trace(DIR) and stop_trace(), each process of a host into a
+    directory of its own below one.
+
+    Example: dsv3 overlap traces/run --plan plans/v3_671b/plan.json
+
+    Args:
+        trace: The directory that was given to jax.profiler, or one .xplane.pb.
+        plan: A plan.json, to stand beside.
+    """
+    from rich.console import Console
+
+    from dsv3_jax.plan.command import show_overlap
+
+    show_overlap(trace, plan, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+
+
 def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:
     """Run another verb in several processes on this machine's CPU, as a cluster would; the first failure ends them all.
 
@@ -324,6 +343,7 @@ _VERBS = {
     "describe": describe,
     "platforms": platforms,
     "plan": plan,
+    "overlap": overlap,
     "launch": launch,
 }
 

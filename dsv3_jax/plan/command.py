@@ -17,6 +17,7 @@ from dsv3_jax.plan.figures import Assumptions, plan_step
 from dsv3_jax.plan.page import page
 from dsv3_jax.plan.report import compare, show
 from dsv3_jax.plan.topologies import EXAMPLES, parse_topology
+from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE
 
 _LINE_EVERY_S = 10.0
@@ -77,3 +78,35 @@ def run_plan(
     (directory / "plan.json").write_text(json.dumps(found, indent=1) + "\n")
     (directory / "plan.html").write_text(page(plans))
     console.print(f"wrote {directory / 'plan.json'} and {directory / 'plan.html'}")
+
+
+def show_overlap(trace: Path, plan: Path | None, console: Console) -> None:
+    """A row a device, and the plans' figures. Raises `UserError` for what is no trace, or no plan."""
+    planned = _planned(plan) if plan else []
+    found = overlaps(trace)
+    table = Table("device", "work s", "communication s", "hidden s", "hidden", title="communication behind work")
+    for o in found:
+        table.add_row(o.device, f"{o.work:.3f}", f"{o.communication:.3f}", f"{o.hidden:.3f}", _percent(o.share))
+    console.print(table)
+    for kind in sorted({kind for o in found for kind in o.by_kind}):
+        seconds, hidden = (sum(o.by_kind.get(kind, (0.0, 0.0))[n] for o in found) for n in (0, 1))
+        console.print(f"{kind}: {seconds:.3f} s of all devices, {_percent(hidden / seconds if seconds else None)} hidden")
+    console.print(f"all devices: {_percent(_together(found))} hidden (goal: more than 70%)")
+    for topology, share in planned:
+        console.print(f"planned for {topology}: {_percent(share)}")
+
+
+def _percent(share: float | None) -> str:
+    return "no communication" if share is None else f"{share:.1%}"
+
+
+def _together(found: list[Overlap]) -> float | None:
+    seconds = sum(o.communication for o in found)
+    return sum(o.hidden for o in found) / seconds if seconds else None
+
+
+def _planned(plan: Path) -> list[tuple[str, float | None]]:
+    try:
+        return [(p["topology"], p["step"].get("hidden")) for p in json.loads(plan.read_text())["plans"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--plan={plan} is no plan.json of dsv3 plan: {error}") from None

@@ -21,7 +21,7 @@ FREE = {
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 _FORMATS = {"bf16": "bf16", "f16": "bf16", "f8e4m3fn": "e4m3", "f8e5m2": "e5m2", "s8": "int8", "f32": "float32"}
-_EXCHANGED = re.compile(r"ffn/.*shard_map/while/body/")
+_EXCHANGED = re.compile(r"\bffn\)*/.*shard_map/while/body/")
 _TPU_PASSES = {"highest": 6, "high": 3}  # of bfloat16 products, for one of float32 operands
 
 

@@ -145,8 +145,8 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
         assert p["useful_flops"] * 0.9 < executed - p["recomputed"] < 1.35 * p["useful_flops"]
         assert not [note for note in p["notes"] if "unknown length" in note]
         assert p["step"]["seconds"] >= p["step"]["work"] > 0
-        # tokens to experts: rows of 256 numbers in bfloat16, half of them to the other one of 2 ranks; in a layer 2 forward (there
-        # and back), 2 when that is done again, 3 or 4 backward (rows and dy there, dx back); weights and numbers come on top
+        # tokens to experts: rows of 256 numbers in bfloat16, half of them to the other one of 2 ranks; in a layer 2 forward
+        # (there and back), 2 done again, 3 or 4 backward (rows and dy there, dx back); weights and numbers come on top
         rows = 16 * 512 // 4 * 4
         layers = 3  # two of the main model and the MTP module's
         sent = rows * 256 * 2 / 2

@@ -1,0 +1,174 @@
+"""`dsv3 overlap`: how much of a real run's communication went on behind work, from a trace of `jax.profiler`.
+
+A device's communication is the union of its collectives' intervals, an asynchronous one's from its begin to its end; work is
+the union of all other instructions' that contain no others. Hidden is what both have in common.
+"""
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.plan.communication import KINDS
+
+_COLLECTIVE = re.compile(
+    r"(ragged-all-to-all|all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+)
+_LIBRARY = re.compile(r"ncclDevKernel_(\w+?)_", re.I)  # of GPUs, where kernels carry the library's names
+_NCCL = {"allgather": "all-gather", "allreduce": "all-reduce", "reducescatter": "reduce-scatter", "sendrecv": "all-to-all"}
+_PRIMITIVES = {  # JAX's, which name the instructions that they become
+    "psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce", "psum-scatter": "reduce-scatter",
+    "ppermute": "collective-permute",
+}  # fmt: skip
+_NO_WORK = re.compile(r"^(while|conditional|call|tuple|.*-done|.*-update)$")
+Intervals = np.ndarray  # f64[N, 2]: begin and end in seconds, ascending, not overlapping
+
+
+@dataclass
+class Device:
+    """Intervals of one device in a trace; communication by kind."""
+
+    work: list[tuple[float, float]] = field(default_factory=list)
+    communication: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of one device, in seconds."""
+
+    device: str
+    work: float
+    communication: float
+    hidden: float  # of the communication
+    by_kind: dict[str, tuple[float, float]]  # communication, and its hidden part
+
+    @property
+    def share(self) -> float | None:
+        return self.hidden / self.communication if self.communication else None
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> Intervals:
+    merged: list[list[float]] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    return np.array(merged).reshape(-1, 2)
+
+
+def length(a: Intervals) -> float:
+    return float((a[:, 1] - a[:, 0]).sum())
+
+
+def common(a: Intervals, b: Intervals) -> float:
+    """Seconds that are in both."""
+    total, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i, 1], b[j, 1]) - max(a[i, 0], b[j, 0]))
+        if a[i, 1] < b[j, 1]:
+            i += 1
+        else:
+            j += 1
+    return float(total)
+
+
+def opcode_of(event: str) -> str:
+    """Of an event's name: an instruction with its text (TPU), its name alone (CPU), or a kernel's (GPU)."""
+    name, _, text = event.partition(" = ")
+    found = re.search(r" ([a-z][\w\-]*)\(", text)
+    return found[1] if found else re.sub(r"[.\d]+$", "", name.lstrip("%")).replace("_", "-")
+
+
+def kind_of_event(event: str) -> str | None:
+    """Of a collective, its begin or its end; None of anything else."""
+    opcode = opcode_of(event)
+    if found := _COLLECTIVE.match(opcode):
+        return found[1]
+    library = _LIBRARY.search(event)
+    if library:
+        return _NCCL.get(library[1].lower(), "all-reduce")
+    return _PRIMITIVES.get(opcode)
+
+
+def _leaves(events: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    """Without those that contain another: loops and calls."""
+    found, open_ = [], []
+    for event in sorted(events, key=lambda e: (e[1], -e[2])):
+        while open_ and open_[-1][0][2] <= event[1]:
+            parent, has_child = open_.pop()
+            if not has_child:
+                found.append(parent)
+        if open_ and event[2] <= open_[-1][0][2]:
+            open_[-1][1] = True
+        open_.append([event, False])
+    return found + [event for event, has_child in open_ if not has_child]
+
+
+def _add(device: Device, events: list[tuple[str, float, float]]) -> None:
+    """A line's events: (name, begin, end). A pair's begin and end are one interval, in which they are no work."""
+    begun: dict[str, list[float]] = defaultdict(list)
+    for name, begin, end in _leaves(events):
+        kind = kind_of_event(name)
+        opcode = opcode_of(name)
+        if kind and opcode.endswith("start"):
+            begun[kind].append(begin)
+        elif kind and opcode.endswith("done"):
+            device.communication[kind].append((begun[kind].pop(0) if begun[kind] else begin, end))
+        elif kind:
+            device.communication[kind].append((begin, end))
+        elif not _NO_WORK.match(opcode):
+            device.work.append((begin, end))
+
+
+def read_devices(profile: Any, label: str) -> dict[str, Device]:
+    """By name: planes of accelerators, and on CPU the threads' events by the device that they worked for."""
+    devices: dict[str, Device] = defaultdict(Device)
+    for plane in profile.planes:
+        accelerator = re.match(r"/device:(TPU|GPU|CUSTOM)", plane.name)
+        if not accelerator and plane.name != "/host:CPU":
+            continue
+        for line in plane.lines:
+            if accelerator and line.name in ("Steps", "XLA Modules", "Framework Ops", "XLA TraceMe", "Source code"):
+                continue
+            by_device: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
+            for e in line.events:
+                stats = {} if accelerator else dict(e.stats)
+                if accelerator or "hlo_op" in stats:
+                    device = plane.name if accelerator else f"CPU {stats.get('device_ordinal', 0)}"
+                    by_device[f"{label}{device}"].append((e.name, e.start_ns / 1e9, e.end_ns / 1e9))
+            for device, events in by_device.items():
+                _add(devices[device], events)
+    return devices
+
+
+def overlaps(trace: Path) -> list[Overlap]:
+    """Of every device in a trace: a directory with what `jax.profiler` wrote, or one .xplane.pb. Raises `UserError`."""
+    files = [trace] if trace.is_file() else sorted(trace.rglob("*.xplane.pb"))
+    if not files:
+        raise UserError(f"{trace} has no trace of jax.profiler: no *.xplane.pb in it")
+    found = []
+    for number, file in enumerate(files):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the reader's own types; as an error it would abort
+            try:
+                profile = jax.profiler.ProfileData(file.read_bytes())  # `from_file` aborts where this raises
+            except RuntimeError as error:
+                raise UserError(f"{file} is no trace of jax.profiler: {error}") from None
+            devices = read_devices(profile, f"{number}: " if len(files) > 1 else "")
+        for name, d in sorted(devices.items()):
+            work = union(d.work)
+            kinds = {k: union(d.communication[k]) for k in KINDS if k in d.communication}
+            everything = union(i for intervals in d.communication.values() for i in intervals)
+            by_kind = {k: (length(a), common(a, work)) for k, a in kinds.items()}
+            found.append(Overlap(name, length(work), length(everything), common(everything, work), by_kind))
+    if not found:
+        raise UserError(f"{trace} has no instructions of a compiled program; trace steps after the first")
+    return found
