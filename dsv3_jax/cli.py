@@ -260,6 +260,8 @@ def plan(
     price: float | None = None,
     memory_gb: float = 16.0,
     timeout_s: float = 3600.0,
+    search: bool = False,
+    compile_best: int = 3,
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
 ) -> None:
     """Compile a configuration's training step for meshes that are not here: does it fit, what moves, how fast will it be?
@@ -278,11 +280,15 @@ def plan(
         price: Of a device and hour, for the cost of the run.
         memory_gb: The compiler is stopped beyond this.
         timeout_s: And after this time.
+        search: Rank meshes, remat policies, microbatches and precisions for the batch, and compile the best few.
+        compile_best: How many the search compiles.
         list_: Only print known topologies.
     """
     from rich.console import Console
 
-    from dsv3_jax.plan.command import list_topologies, run_plan
+    from dsv3_jax.plan.command import Request, list_topologies, run_plan, run_search
+    from dsv3_jax.plan.compile import Limits
+    from dsv3_jax.plan.figures import Assumptions
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     if list_:
@@ -290,7 +296,12 @@ def plan(
         return
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")
-    run_plan(config, overrides, topology, out, imbalance, price, memory_gb, timeout_s, console)
+    assume, limits = Assumptions(imbalance, price), Limits(memory_gb, timeout_s)
+    request = Request(config, overrides, topology, out, assume, limits)
+    if search:
+        run_search(request, compile_best, console)
+    else:
+        run_plan(request, console)
 
 
 def overlap(trace: Annotated[Path, tyro.conf.Positional], plan: Path | None = None) -> None:

@@ -5,20 +5,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.config import load_config
+from dsv3_jax.config import Config, load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.plan.analytic import Candidate, explain, search
 from dsv3_jax.plan.compile import Limits
-from dsv3_jax.plan.figures import Assumptions, plan_step
+from dsv3_jax.plan.figures import GIB, Assumptions, Plan, plan_step
 from dsv3_jax.plan.page import page
 from dsv3_jax.plan.report import compare, show
-from dsv3_jax.plan.topologies import EXAMPLES, parse_topology
+from dsv3_jax.plan.topologies import EXAMPLES, name_of_platform, parse_topology
 from dsv3_jax.plan.trace import Overlap, overlaps
-from dsv3_jax.precision.platforms import HARDWARE
+from dsv3_jax.precision.platforms import HARDWARE, platforms
 
 _LINE_EVERY_S = 10.0
 
@@ -53,29 +55,87 @@ def _progress(topology: str) -> Iterator[Callable[[str, float, float], None]]:
     yield line
 
 
-def run_plan(
-    config: Path, overrides: tuple[str, ...], topologies: tuple[str, ...], out: Path | None, imbalance: float,
-    price: float | None, memory_gb: float, timeout_s: float, console: Console,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Request:
+    """What the verb was called with."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    topologies: tuple[str, ...]
+    out: Path | None
+    assume: Assumptions
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        if self.assume.imbalance < 1:
+            raise UserError(f"--imbalance={self.assume.imbalance}: the fullest device has at least the mean; use 1 or more")
+        if self.assume.price is not None and self.assume.price < 0:
+            raise UserError(f"--price={self.assume.price} must not be negative")
+        for topology in self.topologies:
+            parse_topology(topology)
+
+
+def _compile(request: Request, config: Config, topology: str) -> Plan:
+    with _progress(topology) as say:
+        return plan_step(config, topology, request.assume, request.limits, {}, say)
+
+
+def run_plan(request: Request, console: Console) -> None:
     """Compile for each topology, print, and write plan.json and plan.html. Raises `UserError` for bad input."""
-    if imbalance < 1:
-        raise UserError(f"--imbalance={imbalance}: the fullest device has at least the mean; use 1 or more")
-    if price is not None and price < 0:
-        raise UserError(f"--price={price} must not be negative")
-    for topology in topologies:
-        parse_topology(topology)
-    checked = load_config(config, overrides)
-    assume, limits, plans = Assumptions(imbalance, price), Limits(memory_gb, timeout_s), []
-    for topology in topologies:
-        with _progress(topology) as say:
-            plans.append(plan_step(checked, topology, assume, limits, {}, say))
+    config, plans = load_config(request.config, request.overrides), []
+    for topology in request.topologies:
+        plans.append(_compile(request, config, topology))
         show(plans[-1], console)
     if len(plans) > 1:
         compare(plans, console)
-    directory = out or Path("plans") / checked.name
+    _write(request, config, plans, console)
+
+
+def run_search(request: Request, compiled: int, console: Console) -> None:
+    """Rank every mesh by arithmetic, compile the best few, and say why the best of these is. Raises `UserError`."""
+    config = load_config(request.config, request.overrides)
+    for name in request.topologies:
+        topology = parse_topology(name)
+        auto = next(p for p in platforms() if p.name == name_of_platform(topology)).auto[0]
+        ranked = search(config, topology, request.assume.efficiency, tuple(dict.fromkeys(("bf16", auto))))
+        table = Table("mesh", "GiB", "work s", "communication s", "occupancy", "step s", title=f"{name}: by arithmetic")
+        for c in ranked[:10]:
+            sent = f"{sum(c.communication.values()):.2f}"
+            table.add_row(c.label, f"{c.memory / GIB:.0f}", f"{c.work:.2f}", sent, f"{c.occupancy:.0%}", f"{c.seconds:.2f}")
+        console.print(table)
+        console.print(
+            f"{len(ranked):,} combinations fit by arithmetic; compiling {min(compiled, len(ranked))} of different meshes"
+        )
+        tried: list[tuple[Candidate, Plan]] = []
+        for candidate in _different(ranked, compiled):
+            try:
+                tried.append((candidate, _compile(request, candidate.config, name)))
+            except UserError as error:
+                console.print(f"{candidate.label}: {error}", soft_wrap=True)
+        tried.sort(key=lambda pair: (not pair[1].fits, pair[1].step["seconds"]))
+        if not tried:
+            raise UserError(f"topology={name}: none of the {compiled} best compiles; see above")
+        compare([plan for _, plan in tried], console)
+        (winner, best), *others = tried
+        console.print(f"best: {winner.label}", soft_wrap=True)
+        if others:
+            console.print(f"against {others[0][0].label}: {explain(winner, others[0][0])} (by arithmetic)", soft_wrap=True)
+        show(best, console)
+        _write(request, config, [plan for _, plan in tried], console)
+
+
+def _different(ranked: list[Candidate], count: int) -> list[Candidate]:
+    """The best of each of the best few meshes: neighbours on the list differ in little."""
+    best: dict[tuple[int, ...], Candidate] = {}
+    for candidate in ranked:
+        best.setdefault(tuple(candidate.sizes.values()), candidate)
+    return list(best.values())[:count]
+
+
+def _write(request: Request, config: Config, plans: list[Plan], console: Console) -> None:
+    directory = request.out or Path("plans") / config.name
     directory.mkdir(parents=True, exist_ok=True)
-    found = {"plans": [p.to_dict() for p in plans]}
-    (directory / "plan.json").write_text(json.dumps(found, indent=1) + "\n")
+    (directory / "plan.json").write_text(json.dumps({"plans": [p.to_dict() for p in plans]}, indent=1) + "\n")
     (directory / "plan.html").write_text(page(plans))
     console.print(f"wrote {directory / 'plan.json'} and {directory / 'plan.html'}")
 

@@ -211,7 +211,7 @@ class CostModel:
 
     def _plain_bytes(self, i: Instruction, operands: list[Instruction]) -> float:
         out = self._in_memory(i.arrays)
-        if i.opcode in ("dynamic-slice", "slice", "gather", "broadcast"):
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * out
         if i.opcode in ("dynamic-update-slice", "scatter"):  # in place
             return 2 * sum(self._in_memory(o.arrays) for o in operands[1:])

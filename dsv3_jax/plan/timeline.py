@@ -16,6 +16,8 @@ from dsv3_jax.plan.cost import CostModel, Work
 from dsv3_jax.plan.hlo import Computation, Instruction, Program
 
 PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
+# What jax.checkpoint does again, and the experts' forward pass within their own backward one (parallel/experts.py).
+_AGAIN = re.compile(r"rematted_computation|shard_map/while/body/jvp\(")
 _END = re.compile(r"-(done|update)$")
 
 
@@ -137,7 +139,7 @@ class Player:
         line.memory_seconds += memory
         line.work = line.work + work
         line.parts[part_of(i.op_name)] += seconds
-        if "rematted_computation" in i.op_name:
+        if _AGAIN.search(i.op_name):
             line.recomputed += work.flops.total()
 
     def _collective(self, i: Instruction, inside: Computation, line: Timeline, free: dict, pending: dict) -> None:

