@@ -32,7 +32,19 @@ KEPT = {"none": 16.0, "selective": 8.0, "offload": 1.0, "full": 1.0, "sqrt": 0.3
 _EXCHANGE_BUFFERS = 8  # of all rows, at a time
 _EXCHANGES = 5  # of rows to or from experts in a layer: there and back, and backward there with two arrays and back with one
 _BETWEEN = 0.75  # passes over memory between products, over the products' time in 16 bits at their peak
-_HIDDEN = {"tpu": 0.15, "gpu": 0.35}  # share of communication behind work in the schedules that were compiled
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Shares of communication behind work: of weights and their gradients, which wait for no layer, and of activations."""
+
+    weights: float
+    tokens: float
+
+
+# Of the schedules that XLA makes of this package's step by default, read from compiled programs (v5p:8x8x8, h100:128x8).
+COMPILED = {"tpu": Hidden(0.0, 0.22), "gpu": Hidden(0.25, 0.37)}
+_OF_TOKENS = ("tokens to experts", "activations over tensor")
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,9 @@ def _places(topology: Topology) -> list[Place]:
 class Estimator:
     """Of one topology. `estimate` is cheap."""
 
-    def __init__(self, topology: Topology, efficiency: Efficiency):
+    def __init__(self, topology: Topology, efficiency: Efficiency, hidden: Hidden | None = None):
         self._topology, self._efficiency = topology, efficiency
+        self._hidden = hidden or COMPILED["tpu" if topology.is_tpu else "gpu"]
         self._facts = HARDWARE[topology.kind]
         self._links = Links(topology.kind, _places(topology), topology.shape)
 
@@ -109,8 +122,8 @@ class Estimator:
         memory += flying * layers * whole * m.hidden_size * 2 * KEPT[config.remat.policy]
         memory += _EXCHANGE_BUFFERS * SLACK * whole * m.num_experts_per_tok * m.hidden_size * 2 * (sizes["expert"] > 1)
         memory += 2 * min(whole, 2048) * m.vocab_size * 4 / sizes["tensor"] + m.hidden_size * m.vocab_size * 4
-        if sizes["pipe"] > 1:  # a stage's weights in bfloat16, and their gradients in float32
-            memory += (experts / sizes["expert"] / sizes["tensor"] + others) / sizes["pipe"] * 6
+        if sizes["pipe"] > 1:  # a stage's weights in bfloat16, and their gradients on their way back in float32
+            memory += stored * 6
 
         work = self._work(config, tokens, again)
         passes = micro * (1 + (again > 0)) if sizes["pipe"] == 1 else 1
@@ -140,7 +153,10 @@ class Estimator:
         occupancy = 1.0
         if sizes["pipe"] > 1:
             occupancy = make_schedule(parallel.pipe_schedule, sizes["pipe"], parallel.pipe_chunks, micro).occupancy
-        exposed = (1 - _HIDDEN["tpu" if self._topology.is_tpu else "gpu"]) * sum(communication.values())
+        exposed = sum(
+            seconds * (1 - (self._hidden.tokens if what in _OF_TOKENS else self._hidden.weights))
+            for what, seconds in communication.items()
+        )
         return Candidate(config, sizes, memory, work, communication, occupancy, (work + exposed) / occupancy)
 
     def _work(self, config: Config, tokens: float, again: float) -> float:
