@@ -260,6 +260,7 @@ def plan(
     price: float | None = None,
     memory_gb: float = 16.0,
     timeout_s: float = 3600.0,
+    xla: tuple[str, ...] = (),
     search: bool = False,
     compile_best: int = 3,
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
@@ -280,6 +281,7 @@ def plan(
         price: Of a device and hour, for the cost of the run.
         memory_gb: The compiler is stopped beyond this.
         timeout_s: And after this time.
+        xla: Options of the compiler, NAME=VALUE, e.g. xla_tpu_enable_latency_hiding_scheduler=true.
         search: Rank meshes, remat policies, microbatches and precisions for the batch, and compile the best few.
         compile_best: How many the search compiles.
         list_: Only print known topologies.
@@ -297,7 +299,7 @@ def plan(
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")
     assume, limits = Assumptions(imbalance, price), Limits(memory_gb, timeout_s)
-    request = Request(config, overrides, topology, out, assume, limits)
+    request = Request(config, overrides, topology, out, assume, limits, xla)
     if search:
         run_search(request, compile_best, console)
     else:

@@ -8,6 +8,7 @@ import pytest
 import dsv3_jax as dsv3
 from dsv3_jax.cli import _VERBS
 from dsv3_jax.config import load_config
+from dsv3_jax.plan.topologies import parse_topology
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -32,6 +33,9 @@ def test_commands(command):
             # an import's config.yaml has what any has
             config = command[2] if command[2].startswith("configs/") else "configs/tiny.yaml"
             load_config(ROOT / config, command[3:])
+        elif command[1] == "plan" and command[2].startswith("configs/"):
+            load_config(ROOT / command[2], [word for word in command[3:] if "=" in word])
+            assert [parse_topology(word) for word in command if ":" in word]
         elif command[1] == "import":
             load_config(ROOT / "configs/tiny.yaml", [word for word in command[2:] if "=" in word])
     elif command[0] == "sbatch":
@@ -39,6 +43,8 @@ def test_commands(command):
         assert (ROOT / command[script]).is_file()
         assert command[script + 1] == "train"
         load_config(ROOT / command[script + 2], command[script + 3 :])
+    elif command[0].startswith("scripts/"):
+        assert (ROOT / command[0]).is_file()
     else:
         assert command[0] == "python"
         assert (ROOT / command[1]).is_file()

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -65,6 +67,18 @@ class Request:
     out: Path | None
     assume: Assumptions
     limits: Limits
+    xla: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler, by name; values as YAML reads them, because XLA wants true and not 'true'."""
+        found = {}
+        for option in self.xla:
+            name, sign, value = option.partition("=")
+            if not sign or not name:
+                raise UserError(f"--xla {option}: use NAME=VALUE")
+            found[name.lstrip("-")] = yaml.safe_load(value)
+        return found
 
     def __post_init__(self) -> None:
         if self.assume.imbalance < 1:
@@ -77,7 +91,7 @@ class Request:
 
 def _compile(request: Request, config: Config, topology: str) -> Plan:
     with _progress(topology) as say:
-        return plan_step(config, topology, request.assume, request.limits, {}, say)
+        return plan_step(config, topology, request.assume, request.limits, request.options, say)
 
 
 def run_plan(request: Request, console: Console) -> None:

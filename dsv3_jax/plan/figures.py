@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dsv3_jax.config import Config
@@ -190,4 +190,5 @@ def plan_step(
     say: Callable[[str, float, float], None],
 ) -> Plan:  # fmt: skip
     """Compile (or read from the cache) and count. Raises `UserError` as `compile_step`."""
-    return figures(config, compile_step(config, topology, options, limits, say), assume)
+    plan = figures(config, compile_step(config, topology, options, limits, say), assume)
+    return replace(plan, compiled=plan.compiled | {"options": options})

@@ -59,6 +59,7 @@ def test_topologies_that_are_none(name, message, failed):
 def test_bad_input_is_said_before_anything_is_compiled(failed):
     assert "needs CONFIG and --topology" in failed()
     assert "--imbalance=0.5" in failed(str(TINY), "--topology", "v5p:2x2x1", "--imbalance", "0.5")
+    assert "use NAME=VALUE" in failed(str(TINY), "--topology", "v5p:2x2x1", "--xla", "fast")
     assert "unknown key model.hidden" in failed(str(TINY), "model.hidden=3", "--topology", "v5p:2x2x1")
 
 
