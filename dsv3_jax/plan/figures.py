@@ -142,7 +142,8 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         **({} if line.hidden is None else {"hidden": line.hidden}),
         **{f"waited for {what}": seconds for what, seconds in line.waited.items()},
     }  # fmt: skip
-    notes = _notes(line, cost, compiled)
+    notes = [f"a collective that the schedule does not reach is missing: {name}" for name in player.unreached()]
+    notes += _notes(line, cost, compiled)
     return Plan(
         name=config.name, topology=str(topology), devices=devices, mesh=mesh, precision=compiled.precision,
         remat=config.remat.policy,

@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from dsv3_jax.plan.communication import Collective, Links, Route, kind_of, read_collective
 from dsv3_jax.plan.cost import CostModel, Work
@@ -18,7 +19,6 @@ from dsv3_jax.plan.hlo import Computation, Instruction, Program
 PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
 # What jax.checkpoint does again, and the experts' forward pass within their own backward one (parallel/experts.py).
 _AGAIN = re.compile(r"rematted_computation|shard_map/while/body/jvp\(")
-_END = re.compile(r"-(done|update)$")
 
 
 @dataclass
@@ -101,6 +101,12 @@ class Player:
         self._program, self._mesh, self._links, self._cost = program, mesh, links, cost
         self._link_efficiency, self._fill, self._imbalance, self._rounds = link_efficiency, ragged_fill, imbalance, rounds
         self._played: dict[str, Timeline] = {}
+        self._reached: set[str] = set()  # collectives
+
+    def unreached(self) -> list[str]:
+        """Collectives of the program that were not played, and so are missing in every figure: there should be none."""
+        everything = {i.name for c in self._program.computations.values() for i in c if kind_of(i)}
+        return sorted(everything - self._reached)
 
     def play(self) -> Timeline:
         return self._play(self._program.entry)
@@ -111,23 +117,27 @@ class Player:
         return self._played[name]
 
     def _run(self, computation: Computation) -> Timeline:
-        line, free, pending = Timeline(), {}, {}
+        line, free = Timeline(), {}
+        pending: dict[str, Any] = {}  # by name: what has begun, or what will begin it
         for i in computation:
-            if _END.search(i.opcode):
+            if i.opcode.endswith("-done"):
                 self._end(i, line, pending)
+            elif i.opcode.endswith(("-start", "-update")):
+                self._begin(i, computation, line, free, pending)
             elif kind_of(i):
-                self._collective(i, computation, line, free, pending)
+                done = self._collective(i, computation, line, free)
+                assert done.moved
+                done.moved.exposed += done.seconds  # what it waited for counts as that one's
+                line.seconds = done.finish
             elif i.opcode == "while":
                 self._loop(i, computation, line)
             elif i.opcode == "conditional":
                 line.add(max((self._play(b) for b in i.branches), key=lambda t: t.seconds), 1)
             elif i.opcode == "call":
                 line.add(self._play(i.called("to_apply") or ""), 1)
-            elif i.opcode.endswith("-start"):
-                self._begin(i, computation, line, free, pending)
             else:
                 self._do(i, self._cost.work(i, computation), line)
-        line.seconds = max([line.seconds, *(p.finish for p in pending.values())])
+        line.seconds = max([line.seconds, *(p.finish for p in pending.values() if isinstance(p, _Pending))])
         return line
 
     def _do(self, i: Instruction, work: Work, line: Timeline) -> None:
@@ -142,7 +152,9 @@ class Player:
         if _AGAIN.search(i.op_name):
             line.recomputed += work.flops.total()
 
-    def _collective(self, i: Instruction, inside: Computation, line: Timeline, free: dict, pending: dict) -> None:
+    def _collective(self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float]) -> _Pending:
+        """Occupies its links from now on, or from when they are free."""
+        self._reached.add(i.name)
         c = read_collective(i, inside, self._mesh, self._fill)
         route = self._links.route(c)
         seconds = route.seconds / self._link_efficiency
@@ -151,40 +163,52 @@ class Player:
         begin = max([line.seconds, *(free.get(d, 0.0) for d in route.directions)])
         for direction in route.directions:
             free[direction] = begin + seconds
-        moved = _record(c, route, seconds, line)
-        if i.opcode.endswith("-start"):
-            pending[i.name] = _Pending(begin + seconds, moved, c.kind, seconds)
-        else:
-            moved.exposed += seconds  # what it waited for counts as that one's
-            line.seconds = begin + seconds
+        return _Pending(begin + seconds, _record(c, route, seconds, line), c.kind, seconds)
 
-    def _begin(self, i: Instruction, inside: Computation, line: Timeline, free: dict, pending: dict) -> None:
-        """A copy, a SparseCore's work or another stream's: beside the stream of work, one of a kind after the other."""
+    def _begin(
+        self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float], pending: dict[str, Any]
+    ) -> None:
+        """Of a pair: a collective, or a SparseCore's work or a copy, one of a kind after the other.
+
+        What a SparseCore does stands in a computation of its own, collectives too, and begins once it is given its operands.
+        """
+        if i.opcode.endswith("-update"):
+            begun = pending.pop(i.operands[0], None)
+            pending[i.name] = begun if begun is None or isinstance(begun, _Pending) else begun()
+            return
+        called = next((c for key in ("calls", "to_apply", "called_computations") if (c := i.called(key))), None)
+        inner = self._program.computations.get(called or "")
+        if kind_of(i):
+            pending[i.name] = self._collective(i, inside, line, free)
+            return
+
+        def begin() -> _Pending:
+            return self._elsewhere(i, inside, inner, line, free)
+
+        pending[i.name] = begin() if i.operands else begin
+
+    def _elsewhere(
+        self, i: Instruction, inside: Computation, inner: Computation | None, line: Timeline, free: dict[str, float]
+    ) -> _Pending:  # fmt: skip
         kind = i.opcode.removesuffix("-start")
-        called = i.called("calls") or i.called("to_apply")
-        if called and kind in ("async", "fusion", "call"):
-            inner = self._play(called)
-            self._account(inner, line)
-            seconds = inner.seconds
+        if inner and (moves := next((j for j in inner if kind_of(j)), None)):
+            return self._collective(moves, inner, line, free)
+        if inner:
+            played = self._play(inner.name)
+            line.add(Timeline(work=played.work), 1)
+            seconds = played.seconds
         else:
             operands = [inside.instructions[n] for n in i.operands if n in inside.instructions]
             seconds = sum(o.bytes for o in operands) / self._cost.memory
         begin = max(line.seconds, free.get(kind, 0.0))
         free[kind] = begin + seconds
-        pending[i.name] = _Pending(begin + seconds, None, kind, seconds)
+        return _Pending(begin + seconds, None, kind, seconds)
 
-    def _account(self, inner: Timeline, line: Timeline) -> None:
-        """What another stream does is done, without taking this one's time; its communication hides till it is waited for."""
-        beside = Timeline(work=inner.work, moved={k: Moved(m.count, m.bytes, m.seconds, 0.0) for k, m in inner.moved.items()})
-        line.add(beside, 1)
-
-    def _end(self, i: Instruction, line: Timeline, pending: dict) -> None:
+    def _end(self, i: Instruction, line: Timeline, pending: dict[str, Any]) -> None:
         begun = pending.pop(i.operands[0], None) if i.operands else None
         if begun is None:
             return
-        if i.opcode.endswith("-update"):
-            pending[i.name] = begun
-            return
+        begun = begun if isinstance(begun, _Pending) else begun()
         wait = max(0.0, begun.finish - line.seconds)
         if begun.moved is not None:
             begun.moved.exposed += min(wait, begun.seconds)

@@ -18,7 +18,12 @@ DOT = "%dot = bf16[8192,8192]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_co
 USE = "%use = bf16[8192,8192]{1,0} dot(%done, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 
 
-def play(*lines: str, extra: str = "", kind: str = "h100", places=None, shape=(), root: str = "%dot") -> Timeline:
+def play(*lines: str, **others) -> Timeline:
+    return player(*lines, **others)[0]
+
+
+def player(*lines: str, extra: str = "", kind: str = "h100", places=None, shape=(), root: str = "%dot"):
+    """The timeline of a program of these lines, and the collectives that it misses."""
     body = "\n".join(f"  {line}" for line in lines)
     text = f"""HloModule m, is_scheduled=true
 {extra}
@@ -31,7 +36,8 @@ ENTRY %main (x: bf16[8192,8192], s: bf16[8192,1024]) -> bf16[8192,8192] {{
 """
     p = parse(text)
     links = Links(kind, places or [(0, 0, (i,)) for i in range(8)], shape)
-    return Player(p, {"fsdp": 8}, links, CostModel(p, kind, Efficiency(), 1.0), 1.0, 1.0, 1.0, lambda *_: None).play()
+    of = Player(p, {"fsdp": 8}, links, CostModel(p, kind, Efficiency(), 1.0), 1.0, 1.0, 1.0, lambda *_: None)
+    return of.play(), of.unreached()
 
 
 def test_work_between_begin_and_end_hides():
@@ -134,6 +140,39 @@ def test_another_thread_works_beside():
     assert not sum(line.waited.values())
     waits = play(begin, f"%d = {SHARD} call-done(%c)", DOT, extra=extra)
     assert waits.seconds == pytest.approx(WORK_S + 2 * SIZE * 1024 * 2 / 3.35e12, rel=0.01)
+
+
+def test_a_collective_of_a_sparse_core_counts_like_any_other():
+    """It stands in a computation of its own, and begins with its operands: at the update, not before."""
+    extra = f"""
+%offloaded (p: bf16[8192,1024]) -> bf16[8192,8192] {{
+  %p = {SHARD} parameter(0)
+  ROOT %gather = bf16[8192,8192]{{1,0}} all-gather(%p), {GROUPS}
+}}, execution_thread="sparsecore"
+"""
+    begin = '%c = ((), (), s32[8]{0}) custom-call-start(), custom_call_target="x", called_computations={%offloaded}'
+    update = f"%u = (({SHARD}), bf16[8192,8192]{{1,0}}, s32[8]{{0}}) custom-call-update(%c, %s)"
+    done = "%done = bf16[8192,8192]{1,0} custom-call-done(%u)"
+    hides = play(begin, update, DOT, done, extra=extra)
+    waits = play(begin, DOT, update, done, extra=extra)
+    plain = play(START, DOT, DONE)
+    for line in (hides, waits):
+        ((key, moved),) = line.moved.items()
+        assert key == ("all-gather", ("fsdp",), "nvlink")
+        assert (moved.count, moved.bytes) == (1, plain.moved[key].bytes)
+        assert moved.seconds == pytest.approx(plain.moved[key].seconds)
+    assert (hides.hidden, waits.hidden) == pytest.approx((1, 0))
+
+
+def test_a_collective_that_nothing_calls_is_said():
+    extra = f"""
+%forgotten (p: bf16[8192,1024]) -> bf16[8192,8192] {{
+  %p = {SHARD} parameter(0)
+  ROOT %lost = bf16[8192,8192]{{1,0}} all-gather(%p), {GROUPS}
+}}
+"""
+    assert player(START, DOT, DONE, extra=extra)[1] == ["lost"]
+    assert player(START, DOT, DONE)[1] == []
 
 
 def test_parts_of_the_model():
