@@ -131,6 +131,17 @@ class Links:
             seconds = max(seconds, inside / rate + self._latency(fast, c, near))
         return Route(found, seconds, ("network",) if across and not inside else (fast + "+", fast + "-"))
 
+    def across_slices(self, kind: str, operand_bytes: float) -> Route:
+        """Of what a TPU's runtime sums or gathers between slices, each device with those in its place."""
+        slices = len({p[0] for p in self._places})
+        sent, facts = sent_bytes(kind, operand_bytes, slices), self._facts["network"]
+        return Route({"network": sent}, sent / (facts["gb_s"] * 1e9) + facts["latency_us"] * 1e-6, ("network",))
+
+    def axes_across_slices(self, mesh: dict[str, int]) -> tuple[str, ...]:
+        """The mesh axes along which slices differ."""
+        slices = np.array([p[0] for p in self._places]).reshape(tuple(mesh.values()))
+        return tuple(axis for d, axis in enumerate(mesh) if (slices != slices.take([0], d)).any())
+
     def _latency(self, link: str, c: Collective, devices: int) -> float:
         """Of as many messages one after the other as halving and doubling take; an exchange takes one."""
         steps = 1 if c.kind.endswith("all-to-all") else math.ceil(math.log2(max(devices, 2)))

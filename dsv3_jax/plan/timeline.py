@@ -9,7 +9,7 @@ as they run; nothing reaches from one round into the next.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsv3_jax.plan.communication import Collective, Links, Route, kind_of, read_collective
@@ -129,6 +129,10 @@ class Player:
                 assert done.moved
                 done.moved.exposed += done.seconds  # what it waited for counts as that one's
                 line.seconds = done.finish
+            elif i.opcode in ("send", "recv") and "_xla_megascale" in i.attributes:
+                self._across_slices(i, computation, line, free, pending)
+            elif fused := self._fused(i):
+                self._fusion(i, computation, *fused, line, free, pending)
             elif i.opcode == "while":
                 self._loop(i, computation, line)
             elif i.opcode == "conditional":
@@ -152,10 +156,65 @@ class Player:
         if _AGAIN.search(i.op_name):
             line.recomputed += work.flops.total()
 
+    def _across_slices(
+        self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float], pending: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """What TPU slices exchange: a send to the runtime, and a receipt of the sum, that name the same meeting."""
+        meeting = re.search(r'rendezvous="([^"]*)"', i.attributes)
+        kind = re.search(r'transfer_type="(\w+)"', i.attributes)
+        key = f"meeting {meeting[1] if meeting else ''}"
+        if i.opcode == "recv":
+            pending[i.name] = lambda: pending.pop(key)
+            return
+        name = kind[1].lower().replace("_", "-") if kind else "all-reduce"
+        route = self._links.across_slices(name, float(inside.instructions[i.operands[0]].bytes))
+        seconds = route.seconds / self._link_efficiency
+        begin = max(line.seconds, free.get("network", 0.0))
+        free["network"] = begin + seconds
+        c = Collective(i.name, name, (), self._links.axes_across_slices(self._mesh), 0.0, i.op_name)
+        pending[key] = _Pending(begin + seconds, _record(c, route, seconds, line), name, seconds)
+
+    def _fused(self, i: Instruction) -> tuple[Instruction, Computation] | None:
+        """The collective in a fusion, and the computation that it stands in."""
+        called = i.called("calls") if i.opcode == "fusion" else None
+        if called:
+            inner = self._program.computations[called]
+            for j in inner:
+                if kind_of(j):
+                    return j, inner
+                if deeper := self._fused(j):
+                    return deeper
+        return None
+
+    def _fusion(
+        self, i: Instruction, inside: Computation, moves: Instruction, inner: Computation, line: Timeline,
+        free: dict[str, float], pending: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """A collective fused with what it is for: on TPU, an all-reduce of which a part is kept, or (v5e) one that goes on
+        within the kernels between the fusions that begin and end it, which name the same channel."""
+        self._reached.add(moves.name)
+        channel = re.search(r"channel_id=\d+", moves.attributes)
+        key = channel[0] if channel else moves.name
+        if i.name.startswith("async-collective-start"):
+            pending[key] = self._collective(moves, inner, line, free)
+        elif i.name.startswith("async-collective-done") and key in pending:
+            self._wait(pending.pop(key), line)
+        else:
+            if key not in pending:
+                done = self._collective(moves, inner, line, free)
+                assert done.moved
+                done.moved.exposed += done.seconds
+                line.seconds = done.finish
+            work = self._cost.work(i, inside)
+            if work.flops:
+                self._do(i, work, line)
+
     def _collective(self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float]) -> _Pending:
         """Occupies its links from now on, or from when they are free."""
         self._reached.add(i.name)
         c = read_collective(i, inside, self._mesh, self._fill)
+        if c.kind == "all-reduce" and any(j.opcode == "dynamic-slice" and i.name in j.operands for j in inside):
+            c = replace(c, kind="reduce-scatter", bytes=c.bytes / 2)  # of whose result a device keeps its part
         route = self._links.route(c)
         seconds = route.seconds / self._link_efficiency
         if c.kind == "ragged-all-to-all":
@@ -208,7 +267,9 @@ class Player:
         begun = pending.pop(i.operands[0], None) if i.operands else None
         if begun is None:
             return
-        begun = begun if isinstance(begun, _Pending) else begun()
+        self._wait(begun if isinstance(begun, _Pending) else begun(), line)
+
+    def _wait(self, begun: _Pending, line: Timeline) -> None:
         wait = max(0.0, begun.finish - line.seconds)
         if begun.moved is not None:
             begun.moved.exposed += min(wait, begun.seconds)

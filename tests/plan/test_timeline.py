@@ -164,6 +164,54 @@ def test_a_collective_of_a_sparse_core_counts_like_any_other():
     assert (hides.hidden, waits.hidden) == pytest.approx((1, 0))
 
 
+def fused(name: str, collective: str, result: str = "bf16[8192,8192]") -> str:
+    return f"""
+%{name} (p: bf16[8192,1024]) -> {result} {{
+  %p = {SHARD} parameter(0)
+  {collective}
+}}
+"""
+
+
+def test_a_v5e_fuses_collectives_with_kernels_in_steps():
+    """The begin, a kernel in between and the end each hold the collective; it is one."""
+    gather = f"ROOT %gNUMBER = bf16[8192,8192]{{1,0}} all-gather(%p), channel_id=7, {GROUPS}"
+    extra = "".join(fused(f"f{n}", gather.replace("NUMBER", str(n))) for n in (1, 2, 3))
+    begin = "%async-collective-start = bf16[8192,8192]{1,0} fusion(%s), kind=kCustom, calls=%f1"
+    step = "%step = bf16[8192,8192]{1,0} fusion(%s), kind=kCustom, calls=%f2"
+    done = "%async-collective-done = bf16[8192,8192]{1,0} fusion(%s), kind=kCustom, calls=%f3"
+    line, missed = player(begin, step, DOT, done, extra=extra)
+    ((_, moved),) = line.moved.items()
+    assert (moved.count, missed, line.hidden) == (1, [], 1)
+    assert player(begin, done, DOT, extra=extra)[0].hidden == 0
+
+
+def test_a_sum_of_which_a_part_is_kept_scatters():
+    parts = f"""%sum = {SHARD} all-reduce(%p), channel_id=7, replica_groups={{{{0,1,2,3,4,5,6,7}}}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = bf16[1024,1024]{{1,0}} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={{1024,1024}}"""
+    line, missed = player(
+        "%f = bf16[1024,1024]{1,0} fusion(%s), kind=kCustom, calls=%scattered", DOT, extra=fused("scattered", parts)
+    )  # fmt: skip
+    ((key, moved),) = line.moved.items()
+    assert (key[0], moved.bytes, missed) == ("reduce-scatter", 7 / 8 * 8192 * 1024 * 2, [])
+
+
+def test_slices_exchange_by_their_runtime():
+    names = '_xla_host_transfer_rendezvous="r0",_xla_megascale_transfer_type="ALL_REDUCE"'
+    send = (
+        f"%send = ({SHARD}, u32[], token[]) send(%s, %t), channel_id=1, is_host_transfer=true, frontend_attributes={{{names}}}"
+    )
+    recv = f"%recv = ({SHARD}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true, frontend_attributes={{{names}}}"
+    ends = "%sent = token[] send-done(%send)", f"%received = ({SHARD}, token[]) recv-done(%recv)"
+    places = [(i // 4, 0, (i % 4, 0, 0)) for i in range(8)]
+    line = play("%t = token[] after-all()", send, recv, DOT, *ends, kind="v5p", places=places, shape=(4, 1, 1))
+    ((key, moved),) = line.moved.items()
+    assert key == ("all-reduce", ("fsdp",), "network")
+    assert moved.bytes == 8192 * 1024 * 2  # of two slices: each sends all of it once
+    assert moved.exposed == pytest.approx(moved.seconds - line.work_seconds, rel=0.01)
+
+
 def test_a_collective_that_nothing_calls_is_said():
     extra = f"""
 %forgotten (p: bf16[8192,1024]) -> bf16[8192,8192] {{
