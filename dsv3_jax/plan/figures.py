@@ -121,12 +121,11 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
     """Everything about the compiled step of `config`."""
     topology, program, mesh = compiled.topology, compiled.program, compiled.mesh
     devices = math.prod(mesh.values())
-    fill = 1 / SLACK
-    cost = CostModel(program, topology.kind, assume.efficiency, fill)
-    tokens = config.data.batch_size * config.data.seq_len
-    microbatches = config.train.grad_accum_steps
-    rows = tokens / devices * config.model.num_experts_per_tok / microbatches * assume.imbalance
+    tokens, microbatches = config.data.batch_size * config.data.seq_len, config.train.grad_accum_steps
     rounds = math.ceil(assume.imbalance / SLACK)
+    fill = 1 / SLACK / rounds  # of an exchange's buffers, in a round
+    rows = tokens / devices * config.model.num_experts_per_tok / microbatches * assume.imbalance / rounds
+    cost = CostModel(program, topology.kind, assume.efficiency, fill * assume.imbalance)  # of the fullest device
     player = Player(
         program, mesh, Links(topology.kind, compiled.places, topology.shape), cost, assume.efficiency.link, fill,
         assume.imbalance, rounds_of_experts(program, rows, rounds),
@@ -142,8 +141,7 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         **({} if line.hidden is None else {"hidden": line.hidden}),
         **{f"waited for {what}": seconds for what, seconds in line.waited.items()},
     }  # fmt: skip
-    notes = [f"a collective that the schedule does not reach is missing: {name}" for name in player.unreached()]
-    notes += _notes(line, cost, compiled)
+    notes = _notes(compiled, line, player.unreached(), cost.uncounted, useful)
     return Plan(
         name=config.name, topology=str(topology), devices=devices, mesh=mesh, precision=compiled.precision,
         remat=config.remat.policy,
@@ -157,9 +155,17 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
     )  # fmt: skip
 
 
-def _notes(line: Timeline, cost: CostModel, compiled: Compiled) -> list[str]:
-    notes = [f"loop of unknown length, counted once, so that figures are too low: {name}" for name in line.refused]
-    notes += [f"a kernel's FLOPs are not counted: {name}" for name in sorted(cost.uncounted)]
+def _notes(compiled: Compiled, line: Timeline, unreached: list[str], uncounted: set[str], useful: float) -> list[str]:
+    """What a reader must know: what is missing, and what is not as it should be."""
+    notes = [f"a collective that the schedule does not reach is missing: {name}" for name in unreached]
+    notes += [f"loop of unknown length, counted once, so that figures are too low: {name}" for name in line.refused]
+    notes += [f"a kernel's FLOPs are not counted: {name}" for name in sorted(uncounted)]
+    once = (line.work.flops.total() - line.recomputed) / useful
+    if once > 1.5:
+        notes.append(
+            f"products do {once:.1f} times the useful FLOPs, without what is recomputed: where XLA has no grouped product for "
+            "experts, it makes a dense one"
+        )
     if not compiled.program.scheduled:
         notes.append("the program is not scheduled: overlap can't be read from it")
     if not compiled.topology.is_tpu:

@@ -9,6 +9,7 @@ import pytest
 from dsv3_jax.cli import main
 from dsv3_jax.config import load_config
 from dsv3_jax.plan import compile as compiling
+from dsv3_jax.plan.command import imbalance_of
 from dsv3_jax.plan.compile import Limits, compile_step
 from dsv3_jax.plan.topologies import EXAMPLES, parse_topology
 from dsv3_jax.precision.platforms import HARDWARE, platforms
@@ -61,6 +62,15 @@ def test_bad_input_is_said_before_anything_is_compiled(failed):
     assert "--imbalance=0.5" in failed(str(TINY), "--topology", "v5p:2x2x1", "--imbalance", "0.5")
     assert "use NAME=VALUE" in failed(str(TINY), "--topology", "v5p:2x2x1", "--xla", "fast")
     assert "unknown key model.hidden" in failed(str(TINY), "model.hidden=3", "--topology", "v5p:2x2x1")
+
+
+def test_imbalance_of_a_run(tmp_path):
+    rows = [{"step": n, "max_load": load} for n, load in enumerate((1.5, 2.5, 2.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert imbalance_of(str(tmp_path)) == imbalance_of(str(tmp_path / "metrics.jsonl")) == 2.0
+    assert imbalance_of("1.25") == 1.25
+    with pytest.raises(compiling.UserError, match="--imbalance=nothing"):
+        imbalance_of("nothing")
 
 
 def test_list_names_every_kind(capsys):
@@ -118,11 +128,11 @@ def test_no_compilers(monkeypatch):
         compiling.compilers()
 
 
-def plan(tmp_path, topologies: list[str], *overrides: str, config=TINY) -> list[dict]:
+def plan(tmp_path, topologies: list[str], *overrides: str, config=TINY, options: tuple[str, ...] = ()) -> list[dict]:
     set_up_aot_environment()
     out = tmp_path / "plan"
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    done = dsv3("plan", str(config), "--topology", *topologies, "--out", str(out), "--", *overrides, cache, cwd=ROOT)
+    done = dsv3("plan", str(config), "--topology", *topologies, *options, "--out", str(out), *overrides, cache, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     page = (out / "plan.html").read_text()
     assert page.count("<svg") >= 2
@@ -158,6 +168,16 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
     assert replicas["memory"]["parameters"] == pytest.approx(2 * sharded, rel=0.02)
     assert replicas["memory"]["moments"] - tpu["memory"]["moments"] == pytest.approx(2 * sharded, rel=0.02)
     assert bytes_of(replicas, "all-reduce", ["data"]) == pytest.approx(replicas["memory"]["parameters"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_search_compiles_the_best_and_explains(tmp_path):
+    options = ("--search", "--compile-best", "2", "--imbalance", "1.5")
+    found = plan(tmp_path, ["v5p:2x2x1"], *SMALL, options=options)
+    assert len(found) == 2
+    assert found[0]["mesh"] != found[1]["mesh"]
+    assert found[0]["step"]["seconds"] <= found[1]["step"]["seconds"]
+    assert found[0]["assumed"]["imbalance"] == 1.5
 
 
 @pytest.mark.slow
