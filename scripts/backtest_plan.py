@@ -31,6 +31,7 @@ class Published:
     topology: str
     mesh: tuple[int, ...]
     overrides: tuple[str, ...]
+    zero3: bool = True  # or weights gathered once a step
     calibrates: str = ""  # which free number
 
 
@@ -54,11 +55,12 @@ RESULTS = (
             "data.batch_size=8192", "train.grad_accum_steps=128", "parallel.pipe_chunks=4", "precision.recipe=deepseek",
             "remat.policy=selective",
         ),
-        calibrates="tokens",
+        zero3=False, calibrates="tokens",
     ),
     Published(
         "DeepSeek, 2048 H800, fp8", 1543, 1, "h800:256x8", (2, 16, 1, 64, 1),
         ("data.batch_size=15360", "train.grad_accum_steps=120", "precision.recipe=deepseek", "remat.policy=selective"),
+        zero3=False,
     ),
 )  # fmt: skip
 
@@ -66,7 +68,7 @@ RESULTS = (
 def estimate(p: Published, hidden: Hidden) -> tuple[Candidate, float]:
     """And tokens a second of what the publication calls a chip or GPU."""
     topology, config = parse_topology(p.topology), load_config(CONFIG, p.overrides)
-    found = Estimator(topology, CALIBRATED, hidden).estimate(config, dict(zip(AXES, p.mesh, strict=True)))
+    found = Estimator(topology, CALIBRATED, hidden, p.zero3).estimate(config, dict(zip(AXES, p.mesh, strict=True)))
     tokens = config.data.batch_size * config.data.seq_len
     return found, tokens / found.seconds / topology.size * p.unit
 

@@ -87,10 +87,11 @@ def _places(topology: Topology) -> list[Place]:
 
 
 class Estimator:
-    """Of one topology. `estimate` is cheap."""
+    """Of one topology. `estimate` is cheap. `zero3`: weights are gathered and gradients scattered for each microbatch, as this
+    package does; without, once a step, which others do."""
 
-    def __init__(self, topology: Topology, efficiency: Efficiency, hidden: Hidden | None = None):
-        self._topology, self._efficiency = topology, efficiency
+    def __init__(self, topology: Topology, efficiency: Efficiency, hidden: Hidden | None = None, zero3: bool = True):
+        self._topology, self._efficiency, self._zero3 = topology, efficiency, zero3
         self._hidden = hidden or COMPILED["tpu" if topology.is_tpu else "gpu"]
         self._facts = HARDWARE[topology.kind]
         self._links = Links(topology.kind, _places(topology), topology.shape)
@@ -126,7 +127,8 @@ class Estimator:
             memory += stored * 6
 
         work = self._work(config, tokens, again)
-        passes = micro * (1 + (again > 0)) if sizes["pipe"] == 1 else 1
+        rounds = micro if self._zero3 else 1
+        passes = rounds * (1 + (again > 0 and self._zero3))
         fsdp, spread = ("fsdp",), ("fsdp", "expert")
         local = experts / (sizes["expert"] * sizes["tensor"] * sizes["pipe"])
         dense = others / (sizes["tensor"] * sizes["pipe"])
@@ -134,7 +136,6 @@ class Estimator:
         if not self._topology.is_tpu and sizes["expert"] > self._topology.shape[1]:  # once to each node that a token needs
             rows *= min(1.0, m.topk_group / m.num_experts_per_tok)
         gathered = math.prod(sizes[a] for a in spread)
-        rounds = micro if sizes["pipe"] == 1 else 1
         communication = {
             "experts' weights": passes * self._seconds("all-gather", sizes, fsdp, local * 2 / sizes["fsdp"])
             + rounds * self._seconds("reduce-scatter", sizes, fsdp, local * 4),

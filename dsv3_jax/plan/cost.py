@@ -21,6 +21,7 @@ FREE = {
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 _FORMATS = {"bf16": "bf16", "f16": "bf16", "f8e4m3fn": "e4m3", "f8e5m2": "e5m2", "s8": "int8", "f32": "float32"}
+_FACTORS = ("bf16", "f16", "f8e4m3fn", "f8e5m2", "s8")  # what kernels multiply
 _EXCHANGED = re.compile(r"\bffn\)*/.*shard_map/while/body/")
 _TPU_PASSES = {"highest": 6, "high": 3}  # of bfloat16 products, for one of float32 operands
 
@@ -109,14 +110,21 @@ def _attention_flops(i: Instruction, arrays: list[Array]) -> float | None:
 
 
 def _matrix_flops(i: Instruction, arrays: list[Array]) -> float | None:
-    """Of a product whose result [.., m, n] comes of two operands that have m and n, and share k."""
-    matrices = [a for a in arrays if len(a.dims) in (2, 3) and a.size > 1e4]
-    for m, n in [a.dims[-2:] for a in i.arrays if len(a.dims) >= 2]:
-        for x, y in itertools.permutations(matrices, 2):
+    """Of a product whose result [.., m, n] comes of two operands that have m and n, and share k.
+
+    A matrix for each expert may be stacked, so that one has a multiple of n. Without two matrices there is no product.
+    """
+    matrices = [a for a in arrays if len(a.dims) in (2, 3) and a.size > 1e4 and a.dtype in _FACTORS]
+    if len(matrices) < 2:
+        return 0.0
+    results = [a.dims[-2:] for a in i.arrays if len(a.dims) >= 2]
+    for stacked in (False, True):
+        for (m, n), (x, y) in itertools.product(results, itertools.permutations(matrices, 2)):
             left, right = list(x.dims[-2:]), list(y.dims[-2:])
-            if m in left and n in right:
+            of_n = next((d for d in right if d == n or (stacked and d % n == 0)), None)
+            if m in left and of_n:
                 left.remove(m)
-                right.remove(n)
+                right.remove(of_n)
                 if left == right:
                     return 2.0 * m * n * left[0]
     return None
@@ -186,6 +194,8 @@ class CostModel:
     def _product(self, i: Instruction, operands: list[Instruction]) -> Counter:
         if i.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+            if i.op_name == "ragged-dot-metadata":  # offsets of groups
+                return Counter()
             if not target or target[1] not in ("tpu_custom_call", "mosaic_gpu_v2", "__cublas$gemm", "__cublas$lt$matmul"):
                 return Counter()
             flops = kernel_flops(i, operands, self._fill)

@@ -85,8 +85,12 @@ def show(plan: Plan, console: Console) -> None:
     )  # fmt: skip
     for loop, rounds in plan.assumed["loops"].items():
         console.print(f"assumed (imbalance {plan.assumed['imbalance']:g}): {loop} runs {rounds:g} times", soft_wrap=True)
+    kinds: dict[str, list[str]] = {}
     for note in plan.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        kinds.setdefault(note.partition(": ")[0], []).append(note)
+    for notes in kinds.values():
+        more = f" (and {len(notes) - 1} more: see plan.json)" if len(notes) > 1 else ""
+        console.print(f"note: {notes[0]}{more}", soft_wrap=True)
 
 
 def compare(plans: list[Plan], console: Console) -> None:
