@@ -29,13 +29,13 @@ def _bars(axes: Any, labels: list[str], stacks: dict[str, list[float]], unit: st
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel=unit, title=title)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncol=4)  # below, where no bar is
     axes.grid(alpha=0.3, axis="x")
 
 
 def _plots(plans: list[Plan]) -> str:
     names = [p.topology for p in plans]
-    figure = Figure(figsize=(11, 2.2 + 0.5 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(11, 2.8 + 0.5 * len(plans)), layout="constrained")
     memory, time = figure.subplots(1, 2)
     classes = dict.fromkeys(c for p in plans for c in p.memory if c not in ("total", "room"))
     _bars(memory, names, {c: [p.memory.get(c, 0) / GIB for p in plans] for c in classes}, "GiB a device", "memory")
@@ -53,7 +53,7 @@ def _links(plan: Plan) -> str:
     rows = [r for r in plan.communication if r["seconds"] > 0.01 * max(1e-9, plan.step["communication"])]
     if not rows:
         return ""
-    figure = Figure(figsize=(11, 1.6 + 0.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 2.0 + 0.35 * len(rows)), layout="constrained")
     labels = [f"{r['kind']}, {' x '.join(r['axes'])}, {r['link']}" for r in rows]
     stacks = {"hidden": [r["seconds"] - r["exposed"] for r in rows], "exposed": [r["exposed"] for r in rows]}
     _bars(figure.subplots(), labels, stacks, "seconds a step (model)", f"{plan.topology}: communication")
