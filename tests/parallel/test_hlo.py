@@ -9,6 +9,7 @@ import pytest
 
 from dsv3_jax.config import load_config
 from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.plan.communication import groups_of
 from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import make_train_step
 from tests.conftest import ROOT
@@ -35,26 +36,6 @@ def dimensions(shapes: str) -> list[list[int]]:
     return [[int(d) for d in dims.split(",") if d] for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
 
 
-def groups(line: str, mesh: dict[str, int]) -> list[list[int]]:
-    """Device groups of a collective: listed, as an iota list, or by names of mesh axes."""
-    if named := re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", line):
-        axes = [a.strip().strip("'") for a in named[1].split(",")]
-        ids = np.arange(np.prod(list(mesh.values()))).reshape(list(mesh.values()))
-        places = [list(mesh).index(a) for a in axes]
-        rest = [i for i in range(ids.ndim) if i not in places]
-        return ids.transpose(*rest, *places).reshape(-1, int(np.prod([mesh[a] for a in axes]))).tolist()
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, base = ([int(x) for x in iota[i].split(",")] for i in (1, 2))
-        ids = np.arange(np.prod(base)).reshape(base)
-        ids = ids.transpose([int(x) for x in iota[3].split(",")]) if iota[3] else ids
-        return ids.reshape(shape).tolist()
-    if pairs := re.search(r"source_target_pairs=\{([\d{},]*)\}", line):
-        return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
-    listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line)
-    assert listed, line
-    return [[int(x) for x in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])]
-
-
 @pytest.mark.parametrize("remat", ["none", "selective", "full"])
 def test_weights_are_gathered_one_layer_at_a_time(remat):
     """7 MoE layers of 40 x 4 x 10 and so on: no result of a gather has a leading axis of 7 layers, and none is larger than the
@@ -79,7 +60,7 @@ def test_only_gradients_cross_data():
     crossing = [
         (kind, dims)
         for shapes, kind, line in COLLECTIVE.findall(text)
-        if any(len({replica[i] for i in g}) > 1 for g in groups(line, mesh))
+        if any(len({replica[i] for i in g}) > 1 for g in groups_of(line, ids.size))
         for dims in dimensions(shapes)
     ]
     layout = layout_for(config)
