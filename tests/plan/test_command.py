@@ -149,19 +149,19 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
     """FLOPs by hand, memory without ZeRO-3, and what the experts' exchange sends."""
     tpu, gpu = plan(tmp_path, ["v5p:2x2x1", "h100:1x4"], *SMALL, "parallel.fsdp=2", "parallel.expert=2")
     assert (tpu["devices"], gpu["devices"]) == (4, 4)
-    for p in (tpu, gpu):
+    # tokens to experts, by hand: rows of 256 numbers in bfloat16, half of them to the other one of 2 ranks; in a layer there
+    # and back, and backward rows and dy there, dx back. With them go experts' numbers and weights, and weights' gradients back,
+    # 4 times with those done again; on TPU these are padded to 128 numbers in float32, which is as much as a row.
+    layers, sent = 3, 16 * 512 // 4 * 4 * 256 * 2 / 2  # two layers of the main model and the MTP module's
+    assert bytes_of(tpu, "ragged-all-to-all", ["expert"]) == (5 + 4) * sent * layers
+    assert 5 * sent * layers < bytes_of(gpu, "ragged-all-to-all", ["expert"]) < 6 * sent * layers
+    # more than useful: padding of rows to blocks, attention's diagonal and its scores, again once on TPU, in three kernels on
+    # Hopper
+    for p, most in ((tpu, 1.1), (gpu, 1.5)):
         assert p["fits"]
-        executed = sum(p["flops"].values())
-        # and padding of rows to blocks, attention's diagonal, and its scores again in its backward kernels
-        assert p["useful_flops"] * 0.9 < executed - p["recomputed"] < 1.35 * p["useful_flops"]
+        assert p["useful_flops"] * 0.95 < sum(p["flops"].values()) - p["recomputed"] < most * p["useful_flops"]
         assert not [note for note in p["notes"] if "unknown length" in note or "missing" in note]
         assert p["step"]["seconds"] >= p["step"]["work"] > 0
-        # tokens to experts: rows of 256 numbers in bfloat16, half of them to the other one of 2 ranks; in a layer 2 forward
-        # (there and back), 2 done again, 3 or 4 backward (rows and dy there, dx back); weights and numbers come on top
-        rows = 16 * 512 // 4 * 4
-        layers = 3  # two of the main model and the MTP module's
-        sent = rows * 256 * 2 / 2
-        assert 5 * sent * layers <= bytes_of(p, "ragged-all-to-all", ["expert"]) <= 11 * sent * layers
     (replicas,) = plan(tmp_path, ["v5p:2x2x1"], *SMALL, "parallel.data=2", "parallel.expert=2")
     sharded = tpu["memory"]["parameters"]
     # norms are whole everywhere; of the rest a device has two times as much
