@@ -22,6 +22,7 @@ FREE = {
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 _FORMATS = {"bf16": "bf16", "f16": "bf16", "f8e4m3fn": "e4m3", "f8e5m2": "e5m2", "s8": "int8", "f32": "float32"}
 _FACTORS = ("bf16", "f16", "f8e4m3fn", "f8e5m2", "s8")  # what kernels multiply
+_NO_PRODUCT = re.compile(r"swiglu_backward|swiglu_quantize|rms_norm|\bquantize")  # kernels of this package without any
 _EXCHANGED = re.compile(r"\bffn\)*/.*shard_map/while/body/")
 _TPU_PASSES = {"highest": 6, "high": 3}  # of bfloat16 products, for one of float32 operands
 
@@ -139,6 +140,8 @@ def kernel_flops(i: Instruction, operands: list[Instruction], ragged_fill: float
     arrays = [o.arrays[0] for o in operands if o.arrays]
     if "splash_mha" in name or "causal_attention" in name:
         return _attention_flops(i, arrays)
+    if _NO_PRODUCT.search(name):
+        return 0.0
     stated = re.search(r'"?cost_estimate"?:\s*\{[^}]*?"?flops"?:\s*"?(\d+)', i.attributes)
     flops = float(stated[1]) if stated else _matrix_flops(i, arrays)
     return flops if flops is None else flops * (ragged_fill if _EXCHANGED.search(i.op_name) else 1.0)

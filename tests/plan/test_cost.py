@@ -97,6 +97,10 @@ def test_kernels_that_multiply(result, operands, flops):
     assert kernel("a/product", result, operands) == flops
 
 
+def test_kernels_without_products():
+    assert kernel("ffn/shard_map/swiglu_backward/pallas_call", "bf16[2048,640]", "(bf16[2048,640], bf16[2048,320])") == 0
+
+
 def test_kernels_that_say_what_they_cost():
     stated = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"5"}}}'
     assert kernel("a/ragged", "f32[8]", "(f32[8])", stated) == 1000
