@@ -330,7 +330,10 @@ def _routed_bwd(layout, gemms, args, cotangents):
         dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(
             kernel, _route(layout, expert_TK, experts), s.all_axes, *whole, _flat(x), expert_TK, _flat(weight), _flat(dy), zeros
         )
-        dw_gate_up = _scatter(_scatter(dw_gate_up, s.embed, 1), s.ffn, 3).astype(w_gate_up.dtype)
+        E, D, _, M = dw_gate_up.shape
+        # as a matrix: XLA:TPU has no reduce-scatter for the layout it gives four axes, and sums everywhere
+        dw_gate_up = _scatter(dw_gate_up.reshape(E, D, 2 * M), s.embed, 1).reshape(E, -1, 2, M)
+        dw_gate_up = _scatter(dw_gate_up, s.ffn, 3).astype(w_gate_up.dtype)
         dw_down = _scatter(_scatter(dw_down, s.embed, 2), s.ffn, 1).astype(w_down.dtype)
         return dx_TD.reshape(x.shape), dw_gate_up, dw_down, dweight_TK.reshape(weight.shape)
 
