@@ -13,7 +13,8 @@ from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.compile import Compiled, Limits, compile_step
 from dsv3_jax.plan.cost import CostModel, Efficiency
 from dsv3_jax.plan.hlo import Program
-from dsv3_jax.plan.timeline import Player, Timeline, rounds_of_experts
+from dsv3_jax.plan.rounds import rounds_of
+from dsv3_jax.plan.timeline import Player, Timeline
 from dsv3_jax.precision.platforms import HARDWARE
 
 GIB = 2**30
@@ -128,7 +129,7 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
     cost = CostModel(program, topology.kind, assume.efficiency, fill * assume.imbalance)  # of the fullest device
     player = Player(
         program, mesh, Links(topology.kind, compiled.places, topology.shape), cost, assume.efficiency.link, fill,
-        assume.imbalance, rounds_of_experts(program, rows, rounds),
+        assume.imbalance, rounds_of(program, rows, rounds),
     )  # fmt: skip
     line = player.play()
     useful = training_flops_per_token(config.model, config.data.seq_len) * tokens / devices
