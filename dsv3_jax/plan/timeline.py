@@ -6,11 +6,11 @@ stream. Copies between a TPU's memories and its SparseCores' work are such pairs
 as they run; nothing reaches from one round into the next.
 """
 
+import bisect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from dsv3_jax.plan.communication import Collective, Links, Route, kind_of, read_collective
 from dsv3_jax.plan.cost import CostModel, Work
@@ -82,17 +82,64 @@ class Timeline:
 
 
 @dataclass
-class _Pending:
-    """What has begun and not ended: when it will, and what to put the waiting down to."""
+class _Transfer:
+    """What goes on beside the stream of work: a collective (`moved`), or something else that is waited for."""
 
+    begin: float
     finish: float
-    moved: Moved | None
     what: str
-    seconds: float
+    moved: Moved | None = None
+
+
+@dataclass
+class _Stream:
+    """A computation being played. `free`: when links and the like are. `begun`: by name, what has begun, or what begins it."""
+
+    line: Timeline = field(default_factory=Timeline)
+    free: dict[str, float] = field(default_factory=dict)
+    begun: dict[str, "_Transfer | Callable[[], _Transfer]"] = field(default_factory=dict)
+    works: list[tuple[float, float]] = field(default_factory=list)  # when there was work, in order
+    transfers: list[_Transfer] = field(default_factory=list)
+
+    def occupy(self, places: tuple[str, ...], seconds: float, what: str, moved: Moved | None = None) -> _Transfer:
+        """From now on, or from when all the places are free."""
+        begin = max([self.line.seconds, *(self.free.get(place, 0.0) for place in places)])
+        self.free |= dict.fromkeys(places, begin + seconds)
+        self.transfers.append(_Transfer(begin, begin + seconds, what, moved))
+        return self.transfers[-1]
+
+    def wait(self, transfer: _Transfer) -> None:
+        if transfer.finish > self.line.seconds:
+            if transfer.moved is None:
+                self.line.waited[transfer.what] += transfer.finish - self.line.seconds
+            self.line.seconds = transfer.finish
+
+    def work(self, seconds: float) -> None:
+        self.works.append((self.line.seconds, self.line.seconds + seconds))
+        self.line.seconds += seconds
+
+    def add(self, inner: Timeline, times: float) -> None:
+        """Another computation, within which what waits is its own: to what goes on outside it is work."""
+        self.works.append((self.line.seconds, self.line.seconds + times * inner.seconds))
+        self.line.add(inner, times)
+
+    def end(self) -> Timeline:
+        """Exposed is what of a collective's time had no work beside it."""
+        self.line.seconds = max([self.line.seconds, *(t.finish for t in self.transfers)])
+        ends = [end for _, end in self.works]
+        for t in self.transfers:
+            if t.moved is not None:
+                beside = 0.0
+                for begin, end in self.works[bisect.bisect(ends, t.begin) :]:
+                    if begin >= t.finish:
+                        break
+                    beside += min(end, t.finish) - max(begin, t.begin)
+                t.moved.exposed += max(0.0, t.finish - t.begin - beside)
+        return self.line
 
 
 class Player:
-    """`rounds(op_name, body)` tells how often a loop runs whose trip count the program does not; None if unknown."""
+    """`rounds` tells how often a loop (and its body) runs whose trip count the program does not; None if unknown."""
 
     def __init__(
         self, program: Program, mesh: dict[str, int], links: Links, cost: CostModel, link_efficiency: float,
@@ -113,41 +160,38 @@ class Player:
 
     def _play(self, name: str) -> Timeline:
         if name not in self._played:
-            self._played[name] = self._run(self._program.computations[name])
+            stream, computation = _Stream(), self._program.computations[name]
+            for i in computation:
+                self._next(i, computation, stream)
+            self._played[name] = stream.end()
         return self._played[name]
 
-    def _run(self, computation: Computation) -> Timeline:
-        line, free = Timeline(), {}
-        pending: dict[str, Any] = {}  # by name: what has begun, or what will begin it
-        for i in computation:
-            if i.opcode.endswith("-done"):
-                self._end(i, line, pending)
-            elif i.opcode.endswith(("-start", "-update")):
-                self._begin(i, computation, line, free, pending)
-            elif kind_of(i):
-                done = self._collective(i, computation, line, free)
-                assert done.moved
-                done.moved.exposed += done.seconds  # what it waited for counts as that one's
-                line.seconds = done.finish
-            elif i.opcode in ("send", "recv") and "_xla_megascale" in i.attributes:
-                self._across_slices(i, computation, line, free, pending)
-            elif fused := self._fused(i):
-                self._fusion(i, computation, *fused, line, free, pending)
-            elif i.opcode == "while":
-                self._loop(i, computation, line)
-            elif i.opcode == "conditional":
-                line.add(max((self._play(b) for b in i.branches), key=lambda t: t.seconds), 1)
-            elif i.opcode == "call":
-                line.add(self._play(i.called("to_apply") or ""), 1)
-            else:
-                self._do(i, self._cost.work(i, computation), line)
-        line.seconds = max([line.seconds, *(p.finish for p in pending.values() if isinstance(p, _Pending))])
-        return line
+    def _next(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
+        if i.opcode.endswith("-done"):
+            self._end(i, stream)
+        elif i.opcode.endswith("-update"):
+            stream.begun[i.name] = _begun(stream.begun.pop(i.operands[0]))
+        elif i.opcode.endswith("-start"):
+            self._begin(i, inside, stream)
+        elif kind_of(i):
+            stream.wait(self._collective(i, inside, stream))
+        elif i.opcode in ("send", "recv") and "_xla_megascale" in i.attributes:
+            self._across_slices(i, inside, stream)
+        elif fused := self._fused(i):
+            self._fusion(i, inside, *fused, stream)
+        elif i.opcode == "while":
+            self._loop(i, inside, stream)
+        elif i.opcode == "conditional":
+            stream.add(max((self._play(b) for b in i.branches), key=lambda t: t.seconds), 1)
+        elif i.opcode == "call":
+            stream.add(self._play(i.called("to_apply") or ""), 1)
+        else:
+            self._do(i, self._cost.work(i, inside), stream)
 
-    def _do(self, i: Instruction, work: Work, line: Timeline) -> None:
-        seconds = self._cost.seconds(work)
+    def _do(self, i: Instruction, work: Work, stream: _Stream) -> None:
+        line, seconds = stream.line, self._cost.seconds(work)
         product, memory = self._cost.bounds(work)
-        line.seconds += seconds
+        stream.work(seconds)
         line.work_seconds += seconds
         line.matmul_seconds += product
         line.memory_seconds += memory
@@ -156,23 +200,18 @@ class Player:
         if _AGAIN.search(i.op_name):
             line.recomputed += work.flops.total()
 
-    def _across_slices(
-        self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float], pending: dict[str, Any]
-    ) -> None:  # fmt: skip
+    def _across_slices(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
         """What TPU slices exchange: a send to the runtime, and a receipt of the sum, that name the same meeting."""
         meeting = re.search(r'rendezvous="([^"]*)"', i.attributes)
         kind = re.search(r'transfer_type="(\w+)"', i.attributes)
         key = f"meeting {meeting[1] if meeting else ''}"
         if i.opcode == "recv":
-            pending[i.name] = lambda: pending.pop(key)
+            stream.begun[i.name] = lambda: _begun(stream.begun.pop(key))
             return
         name = kind[1].lower().replace("_", "-") if kind else "all-reduce"
         route = self._links.across_slices(name, float(inside.instructions[i.operands[0]].bytes))
-        seconds = route.seconds / self._link_efficiency
-        begin = max(line.seconds, free.get("network", 0.0))
-        free["network"] = begin + seconds
         c = Collective(i.name, name, (), self._links.axes_across_slices(self._mesh), 0.0, i.op_name)
-        pending[key] = _Pending(begin + seconds, _record(c, route, seconds, line), name, seconds)
+        stream.begun[key] = self._transfer(c, route, stream)
 
     def _fused(self, i: Instruction) -> tuple[Instruction, Computation] | None:
         """The collective in a fusion, and the computation that it stands in."""
@@ -187,8 +226,7 @@ class Player:
         return None
 
     def _fusion(
-        self, i: Instruction, inside: Computation, moves: Instruction, inner: Computation, line: Timeline,
-        free: dict[str, float], pending: dict[str, Any],
+        self, i: Instruction, inside: Computation, moves: Instruction, inner: Computation, stream: _Stream
     ) -> None:  # fmt: skip
         """A collective fused with what it is for: on TPU, an all-reduce of which a part is kept, or (v5e) one that goes on
         within the kernels between the fusions that begin and end it, which name the same channel."""
@@ -196,117 +234,89 @@ class Player:
         channel = re.search(r"channel_id=\d+", moves.attributes)
         key = channel[0] if channel else moves.name
         if i.name.startswith("async-collective-start"):
-            pending[key] = self._collective(moves, inner, line, free)
-        elif i.name.startswith("async-collective-done") and key in pending:
-            self._wait(pending.pop(key), line)
+            stream.begun[key] = self._collective(moves, inner, stream)
+        elif i.name.startswith("async-collective-done") and key in stream.begun:
+            stream.wait(_begun(stream.begun.pop(key)))
         else:
-            if key not in pending:
-                done = self._collective(moves, inner, line, free)
-                assert done.moved
-                done.moved.exposed += done.seconds
-                line.seconds = done.finish
+            if key not in stream.begun:
+                stream.wait(self._collective(moves, inner, stream))
             work = self._cost.work(i, inside)
             if work.flops:
-                self._do(i, work, line)
+                self._do(i, work, stream)
 
-    def _collective(self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float]) -> _Pending:
-        """Occupies its links from now on, or from when they are free."""
+    def _collective(self, i: Instruction, inside: Computation, stream: _Stream) -> _Transfer:
         self._reached.add(i.name)
         c = read_collective(i, inside, self._mesh, self._fill)
         if c.kind == "all-reduce" and any(j.opcode == "dynamic-slice" and i.name in j.operands for j in inside):
             c = replace(c, kind="reduce-scatter", bytes=c.bytes / 2)  # of whose result a device keeps its part
-        route = self._links.route(c)
+        return self._transfer(c, self._links.route(c), stream)
+
+    def _transfer(self, c: Collective, route: Route, stream: _Stream) -> _Transfer:
+        """Counted once for each link; its seconds go to the first, the outer one."""
         seconds = route.seconds / self._link_efficiency
         if c.kind == "ragged-all-to-all":
             seconds *= self._imbalance  # the fullest device's
-        begin = max([line.seconds, *(free.get(d, 0.0) for d in route.directions)])
-        for direction in route.directions:
-            free[direction] = begin + seconds
-        return _Pending(begin + seconds, _record(c, route, seconds, line), c.kind, seconds)
+        entries = []
+        for link, sent in (route.bytes or {"none": 0.0}).items():
+            entries.append(stream.line.moved.setdefault((c.kind, c.axes, link), Moved()))
+            entries[-1].count += 1
+            entries[-1].bytes += sent
+        entries[0].seconds += seconds
+        return stream.occupy(route.directions, seconds, c.kind, entries[0])
 
-    def _begin(
-        self, i: Instruction, inside: Computation, line: Timeline, free: dict[str, float], pending: dict[str, Any]
-    ) -> None:
+    def _begin(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
         """Of a pair: a collective, or a SparseCore's work or a copy, one of a kind after the other.
 
         What a SparseCore does stands in a computation of its own, collectives too, and begins once it is given its operands.
         """
-        if i.opcode.endswith("-update"):
-            begun = pending.pop(i.operands[0], None)
-            pending[i.name] = begun if begun is None or isinstance(begun, _Pending) else begun()
+        if kind_of(i):
+            stream.begun[i.name] = self._collective(i, inside, stream)
             return
+
+        def begin() -> _Transfer:
+            return self._elsewhere(i, inside, stream)
+
+        stream.begun[i.name] = begin() if i.operands else begin
+
+    def _elsewhere(self, i: Instruction, inside: Computation, stream: _Stream) -> _Transfer:
+        kind = i.opcode.removesuffix("-start")
         called = next((c for key in ("calls", "to_apply", "called_computations") if (c := i.called(key))), None)
         inner = self._program.computations.get(called or "")
-        if kind_of(i):
-            pending[i.name] = self._collective(i, inside, line, free)
-            return
-
-        def begin() -> _Pending:
-            return self._elsewhere(i, inside, inner, line, free)
-
-        pending[i.name] = begin() if i.operands else begin
-
-    def _elsewhere(
-        self, i: Instruction, inside: Computation, inner: Computation | None, line: Timeline, free: dict[str, float]
-    ) -> _Pending:  # fmt: skip
-        kind = i.opcode.removesuffix("-start")
         if inner and (moves := next((j for j in inner if kind_of(j)), None)):
-            return self._collective(moves, inner, line, free)
+            return self._collective(moves, inner, stream)
         if inner:
             played = self._play(inner.name)
-            line.add(Timeline(work=played.work), 1)
-            seconds = played.seconds
-        else:
-            operands = [inside.instructions[n] for n in i.operands if n in inside.instructions]
-            seconds = sum(o.bytes for o in operands) / self._cost.memory
-        begin = max(line.seconds, free.get(kind, 0.0))
-        free[kind] = begin + seconds
-        return _Pending(begin + seconds, None, kind, seconds)
+            stream.line.work = stream.line.work + played.work
+            return stream.occupy((kind,), played.seconds, kind)
+        operands = [inside.instructions[n] for n in i.operands if n in inside.instructions]
+        return stream.occupy((kind,), sum(o.bytes for o in operands) / self._cost.memory, kind)
 
-    def _end(self, i: Instruction, line: Timeline, pending: dict[str, Any]) -> None:
-        begun = pending.pop(i.operands[0], None) if i.operands else None
-        if begun is None:
-            return
-        self._wait(begun if isinstance(begun, _Pending) else begun(), line)
+    def _end(self, i: Instruction, stream: _Stream) -> None:
+        begun = stream.begun.pop(i.operands[0], None) if i.operands else None
+        if begun is not None:  # a send's end is that of its receipt
+            stream.wait(_begun(begun))
 
-    def _wait(self, begun: _Pending, line: Timeline) -> None:
-        wait = max(0.0, begun.finish - line.seconds)
-        if begun.moved is not None:
-            begun.moved.exposed += min(wait, begun.seconds)
-        elif wait:
-            line.waited[begun.what] += wait
-        line.seconds += wait
-
-    def _loop(self, i: Instruction, inside: Computation, line: Timeline) -> None:
-        body = self._play(i.called("body") or "")
+    def _loop(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
+        body, line = i.called("body") or "", stream.line
         trips: float | None = self._program.trip_count(i, inside)
         if trips is None:
-            trips = self._rounds(i, self._program.computations[i.called("body") or ""])
+            trips = self._rounds(i, self._program.computations[body])
             if trips is None:
                 line.refused.append(i.op_name or i.name)
                 trips = 1
             else:
                 line.assumed[_short(i.op_name)] = max(trips, line.assumed.get(_short(i.op_name), 0.0))
-        line.add(body, trips)
+        stream.add(self._play(body), trips)
+
+
+def _begun(transfer: "_Transfer | Callable[[], _Transfer]") -> _Transfer:
+    return transfer if isinstance(transfer, _Transfer) else transfer()
 
 
 def part_of(op_name: str) -> str:
     """The part of the model that an instruction belongs to, by the scopes of its name."""
     scopes = set(re.split(r"[/()]", op_name))
     return next((part for part in PARTS if part in scopes), "rest")
-
-
-def _record(c: Collective, route: Route, seconds: float, line: Timeline) -> Moved:
-    """One entry a link; seconds go to the slower one, which is the first."""
-    moved = None
-    for link, sent in route.bytes.items() or {"none": 0.0}.items():
-        entry = line.moved.setdefault((c.kind, c.axes, link), Moved())
-        entry.count += 1
-        entry.bytes += sent
-        moved = moved or entry
-    assert moved
-    moved.seconds += seconds
-    return moved
 
 
 def _short(op_name: str) -> str:

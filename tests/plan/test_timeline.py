@@ -77,6 +77,15 @@ def test_two_wait_for_one_link():
     assert line.communication == pytest.approx(2 * GATHER_S, rel=0.1)
 
 
+def test_waiting_for_a_link_is_no_work():
+    """An asynchronous gather, and behind it another that stops the device: nothing is hidden, though the first's end waits for
+    nothing any more."""
+    second = f"%second = bf16[8192,8192]{{1,0}} all-gather(%s), {GROUPS}"
+    line = play(START, second, DONE, DOT)
+    assert line.exposed == pytest.approx(line.communication)
+    assert line.seconds == pytest.approx(WORK_S + line.communication, rel=0.01)
+
+
 def test_loops_count_as_often_as_they_run():
     extra = f"""
 %body (p: (s32[], bf16[8192,8192], bf16[8192,1024])) -> (s32[], bf16[8192,8192], bf16[8192,1024]) {{
