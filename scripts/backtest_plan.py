@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dsv3_jax.config import load_config
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.plan.analytic import Candidate, Estimator, Hidden
-from dsv3_jax.plan.figures import CALIBRATED
+from dsv3_jax.plan.figures import ASSUMED
 from dsv3_jax.plan.topologies import parse_topology
 
 CONFIG = "configs/v3_671b.yaml"
@@ -68,7 +68,7 @@ RESULTS = (
 def estimate(p: Published, hidden: Hidden) -> tuple[Candidate, float]:
     """And tokens a second of what the publication calls a chip or GPU."""
     topology, config = parse_topology(p.topology), load_config(CONFIG, p.overrides)
-    found = Estimator(topology, CALIBRATED, hidden, p.zero3).estimate(config, dict(zip(AXES, p.mesh, strict=True)))
+    found = Estimator(topology, ASSUMED, hidden, p.zero3).estimate(config, dict(zip(AXES, p.mesh, strict=True)))
     tokens = config.data.batch_size * config.data.seq_len
     return found, tokens / found.seconds / topology.size * p.unit
 

@@ -1,6 +1,6 @@
 """A step's memory and time by arithmetic alone, for ranking thousands of meshes before a few are compiled.
 
-Coarse on purpose: formulas of the model's sizes, the efficiencies of `figures.CALIBRATED`, no schedule. What it ranks first is
+Coarse on purpose: formulas of the model's sizes, the efficiencies of `figures.ASSUMED`, no schedule. What it ranks first is
 compiled afterwards, and those figures count.
 """
 
@@ -20,11 +20,10 @@ from dsv3_jax.parallel.rules import check
 from dsv3_jax.parallel.schedule import make_schedule
 from dsv3_jax.plan.communication import Collective, Links, Place, sent_bytes
 from dsv3_jax.plan.cost import Efficiency
-from dsv3_jax.plan.topologies import Topology
+from dsv3_jax.plan.topologies import GIB, Topology, mesh_label
 from dsv3_jax.precision.platforms import HARDWARE
 from dsv3_jax.precision.recipes import RECIPES
 
-GIB = 2**30
 # Forward passes that are done again, by remat.policy; `selective` does norms, rotations, up-projections and SwiGLU again.
 RECOMPUTED = {"none": 0.0, "selective": 0.15, "offload": 0.15, "full": 1.0, "sqrt": 1.0}
 # Numbers that a layer keeps of a token for the backward pass, over hidden_size; counted on compiled programs.
@@ -61,9 +60,10 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        mesh = " x ".join(f"{a} {n}" for a, n in self.sizes.items() if n > 1) or "one device"
         c = self.config
-        return f"{mesh}; {c.precision.recipe}, remat {c.remat.policy}, {c.train.grad_accum_steps} microbatches"
+        return (
+            f"{mesh_label(self.sizes)}; {c.precision.recipe}, remat {c.remat.policy}, {c.train.grad_accum_steps} microbatches"
+        )
 
 
 @functools.cache
@@ -74,6 +74,14 @@ def _counts(model: ModelConfig) -> Counts:
 @functools.cache
 def _useful(model: ModelConfig, seq_len: int) -> float:
     return training_flops_per_token(model, seq_len)
+
+
+def pipeline_occupancy(config: Config, sizes: dict[str, int]) -> float:
+    """Share of the stages' time that is work; 1 without a pipeline."""
+    if sizes["pipe"] == 1:
+        return 1.0
+    parallel = config.parallel
+    return make_schedule(parallel.pipe_schedule, sizes["pipe"], parallel.pipe_chunks, config.train.grad_accum_steps).occupancy
 
 
 def _places(topology: Topology) -> list[Place]:
@@ -150,10 +158,7 @@ class Estimator:
                 "all-gather", sizes, ("pipe",), (local + dense) / sizes["fsdp"] / sizes["pipe"] * 6
             ),
         }  # fmt: skip
-        parallel = config.parallel
-        occupancy = 1.0
-        if sizes["pipe"] > 1:
-            occupancy = make_schedule(parallel.pipe_schedule, sizes["pipe"], parallel.pipe_chunks, micro).occupancy
+        occupancy = pipeline_occupancy(config, sizes)
         exposed = sum(
             seconds * (1 - (self._hidden.tokens if what in _OF_TOKENS else self._hidden.weights))
             for what, seconds in communication.items()
@@ -210,7 +215,7 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
 
 def search(config: Config, topology: Topology, efficiency: Efficiency, recipes: tuple[str, ...]) -> list[Candidate]:
     """All candidates that arithmetic lets fit, the fastest first. Raises `UserError` if none does."""
-    estimator, room = Estimator(topology, efficiency), HARDWARE[topology.kind]["memory_gib"] * GIB
+    estimator, room = Estimator(topology, efficiency), topology.room
     found = [estimator.estimate(c, sizes) for c, sizes in candidates(config, topology, recipes)]
     if not found:
         raise UserError(

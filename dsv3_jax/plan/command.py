@@ -17,10 +17,10 @@ from dsv3_jax.config import Config, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.analytic import Candidate, explain, search
 from dsv3_jax.plan.compile import Limits
-from dsv3_jax.plan.figures import GIB, Assumptions, Plan, plan_step
+from dsv3_jax.plan.figures import Assumptions, Plan, plan_step
 from dsv3_jax.plan.page import page
 from dsv3_jax.plan.report import compare, show
-from dsv3_jax.plan.topologies import EXAMPLES, name_of_platform, parse_topology
+from dsv3_jax.plan.topologies import EXAMPLES, GIB, name_of_platform, parse_topology
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
 from dsv3_jax.train.run import read_metrics

@@ -40,7 +40,6 @@ class Compiled:
     """`places`: of each partition, [slice, host, coordinates], in the order of the program's partitions."""
 
     topology: Topology
-    platform: str
     mesh: dict[str, int]
     places: list[tuple[int, int, tuple[int, ...]]]
     memory: dict[str, int]  # the compiler's, in bytes

@@ -1,7 +1,7 @@
 """What an instruction costs: its products' FLOPs, the bytes it moves, and the time of the slower of both (a roofline).
 
 FLOPs are 2 for every multiplication of a matrix product, counted from shapes; everything else is taken as bound by memory.
-Efficiencies are the model's two free numbers: see scripts/backtest_plan.py for what they were calibrated on.
+Efficiencies are assumed, not fitted (see docs/plan.md).
 """
 
 import functools
@@ -159,9 +159,8 @@ class CostModel:
         self.uncounted: set[str] = set()
 
     def seconds(self, work: Work) -> float:
-        """Both at their rates, one behind the other where the other is slower."""
-        product = sum(flops / self._rate(format) for format, flops in work.flops.items())
-        return max(product, work.bytes / self.memory) + (self._overhead if work.bytes or work.flops else 0.0)
+        """The longer of its products and its bytes, and what issuing it takes."""
+        return max(self.bounds(work)) + (self._overhead if work.bytes or work.flops else 0.0)
 
     def bounds(self, work: Work) -> tuple[float, float]:
         """Seconds of its products, and of its bytes."""

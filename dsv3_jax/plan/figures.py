@@ -8,7 +8,7 @@ from typing import Any
 from dsv3_jax.config import Config
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.parallel.experts import SLACK
-from dsv3_jax.parallel.schedule import make_schedule
+from dsv3_jax.plan.analytic import pipeline_occupancy
 from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.compile import Compiled, Limits, compile_step
 from dsv3_jax.plan.cost import CostModel, Efficiency
@@ -17,9 +17,8 @@ from dsv3_jax.plan.rounds import rounds_of
 from dsv3_jax.plan.timeline import Player, Timeline
 from dsv3_jax.precision.platforms import HARDWARE
 
-GIB = 2**30
-# What scripts/backtest_plan.py was calibrated on; see docs/plan.md.
-CALIBRATED = Efficiency(matmul=0.75, memory=0.9, link=0.85)
+# Not fitted to anything: what large products, streams of memory and rings of links reach.
+ASSUMED = Efficiency(matmul=0.75, memory=0.9, link=0.85)
 SOURCES = {
     "memory": "compiler (memory_analysis); the split of temporaries is counted: gradients from their shards, activations from "
     "what the loops over layers stack",
@@ -36,7 +35,7 @@ class Assumptions:
 
     imbalance: float = 1.0
     price: float | None = None
-    efficiency: Efficiency = CALIBRATED
+    efficiency: Efficiency = ASSUMED
 
 
 @dataclass
@@ -108,7 +107,7 @@ def memory_of(compiled: Compiled, kept: float) -> dict[str, float]:
         "results that are not taken over": float(m["output"] - m["alias"]),
     }
     total = float(m["argument"] + m["temp"] + m["output"] - m["alias"])
-    return classes | {"total": total, "room": HARDWARE[compiled.topology.kind]["memory_gib"] * GIB}
+    return classes | {"total": total, "room": compiled.topology.room}
 
 
 def _communication(line: Timeline) -> list[dict[str, Any]]:
@@ -150,7 +149,8 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         memory=memory_of(compiled, kept_bytes(program)), flops=dict(line.work.flops), useful_flops=useful,
         recomputed=line.recomputed, communication=_communication(line), step=step,
         parts=dict(sorted(line.parts.items(), key=lambda item: -item[1])),
-        pipeline_occupancy=_occupancy(config, mesh), run=_run(config, line.seconds, devices, assume.price),
+        pipeline_occupancy=pipeline_occupancy(config, mesh) if mesh["pipe"] > 1 else None,
+        run=_run(config, line.seconds, devices, assume.price),
         assumed={"loops": line.assumed, **asdict(assume)}, notes=notes,
         compiled={"seconds": compiled.seconds, "versions": compiled.versions},
     )  # fmt: skip
@@ -175,13 +175,6 @@ def _notes(compiled: Compiled, line: Timeline, unreached: list[str], uncounted: 
             "run, and Triton kernels can't be compiled"
         )
     return notes
-
-
-def _occupancy(config: Config, mesh: dict[str, int]) -> float | None:
-    if mesh["pipe"] == 1:
-        return None
-    parallel = config.parallel
-    return make_schedule(parallel.pipe_schedule, mesh["pipe"], parallel.pipe_chunks, config.train.grad_accum_steps).occupancy
 
 
 def _run(config: Config, step_seconds: float, devices: int, price: float | None) -> dict[str, float]:

@@ -3,23 +3,18 @@
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.plan.figures import GIB, Plan
+from dsv3_jax.plan.figures import Plan
+from dsv3_jax.plan.topologies import GIB, mesh_label
 from dsv3_jax.progress import human
-
-
-def _mesh(plan: Plan) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
 
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _table(title: str, *columns: str) -> Table:
-    head, _, source = title.partition(" (")
-    table = Table(
-        title=head, title_justify="left", caption=f"({source}" if source else None, caption_justify="left", min_width=60
-    )
+def _table(title: str, source: str, *columns: str) -> Table:
+    """`source`: where its figures come from."""
+    table = Table(title=title, title_justify="left", caption=f"({source})", caption_justify="left", min_width=60)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
@@ -36,18 +31,18 @@ def show(plan: Plan, console: Console) -> None:
     step, batch = plan.step, plan.batch
     console.rule(f"{plan.name} on {plan.topology}")
     console.print(
-        f"{plan.devices} devices, {_mesh(plan)}; {plan.precision}, remat {plan.remat}; {batch['sequences']:,} sequences of "
-        f"{batch['length']:,} in {batch['microbatches']} microbatches", soft_wrap=True,
+        f"{plan.devices} devices, {mesh_label(plan.mesh)}; {plan.precision}, remat {plan.remat}; {batch['sequences']:,} "
+        f"sequences of {batch['length']:,} in {batch['microbatches']} microbatches", soft_wrap=True,
     )  # fmt: skip
     console.print(verdict(plan), style="bold green" if plan.fits else "bold red")
-    table = _table(f"memory of a device ({plan.sources['memory']})", "class", "GiB", "share")
+    table = _table("memory of a device", plan.sources["memory"], "class", "GiB", "share")
     for name, size in plan.memory.items():
         if name not in ("total", "room") and size:
             table.add_row(name, f"{size / GIB:.2f}", _share(size, plan.memory["total"]))
     console.print(table)
 
     executed = sum(plan.flops.values())
-    table = _table(f"FLOPs of a device and step ({plan.sources['flops']})", "what", "FLOPs", "of executed")
+    table = _table("FLOPs of a device and step", plan.sources["flops"], "what", "FLOPs", "of executed")
     for format, flops in sorted(plan.flops.items(), key=lambda item: -item[1]):
         table.add_row(f"executed, {format}", human(flops), _share(flops, executed))
     table.add_row("useful", human(plan.useful_flops), _share(plan.useful_flops, executed))
@@ -55,7 +50,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(table)
 
     table = _table(
-        f"communication of a device and step ({plan.sources['communication']})", "kind", "axes", "link", "count", "GB sent",
+        "communication of a device and step", plan.sources["communication"], "kind", "axes", "link", "count", "GB sent",
         "s", "exposed s",
     )  # fmt: skip
     for row in plan.communication:
@@ -66,7 +61,7 @@ def show(plan: Plan, console: Console) -> None:
             )  # fmt: skip
     console.print(table)
 
-    table = _table(f"a step ({plan.sources['step']})", "what", "s", "of the step")
+    table = _table("a step", plan.sources["step"], "what", "s", "of the step")
     for name in ("seconds", "work", "products", "memory", "communication", "exposed"):
         table.add_row("step" if name == "seconds" else name, f"{step[name]:.3f}", _share(step[name], step["seconds"]))
     for part, seconds in plan.parts.items():
@@ -96,13 +91,14 @@ def show(plan: Plan, console: Console) -> None:
 def compare(plans: list[Plan], console: Console) -> None:
     """A row a topology; tokens/s are of a device."""
     table = _table(
-        "plans (seconds and what follows from them: model)", "topology", "mesh", "GiB", "of", "fits", "step s", "tokens/s",
+        "plans", "seconds and what follows from them: model", "topology", "mesh", "GiB", "of", "fits", "step s", "tokens/s",
         "MFU", "hidden", "days",
     )  # fmt: skip
     for p in plans:
         table.add_row(
-            p.topology, _mesh(p), f"{p.memory['total'] / GIB:.1f}", f"{p.memory['room'] / GIB:.1f}", "yes" if p.fits else "NO",
-            f"{p.step['seconds']:.2f}", f"{p.step['tokens_per_s_device']:,.0f}", f"{p.step['mfu_bf16']:.1%}",
+            p.topology, mesh_label(p.mesh), f"{p.memory['total'] / GIB:.1f}", f"{p.memory['room'] / GIB:.1f}",
+            "yes" if p.fits else "NO", f"{p.step['seconds']:.2f}", f"{p.step['tokens_per_s_device']:,.0f}",
+            f"{p.step['mfu_bf16']:.1%}",
             "-" if p.hidden is None else f"{p.hidden:.0%}", f"{p.run['days']:,.1f}",
         )  # fmt: skip
     console.print(table)

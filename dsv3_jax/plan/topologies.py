@@ -6,12 +6,14 @@ TPU names give the slice's torus (`v5p:8x8x8`), NVIDIA's hosts x GPUs (`h100:128
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.precision.platforms import HARDWARE
 
+GIB = 2**30
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # compiling needs no cuDNN
@@ -76,9 +78,19 @@ class Topology:
         cores = HARDWARE[self.kind]["links"]["ici"]["cores"] if self.is_tpu else 1
         return math.prod(self.shape) * self.slices * cores
 
+    @property
+    def room(self) -> float:
+        """Bytes of memory that a program may use on a device."""
+        return HARDWARE[self.kind]["memory_gib"] * GIB
+
     def __str__(self) -> str:
         slices = f"{self.slices}*" if self.slices > 1 else ""
         return f"{slices}{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+def mesh_label(sizes: Mapping[str, int]) -> str:
+    """The axes of more than one device: fsdp 8 x expert 64."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def name_of_platform(topology: Topology) -> str:

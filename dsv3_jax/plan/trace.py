@@ -18,9 +18,7 @@ import numpy as np
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.communication import KINDS
 
-_COLLECTIVE = re.compile(
-    r"(ragged-all-to-all|all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
-)
+_COLLECTIVE = re.compile("|".join((*KINDS, "collective-broadcast")))
 _LIBRARY = re.compile(r"ncclDevKernel_(\w+?)_", re.I)  # of GPUs, where kernels carry the library's names
 _NCCL = {"allgather": "all-gather", "allreduce": "all-reduce", "reducescatter": "reduce-scatter", "sendrecv": "all-to-all"}
 _PRIMITIVES = {  # JAX's, which name the instructions that they become
@@ -91,7 +89,7 @@ def kind_of_event(event: str) -> str | None:
     """Of a collective, its begin or its end; None of anything else."""
     opcode = opcode_of(event)
     if found := _COLLECTIVE.match(opcode):
-        return found[1]
+        return found[0]
     library = _LIBRARY.search(event)
     if library:
         return _NCCL.get(library[1].lower(), "all-reduce")

@@ -20,7 +20,7 @@ from dsv3_jax.parallel.layout import batch_sharding, make_layout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import check
 from dsv3_jax.plan.topologies import devices, parse_topology
-from dsv3_jax.precision.platforms import platform_of, resolve
+from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.train.state import TrainState, abstract_state
 from dsv3_jax.train.step import make_train_step
 
@@ -72,7 +72,6 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
     say("reading")
     facts = {
         "topology": topology,
-        "platform": platform_of(found[0]).name,
         "mesh": dict(mesh.shape),
         "places": [_place(d) for d in mesh.devices.flat],  # in the order of partitions
         "precision": config.precision.recipe,

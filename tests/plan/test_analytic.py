@@ -9,9 +9,9 @@ import pytest
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.plan.analytic import GIB, Candidate, Estimator, Hidden, candidates, explain, search
-from dsv3_jax.plan.figures import CALIBRATED
-from dsv3_jax.plan.topologies import parse_topology
+from dsv3_jax.plan.analytic import Candidate, Estimator, Hidden, candidates, explain, search
+from dsv3_jax.plan.figures import ASSUMED
+from dsv3_jax.plan.topologies import GIB, parse_topology
 from tests.conftest import ROOT
 
 V3 = ROOT / "configs" / "v3_671b.yaml"
@@ -19,7 +19,7 @@ V3 = ROOT / "configs" / "v3_671b.yaml"
 
 def estimate(topology: str, mesh: tuple[int, ...], *overrides: str, hidden: Hidden | None = None) -> Candidate:
     config = load_config(V3, ["train.grad_accum_steps=1", *overrides])
-    estimator = Estimator(parse_topology(topology), CALIBRATED, hidden)
+    estimator = Estimator(parse_topology(topology), ASSUMED, hidden)
     return estimator.estimate(config, dict(zip(AXES, mesh, strict=True)))
 
 
@@ -41,7 +41,7 @@ def test_memory_beside_compilers(topology, mesh, overrides, gib):
 def test_zero3_gathers_cost_what_their_bytes_do():
     """All of 671B over 512 v5p, gathered twice in bfloat16 and summed in float32 (experts) or bfloat16: by hand."""
     c = estimate("v5p:8x8x8", (1, 1, 512, 1, 1), "data.batch_size=512")
-    rate = 6 * 90e9 * CALIBRATED.link  # three rings, both ways
+    rate = 6 * 90e9 * ASSUMED.link  # three rings, both ways
     experts = 58 * 256 * 3 * 7168 * 2048  # of the main model; the MTP module's count among the others
     assert c.communication["experts' weights"] == pytest.approx(experts * (2 * 2 + 4) / rate, rel=0.02)
     assert "tokens to experts" in c.communication
@@ -68,7 +68,7 @@ def test_every_mesh_that_divides_is_tried_once():
 
 def test_search_ranks_and_says_why():
     config = load_config(V3, ["data.batch_size=1024", "train.grad_accum_steps=1"])
-    ranked = search(config, parse_topology("h100:128x8"), CALIBRATED, ("bf16", "deepseek"))
+    ranked = search(config, parse_topology("h100:128x8"), ASSUMED, ("bf16", "deepseek"))
     assert [c.seconds for c in ranked] == sorted(c.seconds for c in ranked)
     assert all(c.memory <= 79.1 * GIB for c in ranked)
     assert ranked[0].config.precision.recipe == "deepseek"  # whose products are twice as fast there
@@ -80,10 +80,10 @@ def test_search_ranks_and_says_why():
 def test_search_where_nothing_fits_or_divides():
     config = load_config(V3, ["data.batch_size=64", "train.grad_accum_steps=1"])
     with pytest.raises(UserError, match=r"nothing fits; the least is \d+ of 79 GiB"):
-        search(config, parse_topology("h100:1x8"), CALIBRATED, ("bf16",))
+        search(config, parse_topology("h100:1x8"), ASSUMED, ("bf16",))
     odd = load_config(V3, ["data.batch_size=64", "train.grad_accum_steps=1"])
     with pytest.raises(UserError, match="no mesh over"):
-        search(odd, parse_topology("h100:11x1"), CALIBRATED, ("bf16",))
+        search(odd, parse_topology("h100:11x1"), ASSUMED, ("bf16",))
 
 
 def test_backtest():
