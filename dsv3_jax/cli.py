@@ -277,7 +277,7 @@ def plan(
         overrides: key=value, e.g. parallel.expert=64 remat.policy=full.
         topology: One or more of KIND:SHAPE, such as v5p:8x8x8 or h100:128x8 (hosts x GPUs); several are compared.
         out: Where plan.json and plan.html go; plans/NAME if not given.
-        imbalance: Rows of the fullest device over the mean, of tokens on their way to experts; or a run, for its max_load.
+        imbalance: Rows of the fullest device over the mean, of tokens on their way to experts; or a run, for what its router did.
         price: Of a device and hour, for the cost of the run.
         memory_gb: The compiler is stopped beyond this.
         timeout_s: And after this time.
@@ -288,9 +288,10 @@ def plan(
     """
     from rich.console import Console
 
-    from dsv3_jax.plan.command import Request, imbalance_of, list_topologies, run_plan, run_search
+    from dsv3_jax.plan.command import Request, list_topologies, run_plan, run_search
     from dsv3_jax.plan.compile import Limits
     from dsv3_jax.plan.figures import Assumptions
+    from dsv3_jax.plan.imbalance import read_imbalance
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     if list_:
@@ -298,7 +299,7 @@ def plan(
         return
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")
-    assume, limits = Assumptions(imbalance_of(imbalance), price), Limits(memory_gb, timeout_s)
+    assume, limits = Assumptions(read_imbalance(imbalance), price), Limits(memory_gb, timeout_s)
     request = Request(config, overrides, topology, out, assume, limits, xla)
     if search:
         run_search(request, compile_best, console)

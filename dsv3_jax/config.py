@@ -242,6 +242,7 @@ class ParallelConfig:
     # how tokens reach experts (parallel/experts.py): `flat`, in one exchange; `two_level`, across nodes and then inside
     expert_transport: Literal["auto", "flat", "two_level"] = "auto"
     expert_ranks_per_node: int | None = None  # None: as many neighbours along `expert` as share a host
+    expert_parts: int = 1  # pieces of a device's tokens: one travels while another is computed
 
     def __post_init__(self) -> None:
         axes = ("data", "pipe", "fsdp", "expert", "tensor")
@@ -250,7 +251,7 @@ class ParallelConfig:
             _require(size >= 1 or size == -1, f"parallel.{axis}={size}: use 1 or more devices, or -1 for all that are left")
         filled = [axis for axis in axes if getattr(self, axis) == -1]
         _require(len(filled) <= 1, f"parallel.{' and parallel.'.join(filled)} are all -1; only one axis can be filled up")
-        _positive("parallel", self, "pipe_chunks")
+        _positive("parallel", self, "pipe_chunks", "expert_parts")
         if self.expert_ranks_per_node is not None:
             _positive("parallel", self, "expert_ranks_per_node")
 

@@ -10,9 +10,13 @@ pair of devices, so that buffers are bounded; balanced routing takes one round, 
 
 Rows move by `ragged_all_to_all`, or on CPU, which has none, by an all-to-all of the same buffers with their padding. The
 backward pass sends rows again rather than keeping what arrived, and has the gradient written out.
+
+A device's tokens can travel in several parts, so that one part is under way while another is computed; nothing but their order
+in time, and the order of sums, differs.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +33,8 @@ from pallas_kernels.scaled import Gemms
 # Room for a pair of ranks over its mean number of rows. 2 holds the imbalance of a trained router within a sequence, so that
 # a second round is rare; buffers grow in proportion.
 SLACK = 2
+# Scopes in a program's names: of the rounds, and of a loop over those that balanced routing does not need.
+EXCHANGE, MORE_ROUNDS = "exchange", "more_rounds"
 
 
 class Hop(NamedTuple):
@@ -38,6 +44,7 @@ class Hop(NamedTuple):
     experts: int  # that a destination holds
     quota: int  # rows a pair of devices sends in one round
     once: bool  # a token travels once to a destination, with all its choices, rather than once a choice
+    parts: int = 1  # N: pieces of a device's tokens, each with rounds of its own
 
     @property
     def size(self) -> int:
@@ -49,31 +56,36 @@ def _quota(rows: float, most: int) -> int:
     return -(-min(int(SLACK * rows) + 1, most) // 8) * 8
 
 
-def hops(ranks: int, per_node: int, two_level: bool, experts: int, tokens: int, choices: int) -> tuple[Hop, ...]:
-    """How `tokens` tokens a rank reach `experts` experts on `ranks` ranks, `per_node` of them a node."""
+def hops(
+    ranks: int, per_node: int, two_level: bool, experts: int, tokens: int, choices: int, parts: int = 1
+) -> tuple[Hop, ...]:
+    """How `tokens` tokens a rank reach `experts` experts on `ranks` ranks, `per_node` of them a node, in `parts`."""
     if ranks == 1:
         return ()
+    tokens //= parts
     if not two_level:
         local = experts // ranks
         most = tokens * min(choices, local)
-        return (Hop((tuple(range(ranks)),), local, _quota(tokens * choices / ranks, most), once=False),)
+        return (Hop((tuple(range(ranks)),), local, _quota(tokens * choices / ranks, most), False, parts),)
     nodes = ranks // per_node
     across = tuple(tuple(node * per_node + j for node in range(nodes)) for j in range(per_node))
     inside = tuple(tuple(node * per_node + j for j in range(per_node)) for node in range(nodes))
-    first = Hop(across, experts // nodes, _quota(tokens * min(choices, nodes) / nodes, tokens), once=True)
+    if nodes == 1:
+        most = tokens * min(choices, experts // ranks)
+        return (Hop(inside, experts // ranks, _quota(tokens * choices / ranks, most), False, parts),)
+    first = Hop(across, experts // nodes, _quota(tokens * min(choices, nodes) / nodes, tokens), True, parts)
     most = first.quota * nodes * min(choices, experts // ranks)
-    second = Hop(inside, experts // ranks, _quota(tokens * choices / per_node, most), once=False)
-    return (first, second) if nodes > 1 else (second,)
+    return first, Hop(inside, experts // ranks, _quota(tokens * choices / per_node, most), once=False)
 
 
 class _Plan(NamedTuple):
-    """Where each (token, choice) goes in a hop. R is the number of destinations, P = T*K."""
+    """Where each (token, choice) of a part goes in a hop. R is the number of destinations, P = T*K."""
 
     dest_TK: Int[Array, "T K"]  # R: nowhere
     rank_TK: Int[Array, "T K"]  # place among the rows to the same destination
     order_P: Int[Array, " P"]  # rows sorted by destination
     first_R: Int[Array, " R"]
-    count_R: Int[Array, " R"]
+    count_R: Int[Array, " R"]  # rows to each destination, in all rounds
 
 
 def _plan(hop: Hop, expert_TK) -> _Plan:
@@ -94,7 +106,7 @@ def _plan(hop: Hop, expert_TK) -> _Plan:
 
 
 class _Round(NamedTuple):
-    """One round of a hop, as one device sees it."""
+    """One round of a part, as one device sees it."""
 
     hop: Hop
     slot_C: Int[Array, " C"]  # the t*K + k of each row in the send buffer
@@ -119,13 +131,12 @@ class _Round(NamedTuple):
         return jnp.where(self.here_TK[:, k, None], rows_TX, 0).astype(jnp.float32)
 
 
-def _round(hop: Hop, plan: _Plan, number) -> _Round:
+def _round(hop: Hop, plan: _Plan, coming_R, number) -> _Round:
     done, q = number * hop.quota, hop.quota
-    sent_R = jnp.clip(plan.count_R - done, 0, q).astype(jnp.int32)
+    sent_R, received_R = (jnp.clip(count_R - done, 0, q).astype(jnp.int32) for count_R in (plan.count_R, coming_R))
     place_Rq = plan.first_R[:, None] + done + jnp.arange(q)
     slot_Rq = plan.order_P[jnp.minimum(place_Rq, plan.order_P.size - 1)]
     live_Rq = jnp.arange(q) < sent_R[:, None]
-    received_R = lax.all_to_all(sent_R, "expert", 0, 0, axis_index_groups=hop.groups, tiled=True)
     rank_TK = plan.rank_TK - done
     here_TK = (plan.dest_TK < hop.size) & (rank_TK >= 0) & (rank_TK < q)
     return _Round(
@@ -157,21 +168,51 @@ def _transfer(hop: Hop, rows_CX, sent_R, received_R, fill: float):
     return lax.platform_dependent(rows_CX, sent_R, received_R, cpu=padded, default=ragged)
 
 
-def _rounds(hop: Hop, plan: _Plan, all_axes: tuple[str, ...]):
-    """How many rounds the fullest pair of devices needs. One number for the whole mesh: loops with collectives in them must
-    not part ways."""
-    return lax.pmax(jnp.max(-(-plan.count_R // hop.quota)), all_axes)
+def _each_round(hop: Hop, all_axes: tuple[str, ...], expert_TK, body: Callable, carry):
+    """(carry, made) = body(part, round, carry) over a hop's parts and their rounds; `made` is what is about to be sent back.
+
+    The first round of each part stands in straight line, where a scheduler can put one part's exchange beside another's
+    products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed.
+    The other rounds, which balanced routing does not need, are a loop. As many as the fullest pair of devices needs: one number
+    for the whole mesh, because loops with collectives in them must not part ways.
+    """
+    N = hop.parts
+    plans = jax.vmap(functools.partial(_plan, hop))(_split(expert_TK, N))
+    coming_NR = lax.all_to_all(plans.count_R, "expert", 1, 1, axis_index_groups=hop.groups, tiled=True)
+    rounds = lax.pmax(jnp.max(-(-plans.count_R // hop.quota)), all_axes)
+
+    def step(n, carry, after=None):
+        part = n % N
+        plan = jax.tree.map(lambda a: a[part], plans)
+        if after is not None:
+            plan, _ = lax.optimization_barrier((plan, after[:1, :1]))
+        return body(part, _round(hop, plan, coming_NR[part], n // N), carry)
+
+    if N == 1:
+        with jax.named_scope(EXCHANGE):
+            return lax.fori_loop(0, rounds, lambda n, carry: step(n, carry)[0], carry)
+    made = [None, None]
+    with jax.named_scope(EXCHANGE):
+        for n in range(N):
+            carry, last = step(n, carry, made[n])
+            made.append(last)
+    with jax.named_scope(MORE_ROUNDS):
+        return lax.fori_loop(N, N * rounds, lambda n, carry: step(n, carry)[0], carry)
+
+
+def _split(a_TX, parts: int):
+    return a_TX.reshape(parts, -1, *a_TX.shape[1:])
 
 
 class _Rows(NamedTuple):
     """What a hop delivers."""
 
-    x_CD: Array
+    x_CX: Array
     expert_CK: Array  # counted from the destination's first; its number of experts where there is none
     weight_CK: Array
 
 
-def _deliver(round_: _Round, x_TD, expert_TK, weight_TK) -> _Rows:
+def _deliver(round_: _Round, x_TX, expert_TK, weight_TK) -> _Rows:
     hop, K = round_.hop, expert_TK.shape[1]
     token_C = round_.slot_C // K
     if hop.once:
@@ -183,7 +224,7 @@ def _deliver(round_: _Round, x_TD, expert_TK, weight_TK) -> _Rows:
     expert_CK, weight_CK = jnp.split(wanted, 2, axis=1)
     expert_CK = expert_CK.astype(jnp.int32) - jnp.where(expert_CK < 0, 0, _index_in_group(hop) * hop.experts)
     elsewhere = (expert_CK < 0) | (expert_CK >= hop.experts)
-    return _Rows(round_.send(x_TD[token_C]), jnp.where(elsewhere, hop.experts, expert_CK), weight_CK)
+    return _Rows(round_.send(x_TX[token_C]), jnp.where(elsewhere, hop.experts, expert_CK), weight_CK)
 
 
 def _forward(
@@ -192,17 +233,16 @@ def _forward(
     if not route:
         return kernel(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
     hop, K = route[0], expert_TK.shape[1]
-    plan = _plan(hop, expert_TK)
+    parts = [_split(a, hop.parts) for a in (x_TD, expert_TK, weight_TK)]
 
-    def body(number, y_TD):
-        round_ = _round(hop, plan, number)
-        y_CD = round_.back(
-            _forward(kernel, route[1:], all_axes, w_gate_up, w_down, *_deliver(round_, x_TD, expert_TK, weight_TK))
-        )
-        return y_TD + sum(round_.choice(k, y_CD) for k in range(K))
+    def body(part, round_, y_NTD):
+        rows = _deliver(round_, *(a[part] for a in parts))
+        made_CD = _forward(kernel, route[1:], all_axes, w_gate_up, w_down, *rows)
+        y_CD = round_.back(made_CD)
+        return y_NTD.at[part].add(sum(round_.choice(k, y_CD) for k in range(K))), made_CD
 
-    y_TD = lax.fori_loop(0, _rounds(hop, plan, all_axes), body, jnp.zeros(x_TD.shape, jnp.float32))
-    return y_TD.astype(x_TD.dtype)
+    y_NTD = _each_round(hop, all_axes, expert_TK, body, jnp.zeros(parts[0].shape, jnp.float32))
+    return y_NTD.reshape(x_TD.shape).astype(x_TD.dtype)
 
 
 def _backward(kernel: Callable, route: tuple[Hop, ...], all_axes, w_gate_up, w_down, x_TD, expert_TK, weight_TK, dy_TD, dw):
@@ -211,22 +251,25 @@ def _backward(kernel: Callable, route: tuple[Hop, ...], all_axes, w_gate_up, w_d
         _, vjp = jax.vjp(lambda x, w1, w2, g: kernel(x, w1, w2, expert_TK, g), x_TD, w_gate_up, w_down, weight_TK)
         dx_TD, *dw_here, dweight_TK = vjp(dy_TD)
         return dx_TD, dweight_TK, tuple(a + b.astype(jnp.float32) for a, b in zip(dw, dw_here, strict=True))
-    hop, K = route[0], expert_TK.shape[1]
-    plan = _plan(hop, expert_TK)
+    hop, K, D = route[0], expert_TK.shape[1], x_TD.shape[1]
+    both_TX = jnp.concatenate([x_TD, dy_TD], axis=1)  # travel together, so that one exchange stands before a part's products
+    parts = [_split(a, hop.parts) for a in (both_TX, expert_TK, weight_TK)]
 
-    def body(number, carry):
-        dx_TD, dweight_TK, dw = carry
-        round_ = _round(hop, plan, number)
-        rows, dy_CD = _deliver(round_, x_TD, expert_TK, weight_TK), round_.send(dy_TD[round_.slot_C // K])
-        dx_CD, dweight_CK, dw = _backward(kernel, route[1:], all_axes, w_gate_up, w_down, *rows, dy_CD, dw)
-        dx_CD, dweight_CK = round_.back(dx_CD), round_.back(dweight_CK)
+    def body(part, round_, carry):
+        dx_NTD, dweight_NTK, dw = carry
+        rows = _deliver(round_, *(a[part] for a in parts))
+        x_CD, dy_CD = jnp.split(rows.x_CX, 2, axis=1)
+        made_CD, dweight_CK, dw = _backward(
+            kernel, route[1:], all_axes, w_gate_up, w_down, x_CD, rows.expert_CK, rows.weight_CK, dy_CD, dw
+        )
+        dx_CD, dweight_CK = round_.back(made_CD), round_.back(dweight_CK)
         dweights = [round_.choice(k, dweight_CK) for k in range(K)]
-        dweight_TK += sum(dweights) if hop.once else jnp.concatenate(dweights, axis=1)
-        return dx_TD + sum(round_.choice(k, dx_CD) for k in range(K)), dweight_TK, dw
+        dweight_NTK = dweight_NTK.at[part].add(sum(dweights) if hop.once else jnp.concatenate(dweights, axis=1))
+        return (dx_NTD.at[part].add(sum(round_.choice(k, dx_CD) for k in range(K))), dweight_NTK, dw), made_CD
 
-    init = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(weight_TK.shape, jnp.float32), dw
-    dx_TD, dweight_TK, dw = lax.fori_loop(0, _rounds(hop, plan, all_axes), body, init)
-    return dx_TD.astype(x_TD.dtype), dweight_TK, dw
+    init = jnp.zeros((hop.parts, x_TD.shape[0] // hop.parts, D), jnp.float32), jnp.zeros(parts[2].shape, jnp.float32), dw
+    dx_NTD, dweight_NTK, dw = _each_round(hop, all_axes, expert_TK, body, init)
+    return dx_NTD.reshape(x_TD.shape).astype(x_TD.dtype), dweight_NTK.reshape(weight_TK.shape), dw
 
 
 def _traffic(route: tuple[Hop, ...], per_node: int, expert_TK, experts: int) -> Traffic:
@@ -282,14 +325,17 @@ def _scatter(dw, axes: tuple[str, ...], dim: int):
     return lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw
 
 
-def _weights(s: _Setting, w_gate_up, w_down):
-    """This device's experts, whole."""
-    return _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
+def _weights(s: _Setting, w_gate_up, w_down, x):
+    """This device's experts, whole, and x, which waits for them: gathered behind what computes x, they leave the links to the
+    exchange."""
+    whole = _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
+    return lax.optimization_barrier((whole, x))
 
 
 def _route(layout, expert_TK, experts: int) -> tuple[Hop, ...]:
     T, K = expert_TK.shape
-    return hops(layout.mesh.shape["expert"], layout.ranks_per_node, layout.two_level, experts, T, K)
+    parts = math.gcd(layout.expert_parts, T)
+    return hops(layout.mesh.shape["expert"], layout.ranks_per_node, layout.two_level, experts, T, K, parts)
 
 
 def _flat(a):
@@ -303,7 +349,7 @@ def routed(layout, gemms: Gemms | None, x_BLD, w_gate_up_ED2M, w_down_EMD, exper
     s, experts = _setting(layout), w_down_EMD.shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight):
-        whole = _weights(s, w_gate_up, w_down)
+        whole, x = _weights(s, w_gate_up, w_down, x)
         expert_TK = _flat(expert)
         route = _route(layout, expert_TK, experts)
         y_TD = _forward(kernel, route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
@@ -324,7 +370,7 @@ def _routed_bwd(layout, gemms, args, cotangents):
     s, experts = _setting(layout), args[2].shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight, dy):
-        whole = _weights(s, w_gate_up, w_down)
+        whole, x = _weights(s, w_gate_up, w_down, x)
         expert_TK = _flat(expert)
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in whole)
         dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(

@@ -35,11 +35,13 @@ def without_pipe(spec: P) -> P:
 
 @dataclass(frozen=True)
 class MeshLayout(Layout):
-    """`ranks_per_node` neighbours along `expert` share fast links; `two_level` sends tokens across nodes first, then inside."""
+    """`ranks_per_node` neighbours along `expert` share fast links; `two_level` sends tokens across nodes first, then inside.
+    `expert_parts` at most: pieces of a device's tokens that are sent by themselves."""
 
     mesh: Mesh
     ranks_per_node: int
     two_level: bool = False
+    expert_parts: int = 1
     at_the_ends: bool = False
 
     @property
@@ -251,7 +253,7 @@ def make_layout(config: ParallelConfig, mesh: Mesh) -> MeshLayout:
     # XLA's ragged all-to-all is reported to crash on GPUs beyond 32 ranks (openxla/xla#47283)
     large = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm") and ranks > 32
     two_level = config.expert_transport == "two_level" or (config.expert_transport == "auto" and large)
-    return MeshLayout(mesh, per_node, two_level)
+    return MeshLayout(mesh, per_node, two_level, config.expert_parts)
 
 
 def layout_for(config: Config, devices: Sequence | None = None) -> Layout:

@@ -23,7 +23,6 @@ from dsv3_jax.plan.report import compare, show
 from dsv3_jax.plan.topologies import EXAMPLES, GIB, name_of_platform, parse_topology
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
-from dsv3_jax.train.run import read_metrics
 
 _LINE_EVERY_S = 10.0
 
@@ -82,28 +81,10 @@ class Request:
         return found
 
     def __post_init__(self) -> None:
-        if self.assume.imbalance < 1:
-            raise UserError(f"--imbalance={self.assume.imbalance}: the fullest device has at least the mean; use 1 or more")
         if self.assume.price is not None and self.assume.price < 0:
             raise UserError(f"--price={self.assume.price} must not be negative")
         for topology in self.topologies:
             parse_topology(topology)
-
-
-def imbalance_of(given: str) -> float:
-    """A number, or a run's: the mean of `max_load` (the busiest expert's load over the mean, worst layer) in its metrics.
-
-    A device holds several experts, so that a run's is more than its devices see. Raises `UserError`.
-    """
-    try:
-        return float(given)
-    except ValueError:
-        pass
-    path = Path(given) / "metrics.jsonl" if Path(given).is_dir() else Path(given)
-    loads = [row["max_load"] for row in read_metrics(path) if row.get("max_load")]
-    if not loads:
-        raise UserError(f"--imbalance={given}: use a number of 1 or more, or a run whose metrics.jsonl has max_load")
-    return float(sum(loads) / len(loads))
 
 
 def _compile(request: Request, config: Config, topology: str) -> Plan:

@@ -13,6 +13,7 @@ from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.compile import Compiled, Limits, compile_step
 from dsv3_jax.plan.cost import CostModel, Efficiency
 from dsv3_jax.plan.hlo import Program
+from dsv3_jax.plan.imbalance import Imbalance
 from dsv3_jax.plan.rounds import rounds_of
 from dsv3_jax.plan.timeline import Player, Timeline
 from dsv3_jax.precision.platforms import HARDWARE
@@ -31,9 +32,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """`imbalance`: the fullest device's rows over the mean, of tokens sent to experts. `price`: of a device, an hour."""
+    """`imbalance`: of the rows that devices get for their experts. `price`: of a device, an hour."""
 
-    imbalance: float = 1.0
+    imbalance: Imbalance = Imbalance()
     price: float | None = None
     efficiency: Efficiency = ASSUMED
 
@@ -122,13 +123,15 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
     topology, program, mesh = compiled.topology, compiled.program, compiled.mesh
     devices = math.prod(mesh.values())
     tokens, microbatches = config.data.batch_size * config.data.seq_len, config.train.grad_accum_steps
-    rounds = math.ceil(assume.imbalance / SLACK)
+    imbalance = assume.imbalance.among(mesh["expert"], config.model.n_routed_experts)
+    rounds = math.ceil(imbalance / SLACK)
     fill = 1 / SLACK / rounds  # of an exchange's buffers, in a round
-    rows = tokens / devices * config.model.num_experts_per_tok / microbatches * assume.imbalance / rounds
-    cost = CostModel(program, topology.kind, assume.efficiency, fill * assume.imbalance)  # of the fullest device
+    parts = config.parallel.expert_parts
+    rows = tokens / devices * config.model.num_experts_per_tok / microbatches * imbalance / rounds / parts
+    cost = CostModel(program, topology.kind, assume.efficiency, fill * imbalance)  # of the fullest device
     player = Player(
         program, mesh, Links(topology.kind, compiled.places, topology.shape), cost, assume.efficiency.link, fill,
-        assume.imbalance, rounds_of(program, rows, rounds),
+        imbalance, rounds_of(program, rows, rounds, parts),
     )  # fmt: skip
     line = player.play()
     useful = training_flops_per_token(config.model, config.data.seq_len) * tokens / devices
@@ -151,7 +154,9 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         parts=dict(sorted(line.parts.items(), key=lambda item: -item[1])),
         pipeline_occupancy=pipeline_occupancy(config, mesh) if mesh["pipe"] > 1 else None,
         run=_run(config, line.seconds, devices, assume.price),
-        assumed={"loops": line.assumed, **asdict(assume)}, notes=notes,
+        assumed={
+            "loops": line.assumed, "imbalance": imbalance, "price": assume.price, "efficiency": asdict(assume.efficiency)
+        }, notes=notes,
         compiled={"seconds": compiled.seconds, "versions": compiled.versions},
     )  # fmt: skip
 

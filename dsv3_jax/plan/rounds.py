@@ -6,21 +6,23 @@ They are known by the names of the functions that they come from.
 import re
 from collections.abc import Callable
 
+from dsv3_jax.parallel.experts import EXCHANGE, MORE_ROUNDS
 from dsv3_jax.plan.hlo import Computation, Instruction, Program
 
-_EXCHANGE = re.compile(r"shard_map/while(/body/while)?$")  # parallel/experts.py: of an exchange, and the one inside a node
+_EXCHANGE = re.compile(rf"/{EXCHANGE}/while$")  # across nodes, and inside one
+_MORE = re.compile(rf"/{MORE_ROUNDS}/while$")
 _BLOCKS = "grouped_swiglu_blocked"  # pallas_kernels/grouped_swiglu/blocked.py: of rows of an expert
 _SIZES = (512, 256, 64, 8)  # rows
 _KEYS = "causal_attention_blockwise"  # pallas_kernels/causal_attention/blockwise.py: of keys before a block of queries
 Told = Callable[[Instruction, Computation], float | None]
 
 
-def rounds_of(program: Program, rows: float, exchanges: float) -> Told:
+def rounds_of(program: Program, rows: float, exchanges: int, parts: int) -> Told:
     """Of a loop and its body: how often it runs; None for one that is not this package's.
 
-    `rows`: that a device's experts get in all, in blocks of several sizes with a loop each, of which balanced loads fill the
-    largest. `exchanges`: of rows with experts. A block of queries sees as many blocks of keys as stand before it and one, half
-    of them on average.
+    `exchanges`: rounds of each of the `parts` of a device's tokens (parallel/experts.py); of several parts, the first round is
+    no loop. `rows`: that a device's experts get in a round, in blocks of several sizes with a loop each, of which balanced
+    loads fill the largest. A block of queries sees as many blocks of keys as stand before it and one, half of them on average.
     """
     loops = [(i, c) for c in program.computations.values() for i in c if i.opcode == "while"]
     inside = {i.name: c for i, c in loops}
@@ -38,7 +40,9 @@ def rounds_of(program: Program, rows: float, exchanges: float) -> Told:
         if _KEYS in loop.op_name and here in around:
             blocks = program.trip_count(*around[here])
             return (blocks + 1) / 2 if blocks else None
-        return exchanges if _EXCHANGE.search(loop.op_name) else None
+        if _MORE.search(loop.op_name):
+            return float((exchanges - 1) * parts)
+        return float(exchanges) if _EXCHANGE.search(loop.op_name) else None
 
     return told
 

@@ -12,13 +12,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from dsv3_jax.parallel.experts import EXCHANGE, MORE_ROUNDS
 from dsv3_jax.plan.communication import Collective, Links, Route, kind_of, read_collective
 from dsv3_jax.plan.cost import CostModel, Work
 from dsv3_jax.plan.hlo import Computation, Instruction, Program
 
 PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
 # What jax.checkpoint does again, and the experts' forward pass within their own backward one (parallel/experts.py).
-_AGAIN = re.compile(r"rematted_computation|shard_map/while/body/jvp\(")
+_AGAIN = re.compile(rf"rematted_computation|/{EXCHANGE}/.*jvp\(|/{MORE_ROUNDS}/.*jvp\(")
 
 
 @dataclass

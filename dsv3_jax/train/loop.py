@@ -242,6 +242,8 @@ def _steps(
         if step % config.train.eval_every == 0 or step == last:
             row |= _evaluate(config, layout, eval_step, state, data.corpus)
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
+            if writer is not None:
+                writer.write_routing(step, metrics.objective.load)
         changes = controller.log_lines(step, switches, metrics.decisions)
         for line in changes:
             progress.say(controller.describe(line))

@@ -18,7 +18,7 @@ from dsv3_jax.parallel.processes import is_first
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.loop import TrainResult
-from dsv3_jax.train.run import read_metrics
+from dsv3_jax.train.run import read_rows
 from dsv3_jax.train.state import serving_graph
 from dsv3_jax.train.step import make_eval_step
 
@@ -63,7 +63,7 @@ def compression(result: TrainResult) -> dict[str, float]:
 def plot_loss(metrics_file: Path, png: Path, title: str) -> None:
     """Training and held-out loss against tokens."""
     matplotlib.use("Agg")
-    rows = read_metrics(metrics_file)
+    rows = read_rows(metrics_file)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     tokens = np.array([row["tokens"] for row in rows]) / 1e6

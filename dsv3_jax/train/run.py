@@ -1,10 +1,11 @@
-"""A run's directory: runs/NAME/{config.yaml, tokenizer.json, metrics.jsonl, decisions.jsonl, tensorboard/, checkpoints/}."""
+"""A run's directory: runs/NAME/{config.yaml, tokenizer.json, metrics.jsonl, decisions.jsonl, routing.jsonl, tensorboard/, checkpoints/}."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tokenizers import Tokenizer
 
@@ -49,6 +50,10 @@ class RunDirectory:
         return self.path / "decisions.jsonl"
 
     @property
+    def routing_file(self) -> Path:
+        return self.path / "routing.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -87,7 +92,7 @@ def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:
 
 def _reopen(path: Path, resumed_step: int) -> TextIO:
     """To append to, without the lines beyond the step from which a run goes on."""
-    rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+    rows = [row for row in read_rows(path) if row["step"] <= resumed_step]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scratch.rename(path)
@@ -95,7 +100,8 @@ def _reopen(path: Path, resumed_step: int) -> TextIO:
 
 
 class MetricsWriter:
-    """metrics.jsonl (one object a step), decisions.jsonl (one object a change of precision) and TensorBoard.
+    """metrics.jsonl (one object a step), decisions.jsonl (one object a change of precision), routing.jsonl (how many tokens each
+    expert of each layer got, one object an evaluation) and TensorBoard.
 
     A resumed run drops what lies beyond its checkpoint.
     """
@@ -103,6 +109,7 @@ class MetricsWriter:
     def __init__(self, run: RunDirectory, resumed_step: int):
         self._file = _reopen(run.metrics_file, resumed_step)
         self._decisions = _reopen(run.decisions_file, resumed_step)
+        self._routing = _reopen(run.routing_file, resumed_step)
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: dict[str, float]) -> None:
@@ -115,14 +122,20 @@ class MetricsWriter:
         """Of the precision controller; see `precision.controller.log_lines`."""
         self._decisions.writelines(json.dumps(line) + "\n" for line in lines)
 
+    def write_routing(self, step: int, load: tuple[np.ndarray, ...]) -> None:
+        """`load`: f32[layers, E] or f32[E], of a step's tokens."""
+        layers = [row.astype(int).tolist() for a in load for row in a.reshape(-1, a.shape[-1])]
+        self._routing.write(json.dumps({"step": step, "load": layers}) + "\n")
+
     def close(self) -> None:
         self._file.close()
         self._decisions.close()
+        self._routing.close()
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl or decisions.jsonl; a last line that was cut off is dropped."""
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Of metrics.jsonl and its like; a last line that was cut off is dropped."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():

@@ -21,6 +21,10 @@ TRANSPORTS = {
     "two nodes of four": ParallelConfig(expert=8, expert_transport="two_level", expert_ranks_per_node=4),
     "four nodes of two": ParallelConfig(expert=8, expert_transport="two_level", expert_ranks_per_node=2),
     "beside fsdp": ParallelConfig(fsdp=2, expert=4),
+    "in three parts": ParallelConfig(expert=8, expert_parts=3),
+    "two nodes of four, in two parts": ParallelConfig(
+        expert=8, expert_transport="two_level", expert_ranks_per_node=4, expert_parts=2
+    ),
 }
 
 

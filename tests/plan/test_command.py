@@ -9,7 +9,7 @@ import pytest
 from dsv3_jax.cli import main
 from dsv3_jax.config import load_config
 from dsv3_jax.plan import compile as compiling
-from dsv3_jax.plan.command import imbalance_of
+from dsv3_jax.plan.imbalance import read_imbalance
 from dsv3_jax.plan.compile import Limits, compile_step
 from dsv3_jax.plan.topologies import EXAMPLES, parse_topology
 from dsv3_jax.precision.platforms import HARDWARE, platforms
@@ -64,13 +64,24 @@ def test_bad_input_is_said_before_anything_is_compiled(failed):
     assert "unknown key model.hidden" in failed(str(TINY), "model.hidden=3", "--topology", "v5p:2x2x1")
 
 
-def test_imbalance_of_a_run(tmp_path):
-    rows = [{"step": n, "max_load": load} for n, load in enumerate((1.5, 2.5, 2.0))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert imbalance_of(str(tmp_path)) == imbalance_of(str(tmp_path / "metrics.jsonl")) == 2.0
-    assert imbalance_of("1.25") == 1.25
-    with pytest.raises(compiling.UserError, match="--imbalance=nothing"):
-        imbalance_of("nothing")
+def test_imbalance_of_a_router(tmp_path):
+    """The fullest of 2 devices has 6 of 8 tokens in one layer and 4 of 8 in the other, and of 4 devices 4 and 2."""
+    rows = [{"step": 1, "load": [[4, 2, 1, 1], [2, 2, 2, 2]]}, {"step": 2, "load": [[1, 1, 2, 4], [2, 2, 2, 2]]}]
+    (tmp_path / "routing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in (tmp_path, tmp_path / "routing.jsonl"):
+        found = read_imbalance(str(given))
+        assert [found.among(ranks, 4) for ranks in (1, 2, 4)] == [1.0, 1.25, 1.5]
+    with pytest.raises(compiling.UserError, match=r"recorded 4 experts, and model.n_routed_experts=8"):
+        found.among(2, 8)
+    assert read_imbalance("1.25").among(4, 8) == 1.25
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"load": []}', '{"load": [[0, 0]]}', '{"load": [[1], [2, 3]]}', "7"])
+def test_what_is_no_record_of_routing(tmp_path, text):
+    if text is not None:
+        (tmp_path / "routing.jsonl").write_text(text)
+    with pytest.raises(compiling.UserError, match="use a number of 1 or more, or a run"):
+        read_imbalance(str(tmp_path))
 
 
 def test_list_names_every_kind(capsys):

@@ -105,7 +105,7 @@ def test_kernels_that_say_what_they_cost():
     stated = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"5"}}}'
     assert kernel("a/ragged", "f32[8]", "(f32[8])", stated) == 1000
     # rows on their way to experts fill half of their buffers
-    assert kernel("jvp()/ffn/shard_map/while/body/ragged", "f32[8]", "(f32[8])", stated) == 500
+    assert kernel("jvp()/ffn/shard_map/exchange/while/body/ragged", "f32[8]", "(f32[8])", stated) == 500
 
 
 def test_bytes_of_slices_and_updates_in_place():

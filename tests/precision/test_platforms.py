@@ -21,7 +21,7 @@ from dsv3_jax.precision import platforms
 from dsv3_jax.precision.platforms import Platform, platform_of, resolve
 from dsv3_jax.precision.recipes import RECIPES, recipe_of, run_by
 from dsv3_jax.train.loop import train
-from dsv3_jax.train.run import read_metrics
+from dsv3_jax.train.run import read_rows
 from dsv3_jax.train.state import new_state
 from dsv3_jax.train.step import make_train_step
 from pallas_kernels import quantize, scaled_matmul, swiglu_quantize
@@ -92,7 +92,7 @@ def test_a_run_keeps_what_auto_was(micro_overrides, tmp_path):
     result = train(config, tmp_path)
     assert load_config(result.run.config_file).precision.recipe == "bf16"
     train(replace(config, train=replace(config.train, steps=3)), tmp_path)  # the same command goes on
-    assert len(read_metrics(result.run.metrics_file)) == 3
+    assert len(read_rows(result.run.metrics_file)) == 3
 
 
 def fakechip(calls: list[str]) -> Platform:

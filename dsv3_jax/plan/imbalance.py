@@ -1,0 +1,58 @@
+"""How unevenly tokens fall on the devices that hold experts: a number, or what a run's router did."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.train.run import read_rows
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Rows of the fullest device over the mean, of tokens on their way to experts: 1 or more; or a trace of a router."""
+
+    number: float = 1.0
+    load_NE: np.ndarray | None = None  # tokens of each expert, of every layer and step that was recorded
+    source: str = ""
+
+    def among(self, ranks: int, experts: int) -> float:
+        """On `ranks` devices that share `experts`, in the mean over layers and steps: each layer waits for its fullest device.
+
+        Raises `UserError` for a trace of another number of experts.
+        """
+        if self.load_NE is None:
+            return self.number
+        if self.load_NE.shape[1] != experts:
+            raise UserError(
+                f"--imbalance={self.source} recorded {self.load_NE.shape[1]} experts, and model.n_routed_experts={experts}; use "
+                "a run of a model with as many, or a number"
+            )
+        load_NR = self.load_NE.reshape(len(self.load_NE), ranks, -1).sum(-1)
+        return float((load_NR.max(1) / load_NR.mean(1)).mean())
+
+
+def read_imbalance(given: str) -> Imbalance:
+    """A number of 1 or more, or the routing.jsonl of a run (or its directory). Raises `UserError`."""
+    try:
+        number = float(given)
+    except ValueError:
+        return _recorded(given)
+    if not 1 <= number < float("inf"):
+        raise UserError(f"--imbalance={given}: the fullest device has at least the mean; use 1 or more")
+    return Imbalance(number)
+
+
+def _recorded(given: str) -> Imbalance:
+    path = Path(given) / "routing.jsonl" if Path(given).is_dir() else Path(given)
+    wrong = UserError(f"--imbalance={given}: use a number of 1 or more, or a run that has recorded a routing.jsonl")
+    if not path.is_file():
+        raise wrong
+    try:
+        load_NE = np.array([layer for row in read_rows(path) for layer in row["load"]], np.float64)
+    except (ValueError, KeyError, TypeError):
+        raise wrong from None
+    if load_NE.ndim != 2 or not load_NE.size or not (load_NE.sum(1) > 0).all():
+        raise wrong
+    return Imbalance(load_NE=load_NE, source=given)
