@@ -277,7 +277,7 @@ def plan(
         overrides: key=value, e.g. parallel.expert=64 remat.policy=full.
         topology: One or more of KIND:SHAPE, such as v5p:8x8x8 or h100:128x8 (hosts x GPUs); several are compared.
         out: Where plan.json and plan.html go; plans/NAME if not given.
-        imbalance: Rows of the fullest device over the mean, of tokens on their way to experts; or a run, for what its router did.
+        imbalance: Rows of the fullest device over the mean, of tokens sent to experts; or a run, for what its router did.
         price: Of a device and hour, for the cost of the run.
         memory_gb: The compiler is stopped beyond this.
         timeout_s: And after this time.

@@ -302,17 +302,25 @@ class RematConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save: whichever comes first. The last step is always saved."""
+    """When to save: whichever comes first. The last step is always saved.
+
+    Kept are the latest, beside them those of every `keep_every`-th step, and the `keep_best` that had the lowest held-out loss
+    (that of the last evaluation before them).
+    """
 
     __pydantic_config__ = _STRICT
     every_minutes: float = 10.0
     every_steps: int | None = None
     keep: int = 3
+    keep_every: int | None = None
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every_minutes", "keep")
-        if self.every_steps is not None:
-            _positive("checkpoint", self, "every_steps")
+        _not_negative("checkpoint", self, "keep_best")
+        for name in ("every_steps", "keep_every"):
+            if getattr(self, name) is not None:
+                _positive("checkpoint", self, name)
 
 
 @dataclass(frozen=True)

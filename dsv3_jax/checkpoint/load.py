@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
-from dsv3_jax.checkpoint.manager import load_weights, read_metadata, resolve, verify
+from dsv3_jax.checkpoint.manager import load_weights, read_metadata, resolve
+from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError

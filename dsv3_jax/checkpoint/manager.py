@@ -3,32 +3,31 @@
 A checkpoint is `checkpoints/STEP/` with three sets of arrays (`weights`, `optimizer`, and `ema` where it is kept), by flat
 name, and JSON metadata (config, data position). After Orbax has committed it, a manifest with every file's size and sha256
 is written; only directories with a manifest count, and a manifest is verified before loading, because damaged array files
-can load silently.
+can load silently. Training goes on while a checkpoint is written.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from dsv3_jax.errors import FailedElsewhere, UserError
-from dsv3_jax.parallel.processes import on_first
+from dsv3_jax.checkpoint.manifest import MANIFEST, verify, write_manifest
+from dsv3_jax.config import CheckpointConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.processes import first_says, is_first, on_first
 from dsv3_jax.train.state import TrainState
 
-_MANIFEST = "manifest.json"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
 WEIGHTS = "weights"  # the set of arrays that a model needs, which all checkpoints have
-_HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
 _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
 
@@ -52,45 +51,6 @@ def _parts(state: TrainState) -> dict[str, Any]:
     return parts if state.ema is None else parts | {"ema": {"ema": state.ema}}
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
-
-
-def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> None:
-    """Every file's [size, sha256] by its name within `directory`; those that are `known` are not read again."""
-    names = {p.relative_to(directory).as_posix(): p for p in _files(directory)}
-    listing = dict(known or {}) | {n: [p.stat().st_size, _digest(p)] for n, p in names.items() if n not in (known or {})}
-    scratch = directory / f"{_MANIFEST}.tmp"
-    scratch.write_text(json.dumps(listing, indent=1))
-    scratch.rename(directory / _MANIFEST)
-
-
-def verify(directory: Path) -> None:
-    """Raise `UserError` unless `directory` is a whole checkpoint of this project."""
-    try:
-        listing = json.loads((directory / _MANIFEST).read_text())
-        expected = {name: (size, digest) for name, (size, digest) in listing.items()}
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {_MANIFEST})") from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{directory}: damaged {_MANIFEST}: {error}") from None
-    for name, (size, _) in expected.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != size:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
-            raise UserError(f"checkpoint {directory} is damaged: {name} should have {size} bytes, found {found}")
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found = dict(zip(expected, pool.map(lambda name: _digest(directory / name), expected), strict=True))
-    for name, (_, digest) in expected.items():
-        if found[name] != digest:
-            raise UserError(f"checkpoint {directory} is damaged: the contents of {name} do not match their sha256")
-
-
 def read_metadata(directory: Path) -> dict[str, Any]:
     """The JSON saved beside the arrays: {"config": ..., "data": ...}."""
     metadata = ocp.metadata(str(directory)).custom_metadata
@@ -103,7 +63,7 @@ def complete_steps(directory: Path) -> list[int]:
     """Steps of the whole checkpoints under `directory`, ascending."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / _MANIFEST).is_file())
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
 
 
 def resolve(run_or_checkpoint: str | Path) -> Path:
@@ -121,39 +81,91 @@ def resolve(run_or_checkpoint: str | Path) -> Path:
     return path
 
 
-class CheckpointManager:
-    """Saves and restores the training state of one run."""
+@dataclass
+class _Save:
+    """One that goes on beside training, in a thread."""
 
-    def __init__(self, directory: Path, keep: int):
+    step: int
+    thread: Thread
+    error: Exception | None = None
+
+
+class CheckpointManager:
+    """Saves and restores the training state of one run. What earlier saves that were cut off left is removed."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
         self._directory = directory.absolute()  # Orbax takes no other
-        self._keep = keep
+        self._config = config
+        self._save: _Save | None = None
         on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
+        on_first(self._remove_what_was_cut_off)
+        self.newest = self.latest() or 0  # step of the last save that has begun
+        self._loss = {s: _held_out_loss(self._directory / str(s)) for s in complete_steps(self._directory)}
 
     def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
         steps = complete_steps(self._directory)
         return steps[-1] if steps else None
 
-    def save(self, state: TrainState, metadata: dict[str, Any]) -> Path:
-        """Write the checkpoint of `state.step`, every process its shards; older ones beyond `keep` go once it is whole."""
+    @property
+    def failed(self) -> bool:
+        """Whether the save that went on has failed: `wait` says how."""
+        return self._save is not None and self._save.error is not None
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Begin the checkpoint of `state.step`, every process its shards; returns once the state is copied and may change.
+
+        Only one save goes on at a time. Raises `UserError` if this one can't begin or the one before has failed.
+        """
+        self.wait()
         step = int(state.step)
+        self.newest, self._loss[step] = step, metadata.get("held_out_loss")
         target = self._directory / str(step)
         if step in complete_steps(self._directory):
-            return target
-        on_first(lambda: shutil.rmtree(target, ignore_errors=True))  # cut off: start over
+            return
+        on_first(lambda: shutil.rmtree(target, ignore_errors=True))
         parts = {name: _flat(tree) for name, tree in _parts(state).items()}
         try:
             with _saving():
-                ocp.save_checkpointables(str(target), parts, custom_metadata=metadata)
-            on_first(lambda: write_manifest(target))
-        except FailedElsewhere:
-            raise
+                response = ocp.save_checkpointables_async(str(target), parts, custom_metadata=metadata)
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
-            self._remove_rest(step)
-            latest = self.latest()
-            kept = f"the checkpoint of step {latest} is intact" if latest is not None else "there is no earlier one"
-            raise UserError(f"cannot save the checkpoint of step {step}: {_reason(error)}; {kept}") from error
-        on_first(self._remove_old)
-        return target
+            raise self._lost(step, error) from error
+        self._save = save = _Save(step, Thread(target=lambda: self._finish(save, response), daemon=True))
+        save.thread.start()
+
+    def _finish(self, save: _Save, response: ocp.AsyncResponse) -> None:
+        try:
+            response.result()
+            if is_first():  # after all processes' files are there
+                write_manifest(self._directory / str(save.step))
+                self._remove_old()
+        except Exception as error:  # whatever it is: `wait` raises it
+            save.error = error
+
+    def wait(self) -> None:
+        """Until the save that goes on is whole, on all processes. Raises `UserError` if it fails."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        save.thread.join()
+
+        def check() -> None:
+            if save.error is not None:
+                raise self._lost(save.step, save.error) from save.error
+
+        check()
+        on_first(check)  # where nothing failed, all wait for the manifest
+
+    def close(self) -> None:
+        """Let a save that goes on come to its end, also where training has failed."""
+        if self._save is not None:
+            self._save.thread.join()
+
+    def _lost(self, step: int, error: Exception) -> UserError:
+        self._remove_rest(step)
+        latest = self.latest()
+        kept = f"the checkpoint of step {latest} is intact" if latest is not None else "there is no earlier one"
+        return UserError(f"cannot save the checkpoint of step {step}: {_reason(error)}; {kept}")
 
     def _remove_rest(self, step: int) -> None:
         """What a failed save left. Orbax's threads may still be writing there, so it is tried until nothing is left."""
@@ -166,19 +178,33 @@ class CheckpointManager:
                     shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.1)
 
+    def _remove_what_was_cut_off(self) -> None:
+        """Before Orbax's commit, or between that and the manifest."""
+        whole = {str(step) for step in complete_steps(self._directory)}
+        for path in self._directory.iterdir():
+            if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in whole):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _remove_old(self) -> None:
-        for old in complete_steps(self._directory)[: -self._keep]:
-            shutil.rmtree(self._directory / str(old), ignore_errors=True)
+        """All but the latest, those of every n-th step, and those with the lowest held-out loss."""
+        steps, config = complete_steps(self._directory), self._config
+        kept = set(steps[-config.keep :])
+        if config.keep_every is not None:
+            kept |= {step for step in steps if step % config.keep_every == 0}
+        if config.keep_best:
+            known = [step for step in steps if self._loss.get(step) is not None]
+            kept |= set(sorted(known, key=self._loss.__getitem__)[: config.keep_best])
+        for step in set(steps) - kept:
+            shutil.rmtree(self._directory / str(step), ignore_errors=True)
 
-    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The latest checkpoint, in the shapes and shardings of `template`, and its metadata.
+    def restore(self, template: TrainState, say: Callable[[str], None] = print) -> tuple[TrainState, dict[str, Any]]:
+        """The latest checkpoint that is undamaged, in the shapes and shardings of `template`, and its metadata.
 
-        It may have been written on another mesh by another number of processes.
+        It may have been written on another mesh by another number of processes. Damaged ones are set aside, and `say` is told.
+        Raises `UserError` if all are.
         """
-        step = self.latest()
-        assert step is not None
-        directory = self._directory / str(step)
-        on_first(lambda: verify(directory))
+        self.newest = first_says(lambda: self._latest_undamaged(say))
+        directory = self._directory / str(self.newest)
         loaded = _load(directory, _parts(template))
         optimizer, weights = loaded["optimizer"], loaded[WEIGHTS]
         state = replace(
@@ -192,12 +218,38 @@ class CheckpointManager:
         )
         return state, read_metadata(directory)
 
+    def _latest_undamaged(self, say: Callable[[str], None]) -> int:
+        damaged: dict[int, UserError] = {}
+        for step in reversed(complete_steps(self._directory)):
+            try:
+                verify(self._directory / str(step))
+            except UserError as error:
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                aside = self._directory / f"{bad}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(bad)).rename(aside)
+                say(f"{error}; set aside as {aside.name}, going back to step {step}")
+            return step
+        raise UserError(f"no checkpoint in {self._directory} is undamaged: {'; '.join(map(str, damaged.values()))}")
+
+
+def _held_out_loss(directory: Path) -> float | None:
+    try:
+        return read_metadata(directory).get("held_out_loss")
+    except Exception:  # a damaged one is found out before it is loaded
+        return None
+
 
 def _saving() -> ocp.Context:
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
     def in_chunks(key: Any, value: Any) -> Any:
-        return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,)) if np.ndim(value) else None
+        if not np.ndim(value):
+            return None
+        stacked = "_blocks/" in str(key)  # shard_axes makes a chunk of every place along an axis: of the layers alone
+        return options(chunk_byte_size=_CHUNK_BYTES, **({"shard_axes": (0,)} if stacked else {}))
 
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = in_chunks  # type: ignore[assignment]

@@ -168,42 +168,36 @@ def _transfer(hop: Hop, rows_CX, sent_R, received_R, fill: float):
     return lax.platform_dependent(rows_CX, sent_R, received_R, cpu=padded, default=ragged)
 
 
-def _each_round(hop: Hop, all_axes: tuple[str, ...], expert_TK, body: Callable, carry, weights):
+def _each_round(hop: Hop, all_axes: tuple[str, ...], expert_TK, body: Callable, carry):
     """(carry, made) = body(part, round, carry) over a hop's parts and their rounds; `made` is what is about to be sent back.
 
     The first round of each part stands in straight line, where a scheduler can put one part's exchange beside another's
-    products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed,
-    and the first two when the `weights` are there, which are gathered over the same links. The other rounds, which balanced
-    routing does not need, are a loop. As many as the fullest pair of devices needs: one number for the whole mesh, because
-    loops with collectives in them must not part ways.
+    products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed.
+    The other rounds, which balanced routing does not need, are a loop. As many as the fullest pair of devices needs: one number
+    for the whole mesh, because loops with collectives in them must not part ways.
     """
     N = hop.parts
     plans = jax.vmap(functools.partial(_plan, hop))(_split(expert_TK, N))
     coming_NR = lax.all_to_all(plans.count_R, "expert", 1, 1, axis_index_groups=hop.groups, tiled=True)
     rounds = lax.pmax(jnp.max(-(-plans.count_R // hop.quota)), all_axes)
 
-    def step(n, carry, after: tuple = ()):
+    def step(n, carry, after=None):
         part = n % N
         plan = jax.tree.map(lambda a: a[part], plans)
-        plan = plan._replace(order_P=_not_before(plan.order_P, *after))
+        if after is not None:
+            plan, _ = lax.optimization_barrier((plan, after[:1, :1]))
         return body(part, _round(hop, plan, coming_NR[part], n // N), carry)
 
     if N == 1:
         with jax.named_scope(EXCHANGE):
             return lax.fori_loop(0, rounds, lambda n, carry: step(n, carry)[0], carry)
-    after = [weights, weights]
+    made = [None, None]
     with jax.named_scope(EXCHANGE):
         for n in range(N):
-            carry, made = step(n, carry, after[n])
-            after.append((made,))
+            carry, last = step(n, carry, made[n])
+            made.append(last)
     with jax.named_scope(MORE_ROUNDS):
         return lax.fori_loop(N, N * rounds, lambda n, carry: step(n, carry)[0], carry)
-
-
-def _not_before(numbers, *arrays):
-    """The numbers, once the arrays are there. XLA drops barriers before it schedules; it does not know that nothing exceeds
-    infinity."""
-    return numbers + sum(((a[(0,) * a.ndim] > jnp.inf).astype(numbers.dtype) for a in arrays), jnp.zeros((), numbers.dtype))
 
 
 def _split(a_TX, parts: int):
@@ -247,8 +241,7 @@ def _forward(
         y_CD = round_.back(made_CD)
         return y_NTD.at[part].add(sum(round_.choice(k, y_CD) for k in range(K))), made_CD
 
-    y_NTD = jnp.zeros(parts[0].shape, jnp.float32)
-    y_NTD = _each_round(hop, all_axes, expert_TK, body, y_NTD, (w_gate_up, w_down))
+    y_NTD = _each_round(hop, all_axes, expert_TK, body, jnp.zeros(parts[0].shape, jnp.float32))
     return y_NTD.reshape(x_TD.shape).astype(x_TD.dtype)
 
 
@@ -275,7 +268,7 @@ def _backward(kernel: Callable, route: tuple[Hop, ...], all_axes, w_gate_up, w_d
         return (dx_NTD.at[part].add(sum(round_.choice(k, dx_CD) for k in range(K))), dweight_NTK, dw), made_CD
 
     init = jnp.zeros((hop.parts, x_TD.shape[0] // hop.parts, D), jnp.float32), jnp.zeros(parts[2].shape, jnp.float32), dw
-    dx_NTD, dweight_NTK, dw = _each_round(hop, all_axes, expert_TK, body, init, (w_gate_up, w_down))
+    dx_NTD, dweight_NTK, dw = _each_round(hop, all_axes, expert_TK, body, init)
     return dx_NTD.reshape(x_TD.shape).astype(x_TD.dtype), dweight_NTK.reshape(weight_TK.shape), dw
 
 
@@ -332,9 +325,11 @@ def _scatter(dw, axes: tuple[str, ...], dim: int):
     return lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw
 
 
-def _weights(s: _Setting, w_gate_up, w_down):
-    """This device's experts, whole."""
-    return _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
+def _weights(s: _Setting, w_gate_up, w_down, x):
+    """This device's experts, whole, and x, which waits for them: gathered behind what computes x, they leave the links to the
+    exchange."""
+    whole = _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
+    return lax.optimization_barrier((whole, x))
 
 
 def _route(layout, expert_TK, experts: int) -> tuple[Hop, ...]:
@@ -354,7 +349,7 @@ def routed(layout, gemms: Gemms | None, x_BLD, w_gate_up_ED2M, w_down_EMD, exper
     s, experts = _setting(layout), w_down_EMD.shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight):
-        whole = _weights(s, w_gate_up, w_down)
+        whole, x = _weights(s, w_gate_up, w_down, x)
         expert_TK = _flat(expert)
         route = _route(layout, expert_TK, experts)
         y_TD = _forward(kernel, route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
@@ -375,7 +370,7 @@ def _routed_bwd(layout, gemms, args, cotangents):
     s, experts = _setting(layout), args[2].shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight, dy):
-        whole = _weights(s, w_gate_up, w_down)
+        whole, x = _weights(s, w_gate_up, w_down, x)
         expert_TK = _flat(expert)
         zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in whole)
         dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(

@@ -191,6 +191,12 @@ def on_first[T](f: Callable[[], T]) -> T | None:
     return result
 
 
+def first_says(f: Callable[[], int]) -> int:
+    """f() of process 0, on every process. If it raises, all end."""
+    said = on_first(f) or 0
+    return said if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(said)))
+
+
 def agree(stop: bool, save: bool) -> tuple[bool, bool]:
     """(whether any process wants to stop, whether process 0 wants to save): the same answer everywhere."""
     if jax.process_count() == 1:

@@ -13,7 +13,7 @@ from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.compile import Compiled, Limits, compile_step
 from dsv3_jax.plan.cost import CostModel, Efficiency
 from dsv3_jax.plan.hlo import Program
-from dsv3_jax.plan.imbalance import Imbalance
+from dsv3_jax.plan.imbalance import BALANCED, Imbalance
 from dsv3_jax.plan.rounds import rounds_of
 from dsv3_jax.plan.timeline import Player, Timeline
 from dsv3_jax.precision.platforms import HARDWARE
@@ -34,7 +34,7 @@ SOURCES = {
 class Assumptions:
     """`imbalance`: of the rows that devices get for their experts. `price`: of a device, an hour."""
 
-    imbalance: Imbalance = Imbalance()
+    imbalance: Imbalance = BALANCED
     price: float | None = None
     efficiency: Efficiency = ASSUMED
 

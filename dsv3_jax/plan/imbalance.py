@@ -26,11 +26,14 @@ class Imbalance:
             return self.number
         if self.load_NE.shape[1] != experts:
             raise UserError(
-                f"--imbalance={self.source} recorded {self.load_NE.shape[1]} experts, and model.n_routed_experts={experts}; use "
-                "a run of a model with as many, or a number"
+                f"--imbalance={self.source} recorded {self.load_NE.shape[1]} experts, and model.n_routed_experts={experts}; "
+                "use a run of a model with as many, or a number"
             )
         load_NR = self.load_NE.reshape(len(self.load_NE), ranks, -1).sum(-1)
         return float((load_NR.max(1) / load_NR.mean(1)).mean())
+
+
+BALANCED = Imbalance()
 
 
 def read_imbalance(given: str) -> Imbalance:

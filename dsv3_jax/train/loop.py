@@ -1,6 +1,7 @@
 """The training loop: the only place that touches clock, disk, log and signals."""
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -78,6 +79,7 @@ def _check_health(config: Config, source: PackedWindows, step: int, metrics: Ste
     windows = batch_windows(config.data.batch_size, step - 1)
     names = list(dict.fromkeys(name for w in windows for name in source.document_ids(w)))
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    manager.wait()
     latest = manager.latest()
     good = f"last good checkpoint: step {latest}" if latest is not None else "no checkpoint yet"
     raise UserError(
@@ -157,7 +159,7 @@ def _start(config: Config, layout: Layout, manager: CheckpointManager, data: _Da
     if manager.latest() is None:
         state = new_state(config, layout)
         return state if config.train.init_from is None else with_weights(config, layout, state, config.train.init_from)
-    state, metadata = manager.restore(abstract_state(config, layout))
+    state, metadata = manager.restore(abstract_state(config, layout), functools.partial(print, flush=True))
     data.batches.set_state(metadata["data"])
     return state
 
@@ -177,7 +179,7 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
     corpus = corpus or load_corpus(config.data, config.model.vocab_size)
     data = _data(config, layout, corpus)
     on_first(lambda: run.create(config, corpus.tokenizer))
-    manager = CheckpointManager(run.checkpoints, config.checkpoint.keep)
+    manager = CheckpointManager(run.checkpoints, config.checkpoint)
     state = _start(config, layout, manager, data)
     done = int(state.step)
     with ProgressReporter(config.train.steps, done, quiet=not is_first()) as progress, _StopRequest() as stop:
@@ -189,6 +191,7 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
         try:
             state, stopped = _steps(config, layout, state, data, manager, writer, progress, stop)
         finally:
+            manager.close()
             if writer is not None:
                 writer.close()
         if stopped:
@@ -223,10 +226,11 @@ def _steps(
     train_step, eval_step = ScheduledSteps(config, layout), make_eval_step(config, layout)
     flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
     switches = abstract_model(config, recipe_of(config.precision)).eight_bit
-    clock = _SaveClock(config)
+    clock, held_out = _SaveClock(config), None
 
     def save() -> None:
-        manager.save(state, {"config": config_to_dict(config), "data": data.batches.get_state()})
+        about = {"config": config_to_dict(config), "data": data.batches.get_state(), "held_out_loss": held_out}
+        manager.save(state, about)
         clock.saved()
 
     step, last = int(state.step), config.train.steps
@@ -241,6 +245,7 @@ def _steps(
         _check_health(config, data.source, step, metrics, manager)
         if step % config.train.eval_every == 0 or step == last:
             row |= _evaluate(config, layout, eval_step, state, data.corpus)
+            held_out = row["eval_loss"]
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
             if writer is not None:
                 writer.write_routing(step, metrics.objective.load)
@@ -251,9 +256,10 @@ def _steps(
             writer.write(row)
             writer.write_decisions(changes)
         progress.update(step, row, flops_per_token * row["tokens_per_s"])
-        stopping, due = agree(stop.signal is not None, clock.due(step))
+        stopping, due = agree(stop.signal is not None, clock.due(step) or manager.failed)
         if due and step < last:
             save()
-    if step > (manager.latest() or 0):
+    if step > manager.newest:
         save()
+    manager.wait()
     return state, stopping

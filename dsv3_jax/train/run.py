@@ -1,4 +1,4 @@
-"""A run's directory: runs/NAME/{config.yaml, tokenizer.json, metrics.jsonl, decisions.jsonl, routing.jsonl, tensorboard/, checkpoints/}."""
+"""A run's directory, runs/NAME: config.yaml, tokenizer.json, {metrics,decisions,routing}.jsonl, tensorboard/, checkpoints/."""
 
 import json
 from dataclasses import dataclass
@@ -100,8 +100,8 @@ def _reopen(path: Path, resumed_step: int) -> TextIO:
 
 
 class MetricsWriter:
-    """metrics.jsonl (one object a step), decisions.jsonl (one object a change of precision), routing.jsonl (how many tokens each
-    expert of each layer got, one object an evaluation) and TensorBoard.
+    """metrics.jsonl (one object a step), decisions.jsonl (one object a change of precision), routing.jsonl (how many tokens
+    each expert of each layer got, one object an evaluation) and TensorBoard.
 
     A resumed run drops what lies beyond its checkpoint.
     """
@@ -134,7 +134,7 @@ class MetricsWriter:
         self._board.close()
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl and its like; a last line that was cut off is dropped."""
     rows = []
     if path.exists():

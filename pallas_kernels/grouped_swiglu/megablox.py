@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-_TILES = (512, 1024, 1024)  # rows, contraction, columns at most; with two copies of each in a core's memory, 10 MB of 16 or more
+_TILES = (512, 1024, 1024)  # rows, contraction, columns at most: 10 MB with the two copies of each that a core holds
 
 
 def _tiling(rows: int, contraction: int, columns: int) -> tuple[int, int, int]:

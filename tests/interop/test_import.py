@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import dsv3_jax as dsv3
-from dsv3_jax.checkpoint.manager import verify
+from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import array_names

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import make_eval_step
@@ -56,8 +57,9 @@ def test_a_checkpoint_of_any_mesh_is_read_on_any_other(tmp_path):
     expected = state = initial_state()
     names = [*MESHES, None]
     for i, name in enumerate(names):
-        manager = CheckpointManager(tmp_path / str(i), keep=1)
+        manager = CheckpointManager(tmp_path / str(i), CheckpointConfig(keep=1))
         manager.save(state, {"config": {}, "data": {}})
+        manager.wait()
         config = config_of(MESHES[name] if name else [])
         template = abstract_state(config, layout_for(config))
         state, _ = manager.restore(template)

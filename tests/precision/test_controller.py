@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
-from dsv3_jax.config import load_config
+from dsv3_jax.config import CheckpointConfig, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision import controller
@@ -124,9 +124,10 @@ def test_a_run_from_a_checkpoint_decides_the_same(config, step, tmp_path):
     def between(i, state):
         return scaled(state, path, layer, at, factor if i == 1 else 1 / factor) if i in (1, 4) else state
 
-    manager = CheckpointManager(tmp_path / "checkpoints", keep=1)
+    manager = CheckpointManager(tmp_path / "checkpoints", CheckpointConfig(keep=1))
     state, before, _ = run(step, config, new_state(config), range(3), between)
     manager.save(state, {"config": {}})
+    manager.wait()
     _, expected, _ = run(step, config, state, range(3, 14), between)
     restored, _ = manager.restore(abstract_state(config))
     _, found, _ = run(step, config, restored, range(3, 14), between)

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config_with, tmp_path, monke
         and (subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)], check=False).returncode == 0)
     )
     if not mounted:
-        real, saved = manager.ocp.save_checkpointables, []
+        real, saved = manager.ocp.save_checkpointables_async, []
 
         def save(path, *args, **kwargs):
             if saved:
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config_with, tmp_path, monke
             saved.append(path)
             return real(path, *args, **kwargs)
 
-        monkeypatch.setattr(manager.ocp, "save_checkpointables", save)
+        monkeypatch.setattr(manager.ocp, "save_checkpointables_async", save)
     try:
         with pytest.raises(UserError, match=r"step 4: no space left on the device; the checkpoint of step 2 is intact"):
             train(config, disk)

@@ -1,0 +1,145 @@
+"""Saving beside training, what is kept, what is set aside, and kills in the middle."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax.checkpoint import manager as module
+from dsv3_jax.checkpoint.manager import CheckpointManager, complete_steps
+from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.config import CheckpointConfig
+from dsv3_jax.errors import UserError
+from tests.checkpoint.cases import assert_is, state_of
+from tests.conftest import ROOT
+
+KEEP_ALL = CheckpointConfig(keep=9)
+ABOUT = {"config": {}, "data": {}}
+
+
+def saved(directory, steps, config=KEEP_ALL, losses=()) -> CheckpointManager:
+    manager = CheckpointManager(directory, config)
+    for i, step in enumerate(steps):
+        manager.save(state_of(step), ABOUT | ({"held_out_loss": losses[i]} if losses else {}))
+    manager.wait()
+    return manager
+
+
+def test_a_state_may_change_once_save_has_returned(tmp_path):
+    """A step that takes the state's memory for its result, as training does, while the checkpoint is being written."""
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=9))
+    advance = jax.jit(lambda s: jax.tree.map(lambda a: a * 0 - 1, s), donate_argnums=0)
+    for step in (1, 2, 3):
+        state = state_of(step, 3_000_000)
+        manager.save(state, ABOUT)
+        jax.block_until_ready(advance(state))
+    manager.wait()
+    for step in (1, 2, 3):
+        shutil.copytree(tmp_path / str(step), tmp_path / "alone" / str(step))
+        restored, _ = CheckpointManager(tmp_path / "alone", CheckpointConfig()).restore(
+            jax.eval_shape(lambda: state_of(0, 3_000_000))
+        )
+        assert_is(restored, step, 3_000_000)
+
+
+def test_what_is_kept(tmp_path):
+    """The last two, every fourth, and the best two by held-out loss; one without a loss is no best one."""
+    losses = [3.0, 1.0, 9.0, 5.0, 0.5, 8.0, None, 7.0, 6.0, 6.5]
+    saved(tmp_path, range(1, 11), CheckpointConfig(keep=2, keep_every=4, keep_best=2), losses)
+    assert complete_steps(tmp_path) == [2, 4, 5, 8, 9, 10]
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path):
+    saved(tmp_path, [1, 2, 3])
+    for step in (2, 3):
+        victim = max((p for p in (tmp_path / str(step)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:-1])
+    said = []
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=9))
+    state, _ = manager.restore(jax.eval_shape(lambda: state_of(0)), said.append)
+    assert_is(state, 1)
+    assert [line.split("; ")[-1] for line in said] == [
+        f"set aside as {step}.damaged, going back to step 1" for step in (3, 2)
+    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.damaged", "3.damaged"]
+    manager.save(state_of(3), ABOUT)  # the step comes again, and is saved again
+    manager.wait()
+    assert_is(CheckpointManager(tmp_path, CheckpointConfig()).restore(jax.eval_shape(lambda: state_of(0)))[0], 3)
+
+
+def test_nothing_is_set_aside_where_all_are_damaged(tmp_path):
+    saved(tmp_path, [1, 2])
+    for step in (1, 2):
+        (tmp_path / str(step) / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged: .*damaged manifest.json.*damaged manifest.json"):
+        CheckpointManager(tmp_path, CheckpointConfig()).restore(jax.eval_shape(lambda: state_of(0)))
+    assert complete_steps(tmp_path) == [1, 2]
+
+
+def test_a_save_that_fails_beside_training(tmp_path, monkeypatch):
+    """It is known before the next one is due, said by `wait`, and nothing of it is left."""
+    manager = saved(tmp_path, [1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_manifest", full)
+    manager.save(state_of(2), ABOUT)
+    manager.close()
+    assert manager.failed
+    with pytest.raises(UserError, match=r"step 2: no space left on the device; the checkpoint of step 1 is intact"):
+        manager.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert not manager.failed
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    """In arrays, in Orbax's own files, and in the manifest itself."""
+    saved(tmp_path, [1])
+    files = sorted(p for p in (tmp_path / "1").rglob("*") if p.is_file() and p.stat().st_size)
+    rng = random.Random(0)
+    for n in range(200):
+        victim = files[n % len(files)]
+        content = bytearray(victim.read_bytes())
+        place, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        content[place] ^= bit
+        victim.write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            verify(tmp_path / "1")
+        content[place] ^= bit
+        victim.write_bytes(content)
+    verify(tmp_path / "1")
+
+
+@pytest.mark.slow
+def test_killed_saves_cost_no_checkpoint(tmp_path):
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint.save_storm", str(tmp_path / "checkpoints"), "20"],
+        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 20
+    assert found["in a save"] >= 10
+    assert found["steps"] == sorted(found["steps"])
+    assert found["steps"][-1] > 0
+
+
+def test_chunks_are_layers(tmp_path):
+    """Of stacked layers; nothing else is cut up, since every chunk is a write and a read of its own."""
+    params = {"moe_blocks": {"w": jnp.zeros((3, 40, 5))}, "embed_VD": jnp.zeros((400, 8)), "norm": jnp.zeros(100)}
+    state = state_of(1)
+    state.params = params  # type: ignore[assignment]
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    manager.save(state, ABOUT)
+    manager.wait()
+    found = module.ocp.checkpointables_metadata(str(tmp_path / "1")).metadata["weights"]
+    chunks = {name: tuple(a.storage_metadata.chunk_shape) for name, a in found.items()}
+    assert chunks == {"params/moe_blocks/w": (1, 40, 5), "params/embed_VD": (400, 8), "params/norm": (100,)}
