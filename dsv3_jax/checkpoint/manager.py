@@ -192,8 +192,8 @@ class CheckpointManager:
         if config.keep_every is not None:
             kept |= {step for step in steps if step % config.keep_every == 0}
         if config.keep_best:
-            known = [step for step in steps if self._loss.get(step) is not None]
-            kept |= set(sorted(known, key=self._loss.__getitem__)[: config.keep_best])
+            known = sorted((loss, step) for step in steps if (loss := self._loss.get(step)) is not None)
+            kept |= {step for _, step in known[: config.keep_best]}
         for step in set(steps) - kept:
             shutil.rmtree(self._directory / str(step), ignore_errors=True)
 
@@ -249,7 +249,7 @@ def _saving() -> ocp.Context:
         if not np.ndim(value):
             return None
         stacked = "_blocks/" in str(key)  # shard_axes makes a chunk of every place along an axis: of the layers alone
-        return options(chunk_byte_size=_CHUNK_BYTES, **({"shard_axes": (0,)} if stacked else {}))
+        return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = in_chunks  # type: ignore[assignment]

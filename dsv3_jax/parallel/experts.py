@@ -18,7 +18,7 @@ in time, and the order of sums, differs.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,8 @@ def _each_round(hop: Hop, all_axes: tuple[str, ...], expert_TK, body: Callable, 
     """(carry, made) = body(part, round, carry) over a hop's parts and their rounds; `made` is what is about to be sent back.
 
     The first round of each part stands in straight line, where a scheduler can put one part's exchange beside another's
-    products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed.
+    products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed
+    (XLA drops barriers before it schedules, and yet hides more with them: see docs/plan.md).
     The other rounds, which balanced routing does not need, are a loop. As many as the fullest pair of devices needs: one number
     for the whole mesh, because loops with collectives in them must not part ways.
     """
@@ -325,7 +326,7 @@ def _scatter(dw, axes: tuple[str, ...], dim: int):
     return lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw
 
 
-def _weights(s: _Setting, w_gate_up, w_down, x):
+def _weights(s: _Setting, w_gate_up, w_down, x) -> tuple[tuple[Any, Any], Any]:
     """This device's experts, whole, and x, which waits for them: gathered behind what computes x, they leave the links to the
     exchange."""
     whole = _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)

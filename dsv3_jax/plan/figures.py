@@ -169,8 +169,8 @@ def _notes(compiled: Compiled, line: Timeline, unreached: list[str], uncounted: 
     once = (line.work.flops.total() - line.recomputed) / useful
     if once > 1.5:
         notes.append(
-            f"products do {once:.1f} times the useful FLOPs, without what is recomputed: where XLA has no grouped product for "
-            "experts, it makes a dense one"
+            f"products do {once:.1f} times the useful FLOPs, without what is recomputed: look for experts' products that XLA "
+            "made dense"
         )
     if not compiled.program.scheduled:
         notes.append("the program is not scheduled: overlap can't be read from it")
