@@ -19,7 +19,7 @@ from dsv3_jax.plan.hlo import Computation, Instruction, Program
 
 PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
 # What jax.checkpoint does again, and the experts' forward pass within their own backward one (parallel/experts.py).
-_AGAIN = re.compile(rf"rematted_computation|/{EXCHANGE}/.*jvp\(|/{MORE_ROUNDS}/.*jvp\(")
+AGAIN = re.compile(rf"rematted_computation|/(?:{EXCHANGE}|{MORE_ROUNDS})/(?:while/body/)?jvp\(")
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Player:
         line.memory_seconds += memory
         line.work = line.work + work
         line.parts[part_of(i.op_name)] += seconds
-        if _AGAIN.search(i.op_name):
+        if AGAIN.search(i.op_name):
             line.recomputed += work.flops.total()
 
     def _across_slices(self, i: Instruction, inside: Computation, stream: _Stream) -> None:

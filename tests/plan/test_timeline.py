@@ -5,7 +5,7 @@ import pytest
 from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.cost import CostModel, Efficiency
 from dsv3_jax.plan.hlo import parse
-from dsv3_jax.plan.timeline import Player, Timeline, part_of
+from dsv3_jax.plan.timeline import AGAIN, Player, Timeline, part_of
 
 SIZE = 8192
 WORK_S = 2 * SIZE**3 / 989e12  # of %dot: 1.1 ms
@@ -236,3 +236,13 @@ def test_parts_of_the_model():
     assert part_of("jit(train_step)/transpose(jvp())/while/body/checkpoint/attention/dot_general") == "attention"
     assert part_of("jit(train_step)/jvp(mtp_head)/shard_map/while/body/x") == "mtp_head"
     assert part_of("jit(train_step)/add") == "rest"
+
+
+def test_what_is_done_again():
+    """The forward pass within the experts' own backward one, in a loop or in parts; not the backward pass itself."""
+    inside = "jit(f)/transpose(jvp())/while/body/checkpoint/ffn/shard_map"
+    again = [f"{inside}/{rest}jvp()/dot" for rest in ("exchange/", "exchange/while/body/", "exchange/exchange/while/body/")]
+    again += [f"{inside}/more_rounds/while/body/jvp()/dot", "jit(f)/transpose(jvp())/rematted_computation/attention/dot"]
+    once = [f"{inside}/exchange/transpose(jvp())/dot", f"{inside}/more_rounds/while/body/transpose(jvp())/dot"]
+    once += ["jit(f)/jvp()/while/body/ffn/shard_map/exchange/while/body/dot"]
+    assert [bool(AGAIN.search(name)) for name in again + once] == [True] * 5 + [False] * 3
