@@ -99,8 +99,9 @@ class CheckpointManager:
         self._save: _Save | None = None
         on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
         on_first(self._remove_what_was_cut_off)
-        self.newest = self.latest() or 0  # step of the last save that has begun
-        self._loss = {s: _held_out_loss(self._directory / str(s)) for s in complete_steps(self._directory)}
+        self.newest = 0  # step of the last save that has begun, or of what was restored
+        kept = complete_steps(self._directory) if config.keep_best else []
+        self._loss = {step: _held_out_loss(self._directory / str(step)) for step in kept}
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
@@ -123,7 +124,6 @@ class CheckpointManager:
         target = self._directory / str(step)
         if step in complete_steps(self._directory):
             return
-        on_first(lambda: shutil.rmtree(target, ignore_errors=True))
         parts = {name: _flat(tree) for name, tree in _parts(state).items()}
         try:
             with _saving():
@@ -153,8 +153,9 @@ class CheckpointManager:
             if save.error is not None:
                 raise self._lost(save.step, save.error) from save.error
 
-        check()
-        on_first(check)  # where nothing failed, all wait for the manifest
+        if not is_first():
+            check()
+        on_first(check)  # the others hear of it; where nothing failed, all wait for the manifest
 
     def close(self) -> None:
         """Let a save that goes on come to its end, also where training has failed."""
@@ -195,6 +196,8 @@ class CheckpointManager:
             known = sorted((loss, step) for step in steps if (loss := self._loss.get(step)) is not None)
             kept |= {step for _, step in known[: config.keep_best]}
         for step in set(steps) - kept:
+            # first what makes it whole, so that one whose removal is cut off does not count as damaged
+            (self._directory / str(step) / MANIFEST).unlink()
             shutil.rmtree(self._directory / str(step), ignore_errors=True)
 
     def restore(self, template: TrainState, say: Callable[[str], None] = print) -> tuple[TrainState, dict[str, Any]]:

@@ -63,16 +63,13 @@ def hops(
     if ranks == 1:
         return ()
     tokens //= parts
-    if not two_level:
+    if not two_level or ranks == per_node:
         local = experts // ranks
         most = tokens * min(choices, local)
         return (Hop((tuple(range(ranks)),), local, _quota(tokens * choices / ranks, most), False, parts),)
     nodes = ranks // per_node
     across = tuple(tuple(node * per_node + j for node in range(nodes)) for j in range(per_node))
     inside = tuple(tuple(node * per_node + j for j in range(per_node)) for node in range(nodes))
-    if nodes == 1:
-        most = tokens * min(choices, experts // ranks)
-        return (Hop(inside, experts // ranks, _quota(tokens * choices / ranks, most), False, parts),)
     first = Hop(across, experts // nodes, _quota(tokens * min(choices, nodes) / nodes, tokens), True, parts)
     most = first.quota * nodes * min(choices, experts // ranks)
     return first, Hop(inside, experts // ranks, _quota(tokens * choices / per_node, most), once=False)
@@ -173,9 +170,9 @@ def _each_round(hop: Hop, all_axes: tuple[str, ...], expert_TK, body: Callable, 
 
     The first round of each part stands in straight line, where a scheduler can put one part's exchange beside another's
     products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed
-    (XLA drops barriers before it schedules, and yet hides more with them: see docs/plan.md).
-    The other rounds, which balanced routing does not need, are a loop. As many as the fullest pair of devices needs: one number
-    for the whole mesh, because loops with collectives in them must not part ways.
+    (XLA drops barriers before it schedules, and yet hides more with them: see docs/plan.md). The other rounds, which balanced
+    routing does not need, are a loop. As many as the fullest pair of devices needs: one number for the whole mesh, because
+    loops with collectives in them must not part ways.
     """
     N = hop.parts
     plans = jax.vmap(functools.partial(_plan, hop))(_split(expert_TK, N))
