@@ -35,25 +35,50 @@ def _join() -> None:
     join()
 
 
-def train(config: ConfigPath, overrides: Overrides = ()) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = (),
+    workers: str | None = None,
+    engine: Literal["none", "local", "ray"] = "none",
+    devices: int | None = None,
+    rehearse: bool = False,
+) -> None:
     """Train a configuration, going on from the run's latest checkpoint if it has one.
 
     Writes runs/NAME/: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, and at the end report.json, loss.png and
-    sample.txt. Ctrl-C saves; the same command goes on.
+    sample.txt. Ctrl-C saves; the same command goes on. With --workers the mesh follows the number of workers that there are;
+    with --engine a supervisor starts them, and starts again on what is left when one fails.
 
     Example: dsv3 train configs/tiny.yaml train.steps=100 name=short
+    Example: dsv3 train configs/tiny.yaml parallel.fsdp=8 --engine local --workers 2:4 --devices 2
 
     Args:
         config: A YAML file such as configs/tiny.yaml.
         overrides: key=value, e.g. train.steps=100 optim.lr=1e-3 data.path="texts/*.txt".
+        workers: MIN:MAX, the least and the largest number of processes; `dsv3 plan --workers` says which between are legal.
+        engine: Who starts workers: none (SLURM, JobSet, `dsv3 launch`), local (on this CPU) or ray (on its cluster).
+        devices: Of each worker; on a CPU virtual ones. Needed with --engine.
+        rehearse: First compile for all legal numbers of workers below MAX, so that nothing is compiled when hosts are lost;
+            without --engine, compile for the number that there is, and end.
     """
     checked = load_config(config, overrides)  # before anything heavy is imported
+    if engine != "none":
+        from dsv3_jax.elastic.command import supervise
+
+        code = supervise(checked, ["train", str(config), *overrides], engine, workers, devices, rehearse)
+        if code:
+            raise SystemExit(code)
+        return
     _use_huge_pages()
     _join()
+    from dsv3_jax.train.loop import compile_only
     from dsv3_jax.train.loop import train as run
     from dsv3_jax.train.report import finish
 
-    result = run(checked)
+    if rehearse:
+        compile_only(checked, elastic=workers is not None)
+        return
+    result = run(checked, elastic=workers is not None)
     if result.interrupted:
         raise SystemExit(130)
     finish(result)
@@ -221,6 +246,23 @@ def export(
     print(f"exported {run} as {write(run, out_dir, format, int(shard_gb * 1e9))}")
 
 
+def report(run: RunPath) -> None:
+    """Print where a run's time went: steps that count, saving, and for each failure its detection, restart, restore, compile
+    and the steps that were done again.
+
+    Example: dsv3 report runs/tiny
+
+    Args:
+        run: The run's directory.
+    """
+    from rich.console import Console
+
+    from dsv3_jax.train.goodput import show
+    from dsv3_jax.train.run import RunDirectory
+
+    show(RunDirectory(run), Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+
+
 def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
     """Print a configuration's parameters, bytes, cache and FLOPs. Allocates nothing.
 
@@ -354,6 +396,7 @@ _VERBS = {
     "generate": generate,
     "import": import_,
     "export": export,
+    "report": report,
     "describe": describe,
     "platforms": platforms,
     "plan": plan,

@@ -8,6 +8,7 @@ of Hugging Face's `DeepseekV3Config`. Nothing here imports JAX.
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ def _not_negative(section: str, config: Any, *names: str) -> None:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,13 @@ class TrainConfig:
     mtp_switch_step: int = 400  # from mtp_loss_weight to mtp_loss_weight_final
     bias_update_speed: float = 0.001  # gamma of the auxiliary-loss-free balancing
     sequence_balance_alpha: float = 1e-4  # weight of the sequence-wise balance loss
+    # a process of several ends itself if no step ends within the larger of this and 10 median steps; and, where something
+    # slower goes on (compiling, restoring, evaluating, waiting for a save), within slow_after_s (see train/watchdog.py)
+    stuck_after_s: float = 300.0
+    slow_after_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        _positive("train", self, "steps", "grad_accum_steps", "eval_every", "eval_batches")
+        _positive("train", self, "steps", "grad_accum_steps", "eval_every", "eval_batches", "stuck_after_s", "slow_after_s")
         _not_negative(
             "train", self, "seed", "mtp_loss_weight", "mtp_loss_weight_final", "mtp_switch_step",
             "bias_update_speed", "sequence_balance_alpha",

@@ -5,7 +5,7 @@ Axes run from slow to fast links (data, pipe, fsdp, expert, tensor), so the orde
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 import jax
@@ -46,6 +46,15 @@ def axis_sizes(config: ParallelConfig, devices: int) -> dict[str, int]:
             f"part; set an axis to -1 to fill up"
         )
     return sizes
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """All sizes of the axes that multiply to `devices`."""
+    for data in divisors(devices):
+        for pipe in divisors(devices // data):
+            for tensor in divisors(devices // data // pipe):
+                for expert in divisors(devices // data // pipe // tensor):
+                    yield dict(zip(AXES, (data, pipe, devices // (data * pipe * tensor * expert), expert, tensor), strict=True))
 
 
 def _place(device) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
 A launcher tells each process three things by environment: DSV3_COORDINATOR (host:port of process 0), DSV3_PROCESSES and
 DSV3_PROCESS_ID. SLURM, indexed Kubernetes jobs and TPU pods set their own, from which these follow. `scripts/launch/` has a
-file for each; `dsv3 launch` starts processes on one machine.
+file for each; `dsv3 launch` starts processes on one machine. DSV3_JOIN_TIMEOUT_S bounds the start, DSV3_HEARTBEAT_S for how
+long a peer that has died goes unnoticed.
 """
 
 import json
@@ -21,6 +22,7 @@ from dsv3_jax.errors import FailedElsewhere, UserError
 
 _PORT = 8476  # JAX's own choice for TPU pods
 _TIMEOUT_S = 300.0  # a large job's containers may start minutes apart
+_HEARTBEAT_S = 30.0  # a process that says nothing for so long is dead; JAX's default is 100
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Job:
     processes: int
     process: int
     timeout_s: float = _TIMEOUT_S
+    heartbeat_s: float = _HEARTBEAT_S
 
 
 def _first_host(nodelist: str) -> str:
@@ -46,6 +49,18 @@ def _number(environ: Mapping[str, str], name: str, default: str | None = None) -
     if value is None or not value.isdigit():
         raise UserError(f"{name}={value!r} must be a number; see scripts/launch/ for what to set")
     return int(value)
+
+
+def seconds_from(name: str, default: float, environ: Mapping[str, str] = os.environ) -> float:
+    """A positive number of seconds that the environment may set. Raises `UserError` for what is none."""
+    value = environ.get(name, str(default))
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{name}={value!r} must be a number of seconds")
+    return seconds
 
 
 def job_from(environ: Mapping[str, str]) -> Job | None:
@@ -69,11 +84,9 @@ def job_from(environ: Mapping[str, str]) -> Job | None:
         raise UserError(f"process {job.process} of {job.processes}: DSV3_PROCESS_ID runs from 0 to {job.processes - 1}")
     if job.processes == 1:
         return None
-    timeout = environ.get("DSV3_JOIN_TIMEOUT_S", str(_TIMEOUT_S))
-    try:
-        return Job(job.coordinator, job.processes, job.process, float(timeout))
-    except ValueError:
-        raise UserError(f"DSV3_JOIN_TIMEOUT_S={timeout!r} must be a number of seconds") from None
+    timeout = seconds_from("DSV3_JOIN_TIMEOUT_S", _TIMEOUT_S, environ)
+    heartbeat = seconds_from("DSV3_HEARTBEAT_S", _HEARTBEAT_S, environ)
+    return Job(job.coordinator, job.processes, job.process, timeout, heartbeat)
 
 
 def _address(job: Job) -> tuple[str, int]:
@@ -162,11 +175,14 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
     Raises `UserError` within the timeout, naming who is missing, if not all of them come.
     """
     job = job_from(environ)
-    if job is None:
+    if job is None or jax.distributed.is_initialized():
         return
     deadline = time.monotonic() + job.timeout_s
     (_take_roll if job.process == 0 else _answer_roll)(job, deadline)
-    jax.distributed.initialize(job.coordinator, job.processes, job.process, initialization_timeout=max(int(job.timeout_s), 10))
+    jax.distributed.initialize(
+        job.coordinator, job.processes, job.process, initialization_timeout=max(int(job.timeout_s), 10),
+        heartbeat_timeout_seconds=max(int(job.heartbeat_s), 1),
+    )  # fmt: skip
 
 
 def is_first() -> bool:

@@ -15,7 +15,7 @@ from dsv3_jax.config import Config, ModelConfig, PrecisionConfig, RematConfig, d
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import Counts, count_parameters, training_flops_per_token
 from dsv3_jax.parallel.experts import SLACK
-from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
 from dsv3_jax.parallel.schedule import make_schedule
 from dsv3_jax.plan.communication import Collective, Links, Place, sent_bytes
@@ -184,7 +184,7 @@ class Estimator:
 
 def candidates(config: Config, topology: Topology, recipes: tuple[str, ...]) -> Iterator[tuple[Config, dict[str, int]]]:
     """Every mesh over all devices that divides, with each remat policy and number of microbatches that does."""
-    for sizes in _meshes(topology.size):
+    for sizes in meshes(topology.size):
         rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"]) or 1
         for micro in (n for n in divisors(rows) if n <= 64):
             if sizes["pipe"] > 1 and micro < sizes["pipe"]:
@@ -203,14 +203,6 @@ def candidates(config: Config, topology: Topology, recipes: tuple[str, ...]) -> 
                     except UserError:
                         continue
                     yield tried, sizes
-
-
-def _meshes(devices: int) -> Iterator[dict[str, int]]:
-    for data in divisors(devices):
-        for pipe in divisors(devices // data):
-            for tensor in divisors(devices // data // pipe):
-                for expert in divisors(devices // data // pipe // tensor):
-                    yield dict(zip(AXES, (data, pipe, devices // (data * pipe * tensor * expert), expert, tensor), strict=True))
 
 
 def search(config: Config, topology: Topology, efficiency: Efficiency, recipes: tuple[str, ...]) -> list[Candidate]:

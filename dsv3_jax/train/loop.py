@@ -5,7 +5,7 @@ import functools
 import math
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +19,23 @@ from dsv3_jax.data.store import Corpus, load_corpus
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.parallel.layout import MeshLayout, device_of, layout_for
+from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
 from dsv3_jax.parallel.processes import agree, is_first, on_first
 from dsv3_jax.parallel.rows import local_rows, place
+from dsv3_jax.parallel.worlds import on_mesh
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.progress import ProgressReporter
+from dsv3_jax.train.compiled import Programs, ProgramStore, compiled_dir, jitted_only
 from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.events import EventLog
 from dsv3_jax.train.initial import with_its_tokenizer, with_weights
 from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
 from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, new_state
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
+from dsv3_jax.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def _row(config: Config, step: int, metrics: StepMetrics, seconds: float) -> dic
         "tokens": step * per_step,
         "tokens_per_s": per_step / seconds,
         "step_time_s": seconds,
+        "time": time.time(),  # since 1970
+        "batch_checksum": int(metrics.batch_checksum),  # type: ignore[arg-type]
     } | controller.shares(metrics.decisions)
 
 
@@ -147,40 +153,93 @@ class _Data(NamedTuple):
     batches: Any  # a grain iterator of these rows
 
 
+def _ahead(config: Config) -> int:
+    """How many tokens beyond a window its targets need."""
+    return 1 + config.model.num_nextn_predict_layers
+
+
 def _data(config: Config, layout: Layout, corpus: Corpus) -> _Data:
-    ahead = 1 + config.model.num_nextn_predict_layers
-    source = PackedWindows(corpus.train, config.data.seq_len, ahead, config.train.seed, shuffle=True)
+    source = PackedWindows(corpus.train, config.data.seq_len, _ahead(config), config.train.seed, shuffle=True)
     rows = local_rows(layout, config.data.batch_size)
     return _Data(corpus, source, rows, train_batches(source, config.data.batch_size, rows))
 
 
-def _start(config: Config, layout: Layout, manager: CheckpointManager, data: _Data) -> TrainState:
+def _start(config: Config, layout: Layout, manager: CheckpointManager, data: _Data, programs: Programs) -> TrainState:
     """A fresh state, or that of the latest checkpoint, with the data moved to where it left them."""
     if manager.latest() is None:
-        state = new_state(config, layout)
+        state = new_state(config, layout, programs)
         return state if config.train.init_from is None else with_weights(config, layout, state, config.train.init_from)
     state, metadata = manager.restore(abstract_state(config, layout), functools.partial(print, flush=True))
     data.batches.set_state(metadata["data"])
     return state
 
 
-def train(config: Config, root: Path = Path("runs")) -> TrainResult:
+@dataclass
+class _Outside:
+    """What the loop tells of itself, and hears, outside of the computation."""
+
+    manager: CheckpointManager
+    writer: MetricsWriter | None  # of process 0
+    progress: ProgressReporter
+    stop: _StopRequest
+    watchdog: Watchdog
+    events: EventLog
+
+    def save(self, state: TrainState, about: dict[str, Any]) -> None:
+        """Begin a checkpoint; how long that held training up is an event."""
+        self.watchdog.slow()  # the save before may still have to come to its end
+        began = time.perf_counter()
+        self.manager.save(state, about)
+        self.events.write("saved", step=int(state.step), stall_s=round(time.perf_counter() - began, 4))
+
+
+def _here(config: Config, elastic: bool) -> tuple[Config, Layout]:
+    """The configuration as it is run on the devices that there are."""
+    if elastic:
+        config = on_mesh(config, jax.device_count())
+    layout = layout_for(config)
+    return with_its_tokenizer(resolve(config, device_of(layout))), layout
+
+
+def _programs(config: Config, layout: Layout) -> ProgramStore:
+    return ProgramStore(compiled_dir(), config, _sizes(layout))
+
+
+def compile_only(config: Config, elastic: bool) -> None:
+    """Compile a run's steps for the devices that there are, and keep them for a run on as many. Raises `UserError`."""
+    config, layout = _here(config, elastic)
+    steps = ScheduledSteps(config, layout, _programs(config, layout))
+    shape = config.data.batch_size, config.data.seq_len + _ahead(config)
+    rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(layout))
+    for step in {0, config.precision.first_steps}:
+        steps.program(step, abstract_state(config, layout), {"tokens": rows, "segments": rows})
+
+
+def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> TrainResult:
     """Train to `train.steps`, going on from the run's latest checkpoint if it has one.
 
-    Raises `UserError` for bad input, a directory of another run, divergence (with the last good checkpoint named), and a
-    checkpoint that cannot be written.
+    `elastic`: on all devices that there are, on the mesh over them that comes nearest to the configuration's. Raises
+    `UserError` for bad input, a directory of another run, divergence (with the last good checkpoint named), and a checkpoint
+    that cannot be written.
     """
-    layout = layout_for(config)
-    config = with_its_tokenizer(resolve(config, device_of(layout)))
+    asked = config.parallel
+    config, layout = _here(config, elastic)
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache
     corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
     corpus = corpus or load_corpus(config.data, config.model.vocab_size)
     data = _data(config, layout, corpus)
-    on_first(lambda: run.create(config, corpus.tokenizer))
+    on_first(lambda: run.create(replace(config, parallel=asked), corpus.tokenizer))
+    guarded = elastic or jax.process_count() > 1
+    programs = _programs(config, layout) if guarded else jitted_only
+    watchdog = Watchdog(
+        config.train.stuck_after_s, config.train.slow_after_s, run.deadline_file if is_first() and elastic else None, guarded
+    )
+    events = EventLog(run.events_file, is_first())
+    events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=_sizes(layout))
     manager = CheckpointManager(run.checkpoints, config.checkpoint)
-    state = _start(config, layout, manager, data)
+    state = _start(config, layout, manager, data, programs)
     done = int(state.step)
     with ProgressReporter(config.train.steps, done, quiet=not is_first()) as progress, _StopRequest() as stop:
         for line in _about_mesh(config, layout):
@@ -188,16 +247,25 @@ def train(config: Config, root: Path = Path("runs")) -> TrainResult:
         if done:
             progress.say(f"resuming {run.path} at step {done}")
         writer = MetricsWriter(run, done) if is_first() else None
+        events.write("restored", step=done, dropped=writer.dropped if writer else None)
         try:
-            state, stopped = _steps(config, layout, state, data, manager, writer, progress, stop)
+            outside = _Outside(manager, writer, progress, stop, watchdog, events)
+            state, stopped = _steps(config, layout, ScheduledSteps(config, layout, programs), state, data, outside)
         finally:
             manager.close()
+            watchdog.close()
             if writer is not None:
                 writer.close()
+        events.write("ended", step=int(state.step))
         if stopped:
             cause = f" by {signal.Signals(stop.signal).name}" if stop.signal is not None else ""
             progress.say(f"stopped{cause}; saved step {int(state.step)}; run again to go on")
     return TrainResult(config, run, state, corpus, layout, stopped)
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    """The mesh's axes of more than one device."""
+    return {a: n for a, n in layout.mesh.shape.items() if n > 1} if isinstance(layout, MeshLayout) else {}
 
 
 def _about_mesh(config: Config, layout: Layout) -> list[str]:
@@ -205,7 +273,7 @@ def _about_mesh(config: Config, layout: Layout) -> list[str]:
     unused = len(jax.devices()) - (layout.mesh.size if isinstance(layout, MeshLayout) else 1)
     lines = []
     if isinstance(layout, MeshLayout):
-        axes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
+        axes = " x ".join(f"{axis} {size}" for axis, size in _sizes(layout).items())
         lines.append(f"{layout.mesh.size} devices in {jax.process_count()} process(es): {axes}")
         if layout.mesh.shape["pipe"] > 1:
             schedule = schedule_of(config, layout.mesh.shape["pipe"])
@@ -219,21 +287,23 @@ def _about_mesh(config: Config, layout: Layout) -> list[str]:
 
 
 def _steps(
-    config: Config, layout: Layout, state: TrainState, data: _Data, manager: CheckpointManager,
-    writer: MetricsWriter | None, progress: ProgressReporter, stop: _StopRequest,
+    config: Config, layout: Layout, train_step: ScheduledSteps, state: TrainState, data: _Data, outside: _Outside
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """The state after the last step, and whether a signal, in this or another process, made it the last."""
-    train_step, eval_step = ScheduledSteps(config, layout), make_eval_step(config, layout)
+    eval_step = make_eval_step(config, layout)
     flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
     switches = abstract_model(config, recipe_of(config.precision)).eight_bit
+    manager, writer, progress, stop, watchdog = (
+        outside.manager, outside.writer, outside.progress, outside.stop, outside.watchdog
+    )  # fmt: skip
     clock, held_out = _SaveClock(config), None
 
     def save() -> None:
-        about = {"config": config_to_dict(config), "data": data.batches.get_state(), "held_out_loss": held_out}
-        manager.save(state, about)
+        outside.save(state, {"config": config_to_dict(config), "data": data.batches.get_state(), "held_out_loss": held_out})
         clock.saved()
 
     step, last = int(state.step), config.train.steps
+    first = step + 1
     stopping, _ = agree(stop.signal is not None, save=False)
     while step < last and not stopping:
         began = time.perf_counter()
@@ -242,8 +312,12 @@ def _steps(
         step += 1
         metrics = jax.device_get(metrics)
         row = _row(config, step, metrics, time.perf_counter() - began)
+        watchdog.step_ended(row["step_time_s"])
+        if step == first:
+            outside.events.write("compiled", step=step)
         _check_health(config, data.source, step, metrics, manager)
         if step % config.train.eval_every == 0 or step == last:
+            watchdog.slow()
             row |= _evaluate(config, layout, eval_step, state, data.corpus)
             held_out = row["eval_loss"]
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
@@ -261,5 +335,6 @@ def _steps(
             save()
     if step > manager.newest:
         save()
+    watchdog.slow()
     manager.wait()
     return state, stopping

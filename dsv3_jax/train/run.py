@@ -1,4 +1,4 @@
-"""A run's directory, runs/NAME: config.yaml, tokenizer.json, {metrics,decisions,routing}.jsonl, tensorboard/, checkpoints/."""
+"""A run's directory, runs/NAME, its files, and who writes them: see `RunDirectory` and `MetricsWriter`."""
 
 import json
 from dataclasses import dataclass
@@ -16,9 +16,12 @@ from dsv3_jax.errors import UserError
 # Keys that may change when a run goes on: they decide how long, how often and where, never what a step computes.
 _MAY_CHANGE = {
     "train.steps", "train.eval_every", "train.eval_batches", "train.grad_accum_steps", "train.init_from",
+    "train.stuck_after_s", "train.slow_after_s",
     "data.cache_dir",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
+
+_LAST_BYTES = 2**16  # more than a row has
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -57,12 +60,27 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def deadline_file(self) -> Path:
+        """By when process 0 will have ended its step, or itself."""
+        return self.path / "deadline"
+
+    @property
+    def logs(self) -> Path:
+        """What the workers of a supervised run print, a file each."""
+        return self.path / "logs"
+
     def check_belongs_to(self, config: Config) -> None:
         """Raise `UserError` if the directory holds a run of another configuration, or something else."""
         if not self.path.exists():
             return
         if not self.config_file.exists():
-            if self.path.is_dir() and not any(self.path.iterdir()):
+            supervised = {self.events_file, self.logs}  # which a supervisor makes first
+            if self.path.is_dir() and set(self.path.iterdir()) <= supervised:
                 return
             raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
         old = _leaves(config_to_dict(load_config(self.config_file)))
@@ -90,13 +108,14 @@ def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:
     return RunDirectory(root / config.name)
 
 
-def _reopen(path: Path, resumed_step: int) -> TextIO:
-    """To append to, without the lines beyond the step from which a run goes on."""
-    rows = [row for row in read_rows(path) if row["step"] <= resumed_step]
+def _reopen(path: Path, resumed_step: int) -> tuple[TextIO, list[dict[str, Any]]]:
+    """To append to, without the lines beyond the step from which a run goes on; and those."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= resumed_step]
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
     scratch.rename(path)
-    return open(path, "a", buffering=1)
+    return open(path, "a", buffering=1), rows[len(kept) :]
 
 
 class MetricsWriter:
@@ -107,9 +126,12 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunDirectory, resumed_step: int):
-        self._file = _reopen(run.metrics_file, resumed_step)
-        self._decisions = _reopen(run.decisions_file, resumed_step)
-        self._routing = _reopen(run.routing_file, resumed_step)
+        self._file, again = _reopen(run.metrics_file, resumed_step)
+        # steps that are done again: how many, their seconds, when the last of them ended
+        seconds = sum(row["step_time_s"] for row in again)
+        self.dropped = {"steps": len(again), "seconds": seconds, "last": again[-1].get("time")} if again else None
+        self._decisions, _ = _reopen(run.decisions_file, resumed_step)
+        self._routing, _ = _reopen(run.routing_file, resumed_step)
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: dict[str, float]) -> None:
@@ -144,3 +166,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The last whole one of metrics.jsonl, found without reading all of it; {} if there is none."""
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut off, at its end or by where reading began
+    return {}

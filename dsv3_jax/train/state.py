@@ -20,6 +20,7 @@ from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.recipes import Recipe, recipe_of, unquantised
 from dsv3_jax.precision.switch import EightBit, Probe
+from dsv3_jax.train.compiled import Programs, jitted_only
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +101,7 @@ def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     )  # fmt: skip
 
 
-def new_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
+def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = jitted_only) -> TrainState:
     """A fresh state where the layout wants it."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
+    return programs("init", jax.jit(functools.partial(init_state, config), out_shardings=shardings))()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -17,9 +18,12 @@ from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import platform_of
 from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
+from dsv3_jax.train.compiled import Programs, jitted_only
 from dsv3_jax.train.objective import Batch, LossWeights, Metrics, Share, objective, target_counts
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
 from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state, optimizer_of
+
+_ODD = (np.uint32(2654435761), np.uint32(2246822519), np.uint32(3266489917))  # of well-mixed bits
 
 
 class StepMetrics(NamedTuple):
@@ -28,6 +32,7 @@ class StepMetrics(NamedTuple):
     lr: jax.Array
     max_load: jax.Array  # busiest expert's load over the mean, worst layer
     decisions: dict[str, controller.Decision]  # of the precision controller, by switch
+    batch_checksum: jax.Array | None = None  # u32: of every token of the batch at its place, as the devices saw it
 
 
 def over_replicas(f: Callable, layout: Layout) -> Callable:
@@ -116,6 +121,14 @@ def max_load_ratio(load: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack(ratios).max() if ratios else jnp.float32(1)
 
 
+def batch_checksum(batch: Batch) -> jax.Array:
+    """u32: of all tokens and segments of a batch, modulo 2^32, each times a number of its row and column."""
+    rows, columns = batch["tokens"].shape
+    row, column = (jnp.arange(n, dtype=jnp.uint32) * p + 1 for n, p in ((rows, _ODD[0]), (columns, _ODD[1])))
+    both = batch["tokens"].astype(jnp.uint32) + batch["segments"].astype(jnp.uint32) * _ODD[2]
+    return (both * row[:, None] * column).sum(dtype=jnp.uint32)
+
+
 def apply_gradients(
     config: Config, state: TrainState, grads: nnx.State, metrics: Metrics, recipe: Recipe
 ) -> tuple[TrainState, StepMetrics]:
@@ -154,17 +167,21 @@ def make_train_step(
     products = recipe or training_recipe(config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return apply_gradients(config, state, *gradients(config, layout, state, batch, products), products)
+        state, metrics = apply_gradients(config, state, *gradients(config, layout, state, batch, products), products)
+        return state, metrics._replace(batch_checksum=batch_checksum(batch))
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
     return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))
 
 
 class ScheduledSteps:
-    """The training steps of a run: each in the recipe that `precision` names for it, and each recipe compiled once."""
+    """The training steps of a run: each in the recipe that `precision` names for it, and each recipe compiled once.
 
-    def __init__(self, config: Config, layout: Layout = ONE_DEVICE):
-        self._config, self._layout, self._made = config, layout, {}
+    `programs` may have kept them: see compiled.py.
+    """
+
+    def __init__(self, config: Config, layout: Layout = ONE_DEVICE, programs: Programs = jitted_only):
+        self._config, self._layout, self._programs, self._made = config, layout, programs, {}
 
     def recipe(self, step: int) -> Recipe:
         """Of step `step`, counted from 0. The controller comes with the second one."""
@@ -173,13 +190,19 @@ class ScheduledSteps:
             config = replace(config, precision=replace(precision, recipe=precision.first_recipe, controller=False))
         return training_recipe(config, self._layout)
 
-    def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def program(self, step: int, state: TrainState, batch: Batch) -> Callable:
+        """Step `step`'s, for such a state and batch, which may be abstract."""
         recipe = self.recipe(step)
         if recipe not in self._made:
-            self._made[recipe] = make_train_step(self._config, self._layout, recipe)
-        train_step = self._made[recipe]
+            train_step = make_train_step(self._config, self._layout, recipe)
+            self._made[recipe] = self._programs(repr(recipe), train_step, state, batch)
+        return self._made[recipe]
+
+    def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        train_step = self.program(step, state, batch)
         result = train_step(state, batch)
-        assert train_step._cache_size() == 1, f"the training step in {recipe} was compiled twice"
+        # a program that was kept takes arguments of one kind only
+        assert getattr(train_step, "_cache_size", lambda: 1)() == 1, f"the step in {self.recipe(step)} was compiled twice"
         return result
 
 

@@ -1,0 +1,100 @@
+"""Compiled steps, kept on disk, so that a run that starts again neither traces nor compiles.
+
+JAX's own cache does neither: it still traces, and of several CPU processes only the first finds what it has compiled. A program
+is kept under everything that it follows from: this package's source, JAX and its backend, the machine, the configuration, the
+mesh, the process. The files are the user's own (loading one runs code, as with JAX's cache), so they are never in a run's
+directory, which may come from elsewhere.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from jax.extend.backend import get_backend
+
+from dsv3_jax.config import Config, config_to_dict
+
+_NO_MATTER = ("name", "checkpoint")  # sections that no program follows from
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+
+
+def compiled_dir() -> Path:
+    """DSV3_COMPILED_DIR, which hosts had best share, or a directory in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DSV3_COMPILED_DIR") or Path(cache) / "dsv3_jax" / "compiled")
+
+
+def _source() -> bytes:
+    """Of this package and the kernels."""
+    root = Path(__file__).parents[2]
+    files = sorted(p for package in ("dsv3_jax", "pallas_kernels") for p in (root / package).rglob("*.py"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).digest()
+
+
+def _machine() -> str:
+    """A program for a CPU is for its instruction set."""
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].device_kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+type Programs = Callable[..., Callable]  # (name, jitted function, its arguments, which may be abstract) -> what to call
+
+
+def jitted_only(_name: str, jitted: Callable, *_: Any) -> Callable:
+    """`Programs` that keep nothing."""
+    return jitted
+
+
+@dataclass(frozen=True)
+class ProgramStore:
+    """`Programs` of one configuration and mesh, kept in a directory."""
+
+    directory: Path
+    config: Config
+    mesh: dict[str, int]
+
+    def _file(self, name: str) -> Path:
+        config = {k: v for k, v in config_to_dict(self.config).items() if k not in _NO_MATTER}
+        config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
+        backend = get_backend().platform_version
+        facts = [
+            name, config, self.mesh, jax.__version__, backend, _machine(), [os.environ.get(f) for f in _FLAGS],
+            jax.process_index(), jax.process_count(), jax.device_count(),
+        ]  # fmt: skip
+        digest = hashlib.sha256(_source() + json.dumps(facts, sort_keys=True).encode())
+        return self.directory / f"{digest.hexdigest()}.program"
+
+    def __call__(self, name: str, jitted: Callable, *args: Any) -> Callable:
+        """`jitted` compiled for arguments like these: as it was kept, or else now, and kept."""
+        file = self._file(name)
+        try:
+            return serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+        except FileNotFoundError:
+            pass
+        except Exception:  # cut off, or of a compiler that says its version but is another one: made anew
+            file.unlink(missing_ok=True)
+        compiled = jitted.lower(*args).compile()  # type: ignore[attr-defined]
+        try:
+            self._keep(file, pickle.dumps(serialize_executable.serialize(compiled)))
+        except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):  # no room, or a backend that can't
+            file.unlink(missing_ok=True)
+        return compiled
+
+    def _keep(self, file: Path, data: bytes) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(data)
+        scratch.rename(file)

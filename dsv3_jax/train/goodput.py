@@ -1,0 +1,140 @@
+"""Where a run's time went: steps that count, and what checkpoints and failures cost, from events.jsonl and metrics.jsonl."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.train.run import RunDirectory, read_rows
+
+# What an interval between two events is, by the event that ends it; training ends with a failure or well.
+_PHASES = {"launch": "restart", "started": "restart", "restored": "restore", "compiled": "compile"}
+_UNFINISHED = ("started", "restored", "compiled")
+CLASSES = ("steps", "saving", "detection", "restart", "restore", "compile", "recompute", "rest")
+
+
+@dataclass
+class Failure:
+    """One, and the seconds until the run made steps again. `again`: steps that were done again, which took `recompute`."""
+
+    time: float
+    cause: str
+    again: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # detection, restart, restore, compile, recompute
+
+    @property
+    def gap(self) -> float:
+        """From the last step before it to the first one after it, which may be one that is done again."""
+        return sum(s for phase, s in self.seconds.items() if phase != "recompute")
+
+
+@dataclass(frozen=True)
+class Account:
+    wall: float  # seconds, without those between a stop and the next start
+    seconds: dict[str, float]  # by CLASSES; they add up to `wall`
+    failures: list[Failure]
+
+    @property
+    def goodput(self) -> float:
+        return self.seconds["steps"] / self.wall if self.wall else 0.0
+
+
+def read_events(run: RunDirectory) -> list[dict[str, Any]]:
+    """All whole lines, by time. Raises `UserError` if there are none."""
+    events = []
+    text = run.events_file.read_text() if run.events_file.exists() else ""
+    for line in text.splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:  # cut off by a crash
+            continue
+    if not events:
+        raise UserError(f"{run.path} has no events.jsonl: it is no run, or one of an earlier version")
+    return sorted(events, key=lambda e: e["time"])
+
+
+def useful_seconds(rows: list[dict[str, Any]]) -> float:
+    """Of steps: one that compiled counts as a median one."""
+    if not rows:
+        return 0.0
+    usual = statistics.median(row["step_time_s"] for row in rows)
+    return sum(s if (s := row["step_time_s"]) < 5 * usual else usual for row in rows)
+
+
+def account(run: RunDirectory) -> Account:
+    """Raises `UserError` for a directory without events."""
+    events, rows = read_events(run), read_rows(run.metrics_file)
+    ended = sorted([r["time"] for r in rows if "time" in r] + [e["dropped"]["last"] for e in events if e.get("dropped")])
+    seconds: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
+    failures: list[Failure] = []
+    wall = 0.0
+    for begin, event in _marks(events, ended):
+        spent = event["time"] - begin["time"]
+        if begin["event"] == "done":  # nobody wanted it to run
+            continue
+        wall += spent
+        phase = _PHASES.get(event["event"])
+        if event["event"] == "failure":
+            stepped = max((t for t in ended if begin["time"] <= t <= event["time"]), default=begin["time"])
+            phase, spent = "detection", event["time"] - stepped
+            failures.append(Failure(event["time"], event["cause"]))
+        if phase is None:
+            continue
+        seconds[phase] += spent
+        if failures and phase != "detection" and "compile" in failures[-1].seconds:
+            continue  # this failure's gap has ended
+        if failures:
+            failures[-1].seconds[phase] = failures[-1].seconds.get(phase, 0.0) + spent
+        if failures and (dropped := event.get("dropped")):
+            failures[-1].again, failures[-1].seconds["recompute"] = dropped["steps"], dropped["seconds"]
+    seconds["steps"] = useful_seconds(rows)
+    seconds["saving"] = sum(e["stall_s"] for e in events if e["event"] == "saved")
+    seconds["recompute"] = sum(e["dropped"]["seconds"] for e in events if e.get("dropped"))
+    seconds["rest"] = max(0.0, wall - sum(seconds.values()))
+    return Account(wall, seconds, failures)
+
+
+def _marks(events: list[dict[str, Any]], ended: list[float]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Neighbours among events that end a phase. Where a run went on with no word of its failure, that is put in."""
+    last = None
+    for event in events:
+        if event["event"] not in (*_PHASES, "failure", "ended", "done"):
+            continue
+        if last is not None and event["event"] in ("launch", "started") and last["event"] in _UNFINISHED:
+            stepped = max((t for t in ended if last["time"] <= t <= event["time"]), default=last["time"])
+            failure = {"time": stepped, "event": "failure", "cause": "ended without a word"}
+            yield last, failure
+            last = failure
+        if last is not None:
+            yield last, event
+        last = event
+    if last is not None and ended and ended[-1] > last["time"]:  # still running, or ended without a word
+        yield last, {"time": ended[-1], "event": "ended"}
+
+
+def show(run: RunDirectory, console: Console) -> None:
+    """Print a table of where the time went, and one of failures."""
+    total = account(run)
+    table = Table("", "s", "of all", title=f"{run.path}: {total.wall:.0f} s, goodput {total.goodput:.1%}")
+    for name in CLASSES:
+        table.add_row(name, f"{total.seconds[name]:.1f}", f"{total.seconds[name] / max(total.wall, 1e-9):.1%}")
+    console.print(table)
+    phases = ("detection", "restart", "restore", "compile", "recompute")
+    if not total.failures:
+        console.print("no failures")
+        return
+    table = Table("after, s", "failure", *(f"{p} s" for p in phases), "steps again", "gap s", title="failures")
+    began = read_events(run)[0]["time"]
+    for f in total.failures:
+        split = (f"{f.seconds.get(p, 0.0):.1f}" for p in phases)
+        table.add_row(f"{f.time - began:.0f}", f.cause, *split, str(f.again), f"{f.gap:.1f}")
+    console.print(table)
+    console.print(
+        f"{len(total.failures)} failures; median gap {statistics.median(f.gap for f in total.failures):.1f} s "
+        f"(last step before to first step after)"
+    )
