@@ -62,8 +62,9 @@ def _overrides(directory: Path, name: str) -> list[str]:
         "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0", "model.num_attention_heads=2", "model.q_lora_rank=16",
         "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8",
         "model.n_routed_experts=8", "model.n_group=1", "model.topk_group=1", "model.num_experts_per_tok=8", "optim.lr=3e-4",
-        "optim.lr_final=3e-4", "optim.warmup_steps=2", "data.seq_len=32", "data.batch_size=24", f"data.path={directory}/docs/*.txt",
-        f"data.cache_dir={directory}/cache", "data.validation_fraction=0.2", "train.steps=1000000", "train.eval_every=1000000",
+        "optim.lr_final=3e-4", "optim.warmup_steps=2", "data.seq_len=32", "data.batch_size=24",
+        f"data.path={directory}/docs/*.txt", f"data.cache_dir={directory}/cache", "data.validation_fraction=0.2",
+        "train.steps=1000000", "train.eval_every=1000000",
         "train.eval_batches=1", f"checkpoint.every_steps={EVERY_STEPS}", "parallel.fsdp=4", "parallel.expert=2",
         f"train.stuck_after_s={STUCK_S}", "train.slow_after_s=90", f"name={name}",
     ]  # fmt: skip

@@ -33,7 +33,7 @@ from dsv3_jax.train.events import EventLog
 from dsv3_jax.train.initial import with_its_tokenizer, with_weights
 from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
-from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, new_state
+from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, init_program, new_state
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 from dsv3_jax.train.watchdog import Watchdog
 
@@ -208,7 +208,9 @@ def _programs(config: Config, layout: Layout) -> ProgramStore:
 def compile_only(config: Config, elastic: bool) -> None:
     """Compile a run's steps for the devices that there are, and keep them for a run on as many. Raises `UserError`."""
     config, layout = _here(config, elastic)
-    steps = ScheduledSteps(config, layout, _programs(config, layout))
+    programs = _programs(config, layout)
+    steps = ScheduledSteps(config, layout, programs)
+    programs("init", init_program(config, layout))
     shape = config.data.batch_size, config.data.seq_len + _ahead(config)
     rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(layout))
     for step in {0, config.precision.first_steps}:

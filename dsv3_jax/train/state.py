@@ -1,6 +1,7 @@
 """What training carries from step to step, and how it is made."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,7 +102,12 @@ def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     )  # fmt: skip
 
 
+def init_program(config: Config, layout: Layout = ONE_DEVICE) -> Callable[[], TrainState]:
+    """Jitted: a fresh state where the layout wants it."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
+    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)
+
+
 def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = jitted_only) -> TrainState:
     """A fresh state where the layout wants it."""
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    return programs("init", jax.jit(functools.partial(init_state, config), out_shardings=shardings))()
+    return programs("init", init_program(config, layout))()

@@ -190,7 +190,7 @@ class ScheduledSteps:
             config = replace(config, precision=replace(precision, recipe=precision.first_recipe, controller=False))
         return training_recipe(config, self._layout)
 
-    def program(self, step: int, state: TrainState, batch: Batch) -> Callable:
+    def program(self, step: int, state: TrainState, batch: Any) -> Callable:
         """Step `step`'s, for such a state and batch, which may be abstract."""
         recipe = self.recipe(step)
         if recipe not in self._made:
