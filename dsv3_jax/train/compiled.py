@@ -6,19 +6,22 @@ mesh, the process. The files are the user's own (loading one runs code, as with 
 directory, which may come from elsewhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.backend import get_backend
+from jax.stages import Compiled
 
 from dsv3_jax.config import Config, config_to_dict
 
@@ -50,21 +53,35 @@ def _machine() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-type Programs = Callable[..., Callable]  # (name, jitted function, its arguments, which may be abstract) -> what to call
+type Programs = Callable[..., Compiled]  # of (name, jitted function, its arguments, which may be abstract)
 
 
-def jitted_only(_name: str, jitted: Callable, *_: Any) -> Callable:
+def compiled_now(_name: str, jitted: Any, *args: Any) -> Compiled:
     """`Programs` that keep nothing."""
-    return jitted
+    return jitted.lower(*args).compile()
+
+
+@contextlib.contextmanager
+def _without_jax_cache() -> Iterator[None]:
+    """What JAX's cache gives for a CPU loses functions when it is serialised again."""
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX asks once whether it is enabled
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @dataclass(frozen=True)
 class ProgramStore:
-    """`Programs` of one configuration and mesh, kept in a directory."""
+    """`Programs` of one configuration on devices that form a mesh, kept in a directory."""
 
     directory: Path
     config: Config
     mesh: dict[str, int]
+    devices: tuple[Any, ...]
 
     def _file(self, name: str) -> Path:
         config = {k: v for k, v in config_to_dict(self.config).items() if k not in _NO_MATTER}
@@ -72,21 +89,22 @@ class ProgramStore:
         backend = get_backend().platform_version
         facts = [
             name, config, self.mesh, jax.__version__, backend, _machine(), [os.environ.get(f) for f in _FLAGS],
-            jax.process_index(), jax.process_count(), jax.device_count(),
+            jax.process_index(), jax.process_count(), [d.id for d in self.devices],
         ]  # fmt: skip
         digest = hashlib.sha256(_source() + json.dumps(facts, sort_keys=True).encode())
         return self.directory / f"{digest.hexdigest()}.program"
 
-    def __call__(self, name: str, jitted: Callable, *args: Any) -> Callable:
+    def __call__(self, name: str, jitted: Any, *args: Any) -> Compiled:
         """`jitted` compiled for arguments like these: as it was kept, or else now, and kept."""
         file = self._file(name)
         try:
-            return serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+            return serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()), execution_devices=self.devices)
         except FileNotFoundError:
             pass
         except Exception:  # cut off, or of a compiler that says its version but is another one: made anew
             file.unlink(missing_ok=True)
-        compiled = jitted.lower(*args).compile()  # type: ignore[attr-defined]
+        with _without_jax_cache():
+            compiled = compiled_now(name, jitted, *args)
         try:
             self._keep(file, pickle.dumps(serialize_executable.serialize(compiled)))
         except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):  # no room, or a backend that can't

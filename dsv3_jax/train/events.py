@@ -9,9 +9,10 @@ from typing import Any
 class EventLog:
     """Appends one object a line: `time` (seconds since 1970), `event` (below), and what belongs to it.
 
-    Of a supervisor: `launch` (attempt, workers, hosts), `failure` (cause, host), `lost` and `back` (host), `done` (code).
-    Of process 0: `started` (processes, devices, mesh), `restored` (step; dropped: steps beyond it that are done again, their
-    seconds, when the last of them ended), `compiled` (step: the first one that ended), `saved` (step, stall_s), `ended` (step).
+    Of a supervisor: `rehearsed` (workers, seconds, well), `launch` (attempt, workers, hosts), `failure` (cause, host), `done`
+    (code). Of process 0: `started` (processes, devices, mesh), `restored` (step; dropped: steps beyond it that are done again,
+    their seconds, when the last of them ended), `compiled` (step: the first one, which now begins), `saved` (step, stall_s),
+    `ended` (step).
     """
 
     def __init__(self, file: Path, enabled: bool = True):

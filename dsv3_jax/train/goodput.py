@@ -20,7 +20,7 @@ CLASSES = ("steps", "saving", "detection", "restart", "restore", "compile", "rec
 
 @dataclass
 class Failure:
-    """One, and the seconds until the run made steps again. `again`: steps that were done again, which took `recompute`."""
+    """One, and the seconds until the run computed again. `again`: steps that were lost, whose time is `recompute`."""
 
     time: float
     cause: str
@@ -29,7 +29,7 @@ class Failure:
 
     @property
     def gap(self) -> float:
-        """From the last step before it to the first one after it, which may be one that is done again."""
+        """From the end of the last step before it to the begin of the first one after it."""
         return sum(s for phase, s in self.seconds.items() if phase != "recompute")
 
 
@@ -58,14 +58,6 @@ def read_events(run: RunDirectory) -> list[dict[str, Any]]:
     return sorted(events, key=lambda e: e["time"])
 
 
-def useful_seconds(rows: list[dict[str, Any]]) -> float:
-    """Of steps: one that compiled counts as a median one."""
-    if not rows:
-        return 0.0
-    usual = statistics.median(row["step_time_s"] for row in rows)
-    return sum(s if (s := row["step_time_s"]) < 5 * usual else usual for row in rows)
-
-
 def account(run: RunDirectory) -> Account:
     """Raises `UserError` for a directory without events."""
     events, rows = read_events(run), read_rows(run.metrics_file)
@@ -92,7 +84,7 @@ def account(run: RunDirectory) -> Account:
             failures[-1].seconds[phase] = failures[-1].seconds.get(phase, 0.0) + spent
         if failures and (dropped := event.get("dropped")):
             failures[-1].again, failures[-1].seconds["recompute"] = dropped["steps"], dropped["seconds"]
-    seconds["steps"] = useful_seconds(rows)
+    seconds["steps"] = sum(row["step_time_s"] for row in rows)
     seconds["saving"] = sum(e["stall_s"] for e in events if e["event"] == "saved")
     seconds["recompute"] = sum(e["dropped"]["seconds"] for e in events if e.get("dropped"))
     seconds["rest"] = max(0.0, wall - sum(seconds.values()))
@@ -136,5 +128,5 @@ def show(run: RunDirectory, console: Console) -> None:
     console.print(table)
     console.print(
         f"{len(total.failures)} failures; median gap {statistics.median(f.gap for f in total.failures):.1f} s "
-        f"(last step before to first step after)"
+        f"(from the last step before to the first one after)"
     )

@@ -27,7 +27,7 @@ from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.progress import ProgressReporter
-from dsv3_jax.train.compiled import Programs, ProgramStore, compiled_dir, jitted_only
+from dsv3_jax.train.compiled import Programs, ProgramStore, compiled_dir, compiled_now
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.events import EventLog
 from dsv3_jax.train.initial import with_its_tokenizer, with_weights
@@ -202,7 +202,8 @@ def _here(config: Config, elastic: bool) -> tuple[Config, Layout]:
 
 
 def _programs(config: Config, layout: Layout) -> ProgramStore:
-    return ProgramStore(compiled_dir(), config, _sizes(layout))
+    devices = layout.mesh.devices.flat if isinstance(layout, MeshLayout) else jax.devices()[:1]
+    return ProgramStore(compiled_dir(), config, _sizes(layout), tuple(devices))
 
 
 def compile_only(config: Config, elastic: bool) -> None:
@@ -234,7 +235,7 @@ def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> T
     data = _data(config, layout, corpus)
     on_first(lambda: run.create(replace(config, parallel=asked), corpus.tokenizer))
     guarded = elastic or jax.process_count() > 1
-    programs = _programs(config, layout) if guarded else jitted_only
+    programs = _programs(config, layout) if guarded else compiled_now
     watchdog = Watchdog(
         config.train.stuck_after_s, config.train.slow_after_s, run.deadline_file if is_first() and elastic else None, guarded
     )
@@ -309,14 +310,17 @@ def _steps(
     stopping, _ = agree(stop.signal is not None, save=False)
     while step < last and not stopping:
         began = time.perf_counter()
-        batch = jax.tree.map(np.asarray, next(data.batches))
-        state, metrics = train_step(step, state, place(layout, batch, data.rows, config.data.batch_size))
+        batch = place(layout, jax.tree.map(np.asarray, next(data.batches)), data.rows, config.data.batch_size)
+        if step + 1 == first:
+            train_step.program(step, state, batch)
+            agree(False, False)  # all have compiled
+            outside.events.write("compiled", step=first)
+            began = time.perf_counter()
+        state, metrics = train_step(step, state, batch)
         step += 1
         metrics = jax.device_get(metrics)
         row = _row(config, step, metrics, time.perf_counter() - began)
         watchdog.step_ended(row["step_time_s"])
-        if step == first:
-            outside.events.write("compiled", step=step)
         _check_health(config, data.source, step, metrics, manager)
         if step % config.train.eval_every == 0 or step == last:
             watchdog.slow()

@@ -21,7 +21,7 @@ from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.recipes import Recipe, recipe_of, unquantised
 from dsv3_jax.precision.switch import EightBit, Probe
-from dsv3_jax.train.compiled import Programs, jitted_only
+from dsv3_jax.train.compiled import Programs, compiled_now
 
 
 @jax.tree_util.register_dataclass
@@ -108,6 +108,6 @@ def init_program(config: Config, layout: Layout = ONE_DEVICE) -> Callable[[], Tr
     return jax.jit(functools.partial(init_state, config), out_shardings=shardings)
 
 
-def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = jitted_only) -> TrainState:
+def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now) -> TrainState:
     """A fresh state where the layout wants it."""
     return programs("init", init_program(config, layout))()

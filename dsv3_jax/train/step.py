@@ -18,7 +18,7 @@ from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import platform_of
 from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
-from dsv3_jax.train.compiled import Programs, jitted_only
+from dsv3_jax.train.compiled import Programs, compiled_now
 from dsv3_jax.train.objective import Batch, LossWeights, Metrics, Share, objective, target_counts
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
 from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state, optimizer_of
@@ -180,7 +180,7 @@ class ScheduledSteps:
     `programs` may have kept them: see compiled.py.
     """
 
-    def __init__(self, config: Config, layout: Layout = ONE_DEVICE, programs: Programs = jitted_only):
+    def __init__(self, config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now):
         self._config, self._layout, self._programs, self._made = config, layout, programs, {}
 
     def recipe(self, step: int) -> Recipe:
@@ -199,11 +199,8 @@ class ScheduledSteps:
         return self._made[recipe]
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        train_step = self.program(step, state, batch)
-        result = train_step(state, batch)
-        # a program that was kept takes arguments of one kind only
-        assert getattr(train_step, "_cache_size", lambda: 1)() == 1, f"the step in {self.recipe(step)} was compiled twice"
-        return result
+        """Raises TypeError, rather than compile again, for a state or batch of another kind than the first."""
+        return self.program(step, state, batch)(state, batch)
 
 
 def make_eval_step(

@@ -30,7 +30,7 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def without_clock(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "step_time_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "step_time_s", "time")} for row in rows]
 
 
 def assert_same_state(a, b):
