@@ -306,6 +306,8 @@ def plan(
     search: bool = False,
     compile_best: int = 3,
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
+    workers: str | None = None,
+    devices: int = 8,
 ) -> None:
     """Compile a configuration's training step for meshes that are not here: does it fit, what moves, how fast will it be?
 
@@ -327,10 +329,13 @@ def plan(
         search: Rank meshes, remat policies, microbatches and precisions for the batch, and compile the best few.
         compile_best: How many the search compiles.
         list_: Only print known topologies.
+        workers: MIN:MAX; only print which numbers of workers are legal for the configuration, and with which mesh.
+        devices: Of a worker, for --workers.
     """
     from rich.console import Console
 
-    from dsv3_jax.plan.command import Request, list_topologies, run_plan, run_search
+    from dsv3_jax.elastic.command import parse_workers
+    from dsv3_jax.plan.command import Request, list_topologies, list_worlds, run_plan, run_search
     from dsv3_jax.plan.compile import Limits
     from dsv3_jax.plan.figures import Assumptions
     from dsv3_jax.plan.imbalance import read_imbalance
@@ -338,6 +343,10 @@ def plan(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     if list_:
         list_topologies(console)
+        return
+    if config is not None and workers is not None:
+        least, most = parse_workers(workers)
+        list_worlds(load_config(config, overrides), range(least, most + 1), devices, console)
         return
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")

@@ -249,6 +249,7 @@ class ParallelConfig:
     expert_transport: Literal["auto", "flat", "two_level"] = "auto"
     expert_ranks_per_node: int | None = None  # None: as many neighbours along `expert` as share a host
     expert_parts: int = 1  # pieces of a device's tokens: one travels while another is computed
+    max_state_gib: float | None = None  # weights and moments a device: a run that has lost hosts takes no mesh with more
 
     def __post_init__(self) -> None:
         axes = ("data", "pipe", "fsdp", "expert", "tensor")
@@ -258,8 +259,9 @@ class ParallelConfig:
         filled = [axis for axis in axes if getattr(self, axis) == -1]
         _require(len(filled) <= 1, f"parallel.{' and parallel.'.join(filled)} are all -1; only one axis can be filled up")
         _positive("parallel", self, "pipe_chunks", "expert_parts")
-        if self.expert_ranks_per_node is not None:
-            _positive("parallel", self, "expert_ranks_per_node")
+        for name in ("expert_ranks_per_node", "max_state_gib"):
+            if getattr(self, name) is not None:
+                _positive("parallel", self, name)
 
 
 RecipeName = Literal["float32", "bf16", "deepseek", "article", "int8", "fp8_per_tensor"]

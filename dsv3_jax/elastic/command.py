@@ -7,8 +7,8 @@ from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.processes import seconds_from
-from dsv3_jax.parallel.worlds import worlds
 from dsv3_jax.train.run import run_directory
+from dsv3_jax.train.worlds import worlds
 
 _HEARTBEAT_S = 15.0
 _JOIN_S = 60.0  # hosts have answered just before: their workers come within seconds, where all is well

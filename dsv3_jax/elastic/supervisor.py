@@ -1,6 +1,6 @@
 """Keeps a run going: starts workers on the hosts that there are, notices when one fails, and starts again on what is left.
 
-A run is a sequence of attempts. Each has as many workers as its configuration has a legal mesh for (parallel/worlds.py), goes
+A run is a sequence of attempts. Each has as many workers as its configuration has a legal mesh for (train/worlds.py), goes
 on from the latest undamaged checkpoint, and ends as a whole: JAX's processes cannot go on without one of theirs. What engine
 the hosts come from makes no difference here.
 """
@@ -17,9 +17,9 @@ from dsv3_jax.config import Config
 from dsv3_jax.elastic.host import NOT_JOINED
 from dsv3_jax.elastic.hosts import Engine, Host, Start
 from dsv3_jax.elastic.logs import Follower, says_stuck
-from dsv3_jax.parallel.worlds import largest_world, worlds
 from dsv3_jax.train.events import EventLog
 from dsv3_jax.train.run import RunDirectory, last_row
+from dsv3_jax.train.worlds import largest_world, worlds
 
 _POLL_S = 0.05
 _LOOK_S = 2.0  # between looks for more hosts, and at the deadline of process 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig, PrecisionConfig, RematConfig, divisors
 from dsv3_jax.errors import UserError
-from dsv3_jax.model.counts import Counts, count_parameters, training_flops_per_token
+from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.parallel.experts import SLACK
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
@@ -23,6 +23,7 @@ from dsv3_jax.plan.cost import Efficiency
 from dsv3_jax.plan.topologies import GIB, Topology, mesh_label
 from dsv3_jax.precision.platforms import HARDWARE
 from dsv3_jax.precision.recipes import RECIPES
+from dsv3_jax.train.worlds import counts_of, state_bytes, stored_parameters
 
 # Forward passes that are done again, by remat.policy; `selective` does norms, rotations, up-projections and SwiGLU again.
 RECOMPUTED = {"none": 0.0, "selective": 0.15, "offload": 0.15, "full": 1.0, "sqrt": 1.0}
@@ -64,11 +65,6 @@ class Candidate:
         return (
             f"{mesh_label(self.sizes)}; {c.precision.recipe}, remat {c.remat.policy}, {c.train.grad_accum_steps} microbatches"
         )
-
-
-@functools.cache
-def _counts(model: ModelConfig) -> Counts:
-    return count_parameters(model)
 
 
 @functools.cache
@@ -117,14 +113,13 @@ class Estimator:
 
     def estimate(self, config: Config, sizes: dict[str, int]) -> Candidate:
         m, devices, micro = config.model, math.prod(sizes.values()), config.train.grad_accum_steps
-        counts, recipe = _counts(m), RECIPES[config.precision.recipe]
+        counts = counts_of(m)
         tokens = config.data.batch_size * config.data.seq_len / devices  # a device's share, over all axes
         again = RECOMPUTED[config.remat.policy]
         experts = counts.main["routed experts"]
         others = counts.total + counts.mtp - experts
-        sharded = sizes["fsdp"] * sizes["expert"] * sizes["pipe"] * sizes["tensor"]
-        stored = (experts + others) / sharded
-        memory = stored * (4 + 4 + 2 * (2 if config.optim.moment_dtype == "bfloat16" or recipe.moments == "bfloat16" else 4))
+        stored = stored_parameters(config, sizes)
+        memory = state_bytes(config, sizes) + stored * 4  # and gradients
         layers = m.num_hidden_layers / sizes["pipe"]
         whole = tokens * sizes["pipe"] / micro  # tokens of a microbatch on a device
         flying = min(micro, sizes["pipe"] * 2) if sizes["pipe"] > 1 else 1
@@ -172,7 +167,7 @@ class Estimator:
         keys = (config.data.seq_len + 1) / 2
         core = 6.0 * m.num_hidden_layers * m.num_attention_heads * (m.qk_head_dim + m.v_head_dim) * keys * tokens
         head = 6.0 * m.hidden_size * m.vocab_size * (1 + m.num_nextn_predict_layers) * tokens
-        attention = 6.0 * _counts(m).main["attention"] * tokens
+        attention = 6.0 * counts_of(m).main["attention"] * tokens
         eight = (useful - core - head - (0 if recipe.attention else attention)) if recipe.experts else 0.0
         peaks, forward = self._facts["tera_ops"], 1 + again / 3
         format = (recipe.experts.forward if recipe.experts else "") or "bf16"

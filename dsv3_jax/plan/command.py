@@ -20,9 +20,10 @@ from dsv3_jax.plan.compile import Limits
 from dsv3_jax.plan.figures import Assumptions, Plan, plan_step
 from dsv3_jax.plan.page import page
 from dsv3_jax.plan.report import compare, show
-from dsv3_jax.plan.topologies import EXAMPLES, GIB, name_of_platform, parse_topology
+from dsv3_jax.plan.topologies import EXAMPLES, GIB, mesh_label, name_of_platform, parse_topology
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
+from dsv3_jax.train.worlds import state_bytes, worlds
 
 _LINE_EVERY_S = 10.0
 
@@ -38,6 +39,19 @@ def list_topologies(console: Console) -> None:
         "TPU names give the torus of a slice, GPU names HOSTSxGPUS; N*v5p:8x8x8 are N slices. Any shape will do that the "
         "compiler takes."
     )
+
+
+def list_worlds(config: Config, workers: range, devices: int, console: Console) -> None:
+    """Which numbers of workers a run can go on with, each with its mesh. Raises `UserError` if none is legal."""
+    legal = worlds(config, devices, workers)
+    if not legal:
+        raise UserError(f"no number of workers from {workers[0]} to {workers[-1]}, of {devices} devices each, is legal")
+    table = Table("workers", "devices", "mesh", "weights and moments, GiB a device", "rows a device", title="legal worlds")
+    for count, sizes in reversed(legal.items()):
+        rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+        state = state_bytes(config, sizes) / GIB
+        table.add_row(str(count), str(count * devices), mesh_label(sizes), f"{state:.3g}", f"{rows:g}")
+    console.print(table)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
 from dsv3_jax.parallel.processes import agree, is_first, on_first
 from dsv3_jax.parallel.rows import local_rows, place
-from dsv3_jax.parallel.worlds import on_mesh
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
@@ -36,6 +35,7 @@ from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
 from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, init_program, new_state
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 from dsv3_jax.train.watchdog import Watchdog
+from dsv3_jax.train.worlds import on_mesh
 
 
 @dataclass(frozen=True)

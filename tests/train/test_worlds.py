@@ -10,7 +10,7 @@ from dsv3_jax.config import divisors, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
-from dsv3_jax.parallel.worlds import largest_world, mesh_over, on_mesh, worlds
+from dsv3_jax.train.worlds import largest_world, mesh_over, on_mesh, worlds
 from tests.conftest import ROOT
 
 TINY, HUGE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "v3_671b.yaml"
@@ -53,6 +53,9 @@ def test_the_released_model_keeps_its_experts_together():
     assert legal[128] == {"data": 1, "pipe": 1, "fsdp": 16, "expert": 64, "tensor": 1}
     assert legal[96] == {"data": 3, "pipe": 1, "fsdp": 4, "expert": 64, "tensor": 1}
     assert largest_world(config, 8, 127) == 120
+    # but on 120 hosts each device would have a 64th of the state, which no memory holds
+    config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1", "parallel.max_state_gib=40"])
+    assert largest_world(config, 8, 127) == 96
     assert largest_world(config, 7, 2) == 0
 
 

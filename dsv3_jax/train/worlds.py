@@ -2,18 +2,40 @@
 
 The global batch, the microbatches and the model stay as they are; only the mesh changes. Of all meshes over the devices that
 are left, the one is taken that changes what tells least: `tensor` stays if it can, then `pipe`, `expert` and `fsdp`, and
-`data` takes the rest.
+`data` takes the rest. `parallel.max_state_gib` rules out meshes on which the state would not fit.
 """
 
+import functools
 import math
 from dataclasses import replace
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.model.counts import Counts, count_parameters
 from dsv3_jax.parallel.mesh import axis_sizes, meshes
 from dsv3_jax.parallel.rules import check
+from dsv3_jax.precision.recipes import RECIPES
 
 _KEPT = ("tensor", "pipe", "expert", "fsdp", "data")  # first what is kept if it can be
+
+
+@functools.cache
+def counts_of(model: ModelConfig) -> Counts:
+    return count_parameters(model)
+
+
+def stored_parameters(config: Config, sizes: dict[str, int]) -> float:
+    """How many of them a device keeps."""
+    counts = counts_of(config.model)
+    return (counts.total + counts.mtp) / (sizes["fsdp"] * sizes["expert"] * sizes["pipe"] * sizes["tensor"])
+
+
+def state_bytes(config: Config, sizes: dict[str, int]) -> float:
+    """Of a device's weights, in float32, and moments."""
+    recipe = config.precision.recipe
+    of_recipe = RECIPES[recipe].moments if recipe in RECIPES else "float32"  # `auto` is resolved later
+    short = config.optim.moment_dtype == "bfloat16" or of_recipe == "bfloat16"
+    return stored_parameters(config, sizes) * (4 + 2 * (2 if short else 4))
 
 
 def _legal(config: Config, sizes: dict[str, int]) -> bool:
@@ -21,7 +43,8 @@ def _legal(config: Config, sizes: dict[str, int]) -> bool:
         check(config, sizes)
     except UserError:
         return False
-    return True
+    limit = config.parallel.max_state_gib
+    return limit is None or state_bytes(config, sizes) <= limit * 2**30
 
 
 def _as_asked(config: Config, devices: int) -> dict[str, int] | None:

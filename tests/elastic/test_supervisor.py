@@ -1,0 +1,205 @@
+"""What a supervisor does when workers end, as hosts that play their parts; and bad requests."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from dsv3_jax.config import load_config
+from dsv3_jax.elastic import supervisor as module
+from dsv3_jax.elastic.command import job_for
+from dsv3_jax.elastic.hosts import Start
+from dsv3_jax.elastic.supervisor import Supervisor
+from dsv3_jax.errors import UserError
+from tests.conftest import ROOT
+
+TINY = ROOT / "configs" / "tiny.yaml"
+OVERRIDES = ["data.batch_size=24", "parallel.fsdp=4", "parallel.expert=2"]
+
+
+@dataclass
+class Actor:
+    """A host whose workers end with these codes, one after the other; 'runs' does not end by itself."""
+
+    name: str
+    part: list
+    ready: bool = True
+    lost: bool = False
+    pid: int | None = None
+    code: int | None = None
+    started: list[Start] = field(default_factory=list)
+
+    def address(self) -> str:
+        return "127.0.0.1:1"
+
+    def start(self, start: Start) -> None:
+        self.started.append(start)
+        act = self.part.pop(0)
+        self.code = None if act in ("runs", "lost") else act
+        self.lost = act == "lost"
+
+    def signal(self, number: int) -> None:
+        if self.code is None:
+            self.code = 130 if number == signal.SIGTERM else -number
+
+
+@dataclass
+class Stage:
+    actors: list[Actor]
+
+    def hosts(self):
+        return [a for a in self.actors if a.ready and not a.lost]
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    """(parts of hosts by name, what happens meanwhile) -> exit code, what was said, events, hosts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_LOOK_S", 0.1)
+    monkeypatch.setenv("DSV3_JOIN_TIMEOUT_S", "0.3")
+
+    def run(parts, workers="2:4", meanwhile=None, ready=None):
+        job = job_for(load_config(TINY, [*OVERRIDES, "name=play"]), ["train", "x"], workers, 2)
+        actors = [Actor(name, list(part), ready=name not in (ready or ())) for name, part in parts.items()]
+        said = []
+        supervisor = Supervisor(job, Stage(actors), said.append)
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, args=(actors, supervisor), daemon=True).start()
+        code = supervisor.run()
+        events = [json.loads(line) for line in job.run.events_file.read_text().splitlines()]
+        return code, said, events, actors
+
+    return run
+
+
+def of(events, name):
+    return [e for e in events if e["event"] == name]
+
+
+def test_a_killed_worker_is_started_again_with_the_others(play):
+    code, said, events, hosts = play({"a": [0 - 9, 0], "b": ["runs", 0], "c": ["runs", 0], "d": ["runs", 0]})
+    assert code == 0
+    assert said == ["attempt 1 failed: process 0 on a was ended by SIGKILL"]
+    assert [e["workers"] for e in of(events, "launch")] == [4, 4]
+    first, second = hosts[1].started
+    assert first.environ["DSV3_PROCESS_ID"] == second.environ["DSV3_PROCESS_ID"] == "1"
+    assert first.args == ["train", "x", "--workers", "2:4"]
+    assert first.log != second.log
+
+
+def test_a_lost_host_leaves_the_largest_legal_number(play):
+    code, said, events, hosts = play({"a": ["runs", 0], "b": ["lost"], "c": ["runs", 0], "d": ["runs", 0]})
+    assert code == 0
+    assert [e["hosts"] for e in of(events, "launch")] == [["a", "b", "c", "d"], ["a", "c", "d"]]
+    assert hosts[3].started[1].environ["DSV3_PROCESSES"] == "3"
+    assert "b, of process 1, is lost" in said[0]
+
+
+def test_bad_input_is_not_tried_again(play):
+    code, _, events, _ = play({"a": [2], "b": [2]}, "2")
+    assert code == 2
+    assert len(of(events, "launch")) == 1
+
+
+def test_it_is_given_up_when_nothing_comes_of_it(play):
+    code, said, events, _ = play({"a": [1] * 9, "b": ["runs"] * 9}, "2")
+    assert code == 1
+    assert "given up: 6 attempts without a new step; the last: process 0 on a ended with exit code 1" in said[-1]
+    assert len(of(events, "failure")) == 6
+
+
+def test_hosts_that_come_later_are_taken_in(play):
+    def meanwhile(actors, supervisor):
+        while not all(a.started for a in actors[:2]):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert not any(a.started for a in actors[2:])
+        for actor in actors[2:]:
+            actor.ready = True
+        time.sleep(0.3)  # no step has been made: nothing is interrupted yet
+        assert all(a.code is None for a in actors[:2])
+        row = {"step": 1, "time": time.time()}
+        supervisor._job.run.metrics_file.write_text(json.dumps(row) + "\n")
+
+    code, said, events, _ = play(
+        {"a": ["runs", 0], "b": ["runs", 0], "c": [0], "d": [0]}, ready=("c", "d"), meanwhile=meanwhile
+    )
+    assert code == 0
+    assert [e["workers"] for e in of(events, "launch")] == [2, 4]
+    assert "4 hosts are there: saving, to go on with 4 workers instead of 2" in said
+    assert not of(events, "failure")
+
+
+def test_too_few_hosts_are_waited_for(play):
+    def meanwhile(actors, _):
+        time.sleep(0.6)
+        actors[1].ready = True
+
+    code, said, _, _ = play({"a": [0], "b": [0]}, ready=("b",), meanwhile=meanwhile)
+    assert code == 0
+    assert said[0] == "waiting for hosts: 1 of 2 to 4"
+
+
+def test_a_signal_saves_and_ends(play):
+    def meanwhile(actors, _):
+        while not all(a.started for a in actors):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    code, _, events, _ = play({"a": ["runs"], "b": ["runs"]}, "2", meanwhile)
+    assert code == 130
+    assert [e["event"] for e in events] == ["launch", "done"]
+
+
+def test_process_0_that_cannot_even_end_itself_is_noticed(play, monkeypatch):
+    monkeypatch.setattr(module, "_LATE_S", 0.1)
+
+    def meanwhile(actors, supervisor):
+        while not all(a.started for a in actors):
+            time.sleep(0.02)
+        supervisor._job.run.deadline_file.write_text(str(time.time() - 1))
+
+    code, said, _, _ = play({"a": ["runs", 0], "b": ["runs", 0]}, "2", meanwhile)
+    assert code == 0
+    assert "process 0 has neither ended its step in time nor itself" in said[0]
+
+
+def test_a_stuck_worker_is_named_by_its_stacks(play, monkeypatch):
+    monkeypatch.setattr(module, "_STACKS_S", 0.01)
+
+    def meanwhile(actors, supervisor):
+        while not all(a.started for a in actors):
+            time.sleep(0.02)
+        with open(actors[1].started[0].log, "w") as log:
+            log.write("Timeout (0:00:08)!\nThread 0x1 (most recent call first):\n")
+        actors[0].code = 1
+
+    code, said, _, _ = play({"a": ["runs", 0], "b": ["runs", 0]}, "2", meanwhile)
+    assert code == 0
+    assert "no step ended in time; see the stacks in " in said[0]
+    assert "attempt-1-process-1.log" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("workers", "devices", "named"),
+    [
+        (None, 2, r"--workers \(missing\)"),
+        ("4:2", 2, "--workers 4:2: MIN must be"),
+        ("0:2", 2, "--workers 0:2"),
+        ("two", 2, "--workers two: use MIN:MAX"),
+        ("2:4", None, r"--devices \(missing\)"),
+        ("5:5", 1, "no mesh over 5 to 5 workers of 1 devices .*numbers that do: 1, 2, 3, 4"),
+    ],
+)
+def test_requests_that_cannot_be(workers, devices, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(TINY, ["data.batch_size=12", "model.hidden_size=128", "name=never"])
+    with pytest.raises(UserError, match=named):
+        job_for(config, [], workers, devices)
+    assert not list(tmp_path.iterdir())
