@@ -11,6 +11,7 @@ the newest checkpoint. Then the run's own report. Exits 1 if anything is not as 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.elastic.command import job_for
 from dsv3_jax.elastic.hosts import HostProcess, LocalEngine
 from dsv3_jax.elastic.supervisor import Supervisor
+from dsv3_jax.errors import UserError
 from dsv3_jax.train.goodput import account, read_events, show
 from dsv3_jax.train.run import RunDirectory, last_row, read_rows
 
@@ -66,7 +68,7 @@ def _overrides(directory: Path, name: str) -> list[str]:
         f"data.path={directory}/docs/*.txt", f"data.cache_dir={directory}/cache", "data.validation_fraction=0.2",
         "train.steps=1000000", "train.eval_every=1000000",
         "train.eval_batches=1", f"checkpoint.every_steps={EVERY_STEPS}", "parallel.fsdp=4", "parallel.expert=2",
-        f"train.stuck_after_s={STUCK_S}", "train.slow_after_s=90", f"name={name}",
+        f"train.stuck_after_s={STUCK_S}", "train.slow_after_s=60", f"name={name}",
     ]  # fmt: skip
 
 
@@ -88,7 +90,6 @@ class Chaos(threading.Thread):
         self._supervisor, self._engine, self._run, self._kinds = supervisor, engine, run, kinds
         self._rng, self._steps = random.Random(seed), steps
         self.injected: list[Injected] = []
-        self._spoilt: set[int] = set()  # checkpoints
 
     def run(self) -> None:
         attempt = 0
@@ -98,7 +99,7 @@ class Chaos(threading.Thread):
             moment = self._rng.choice(MOMENTS) if kind != "flip" else "step"
             self._await(moment)
             if kind == "flip":
-                self._until(lambda: len(complete_steps(self._run.checkpoints)) > 1)
+                self._until(lambda: len(self._whole_checkpoints()) > 1)
             attempt = self._supervisor.attempt
             self._inject(kind, moment)
         self._until(lambda: last_row(self._run.metrics_file).get("step", 0) >= self._steps)
@@ -127,10 +128,9 @@ class Chaos(threading.Thread):
             return
         process = self._rng.randrange(len(workers))
         host = workers[process]
-        steps = [s for s in complete_steps(self._run.checkpoints) if s not in self._spoilt]
+        steps = self._whole_checkpoints()
         if kind == "flip":
-            self._flip(self._run.checkpoints / str(steps[-1]))
-            self._spoilt.add(steps.pop())
+            self._flip(self._run.checkpoints / str(steps.pop()))
         self.injected.append(Injected(kind, moment, process, self._supervisor.attempt, time.time(), steps[-1] if steps else 0))
         if kind == "lost":
             assert isinstance(host, HostProcess)
@@ -140,6 +140,15 @@ class Chaos(threading.Thread):
             self._engine.cut(host.name)
         else:
             host.signal({"stop": signal.SIGSTOP, "spin": signal.SIGUSR1}.get(kind, signal.SIGKILL))
+
+    def _whole_checkpoints(self) -> list[int]:
+        """Steps of those that are undamaged. One may go while it is looked at."""
+        whole = []
+        for step in complete_steps(self._run.checkpoints):
+            with contextlib.suppress(UserError, OSError):
+                verify(self._run.checkpoints / str(step))
+                whole.append(step)
+        return whole
 
     def _flip(self, checkpoint: Path) -> None:
         file = self._rng.choice(sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.stat().st_size))

@@ -6,10 +6,12 @@ file for each; `dsv3 launch` starts processes on one machine. DSV3_JOIN_TIMEOUT_
 long a peer that has died goes unnoticed.
 """
 
+import faulthandler
 import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from dsv3_jax.errors import FailedElsewhere, UserError
 
 _PORT = 8476  # JAX's own choice for TPU pods
 _TIMEOUT_S = 300.0  # a large job's containers may start minutes apart
+_DEVICES_S = 30.0  # for a host's devices to start
 _HEARTBEAT_S = 30.0  # a process that says nothing for so long is dead; JAX's default is 100
 
 
@@ -172,17 +175,23 @@ def _answer_roll(job: Job, deadline: float) -> None:
 def join(environ: Mapping[str, str] = os.environ) -> None:
     """Become one of a run's processes, if the environment says so. Call it before anything touches a device.
 
-    Raises `UserError` within the timeout, naming who is missing, if not all of them come.
+    Raises `UserError` within the timeout, naming who is missing, if not all of them come. Who hangs here ends itself.
     """
     job = job_from(environ)
     if job is None or jax.distributed.is_initialized():
         return
     deadline = time.monotonic() + job.timeout_s
-    (_take_roll if job.process == 0 else _answer_roll)(job, deadline)
-    jax.distributed.initialize(
-        job.coordinator, job.processes, job.process, initialization_timeout=max(int(job.timeout_s), 10),
-        heartbeat_timeout_seconds=max(int(job.heartbeat_s), 1),
-    )  # fmt: skip
+    # JAX waits for its peers' devices much longer; one that is stuck there would not be noticed before
+    faulthandler.dump_traceback_later(2 * job.timeout_s + _DEVICES_S, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        (_take_roll if job.process == 0 else _answer_roll)(job, deadline)
+        jax.distributed.initialize(
+            job.coordinator, job.processes, job.process, initialization_timeout=max(int(job.timeout_s), 10),
+            heartbeat_timeout_seconds=max(int(job.heartbeat_s), 1),
+        )  # fmt: skip
+        jax.devices()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_first() -> bool:

@@ -5,6 +5,7 @@ import functools
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,6 +226,14 @@ def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> T
     `UserError` for bad input, a directory of another run, divergence (with the last good checkpoint named), and a checkpoint
     that cannot be written.
     """
+    several = elastic or jax.process_count() > 1
+    with Watchdog(config.train.stuck_after_s, config.train.slow_after_s, enabled=several) as watchdog:
+        return _train(config, root, elastic, _programs if several else lambda *_: compiled_now, watchdog)
+
+
+def _train(
+    config: Config, root: Path, elastic: bool, programs_for: Callable[[Config, Layout], Programs], watchdog: Watchdog
+) -> TrainResult:
     asked = config.parallel
     config, layout = _here(config, elastic)
     run = run_directory(config, root)
@@ -234,11 +243,8 @@ def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> T
     corpus = corpus or load_corpus(config.data, config.model.vocab_size)
     data = _data(config, layout, corpus)
     on_first(lambda: run.create(replace(config, parallel=asked), corpus.tokenizer))
-    guarded = elastic or jax.process_count() > 1
-    programs = _programs(config, layout) if guarded else compiled_now
-    watchdog = Watchdog(
-        config.train.stuck_after_s, config.train.slow_after_s, run.deadline_file if is_first() and elastic else None, guarded
-    )
+    programs = programs_for(config, layout)
+    watchdog.slow(run.deadline_file if is_first() and elastic else None)
     events = EventLog(run.events_file, is_first())
     events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=_sizes(layout))
     manager = CheckpointManager(run.checkpoints, config.checkpoint)
@@ -256,7 +262,6 @@ def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> T
             state, stopped = _steps(config, layout, ScheduledSteps(config, layout, programs), state, data, outside)
         finally:
             manager.close()
-            watchdog.close()
             if writer is not None:
                 writer.close()
         events.write("ended", step=int(state.step))

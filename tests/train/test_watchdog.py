@@ -18,7 +18,7 @@ HANGS = {
 def run(tmp_path, code: str) -> tuple[subprocess.CompletedProcess, float]:
     program = (
         "import ctypes, time\nfrom pathlib import Path\nfrom dsv3_jax.train.watchdog import Watchdog\n"
-        f"dog = Watchdog(0.5, 5.0, Path({str(tmp_path / 'deadline')!r}))\n{code}"
+        f"dog = Watchdog(0.5, 5.0)\ndog.slow(Path({str(tmp_path / 'deadline')!r}))\n{code}"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, cwd=ROOT, timeout=50)
@@ -32,13 +32,13 @@ def test_a_stuck_process_ends_and_says_where(tmp_path, hang):
     assert "Timeout (" in done.stderr
     assert "in a_step" in done.stderr
     assert seconds < 20  # of which half a second is the bound, the rest Python's start
-    assert time.time() - 20 < float((tmp_path / "deadline").read_text()) <= time.time()
+    assert time.time() - 20 < float((tmp_path / "deadline").read_text()) <= time.time() + 0.1  # it is rounded
 
 
 def test_steps_and_slow_things_are_left_alone(tmp_path):
     steps = "for _ in range(5): time.sleep(0.2); dog.step_ended(0.2)\n"
     slow = "dog.slow(); time.sleep(1.5)\n"  # longer than a step may take
     longer = "time.sleep(1.0); dog.step_ended(1.0)\n"  # ten medians of 0.2 are more than half a second
-    done, _ = run(tmp_path, steps + slow + "dog.step_ended(0.2)\n" + longer + "dog.close(); time.sleep(1.0); print('well')")
+    done, _ = run(tmp_path, steps + slow + "dog.step_ended(0.2)\n" + longer + "dog.__exit__(); time.sleep(1.0); print('well')")
     assert done.stdout == "well\n", done.stderr
     assert not (tmp_path / "deadline").exists()
