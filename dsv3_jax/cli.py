@@ -57,7 +57,7 @@ def train(
         overrides: key=value, e.g. train.steps=100 optim.lr=1e-3 data.path="texts/*.txt".
         workers: MIN:MAX, the least and the largest number of processes; `dsv3 plan --workers` says which between are legal.
         engine: Who starts workers: none (SLURM, JobSet, `dsv3 launch`), local (on this CPU) or ray (on its cluster).
-        devices: Of each worker; on a CPU virtual ones. Needed with --engine.
+        devices: Of each worker; on a CPU virtual ones. Needed with --engine; without, workers beyond a legal number end.
         rehearse: First compile for all legal numbers of workers below MAX, so that nothing is compiled when hosts are lost;
             without --engine, compile for the number that there is, and end.
     """
@@ -70,6 +70,10 @@ def train(
             raise SystemExit(code)
         return
     _use_huge_pages()
+    if workers is not None and devices is not None:
+        from dsv3_jax.elastic.command import leave_spares
+
+        leave_spares(checked, devices)
     _join()
     from dsv3_jax.train.loop import compile_only
     from dsv3_jax.train.loop import train as run

@@ -7,6 +7,7 @@ can load silently. Training goes on while a checkpoint is written.
 """
 
 import contextlib
+import functools
 import logging
 import shutil
 import time
@@ -20,10 +21,10 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from dsv3_jax.checkpoint.manifest import MANIFEST, verify, write_manifest
+from dsv3_jax.checkpoint.manifest import MANIFEST, verify, write_manifest_together
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import first_says, is_first, on_first
+from dsv3_jax.parallel.processes import first_complaint, first_says, is_first, on_first
 from dsv3_jax.train.state import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
@@ -136,8 +137,8 @@ class CheckpointManager:
     def _finish(self, save: _Save, response: ocp.AsyncResponse) -> None:
         try:
             response.result()
-            if is_first():  # after all processes' files are there
-                write_manifest(self._directory / str(save.step))
+            write_manifest_together(self._directory / str(save.step), jax.process_index(), jax.process_count())
+            if is_first():
                 self._remove_old()
         except Exception as error:  # whatever it is: `wait` raises it
             save.error = error
@@ -185,6 +186,8 @@ class CheckpointManager:
         for path in self._directory.iterdir():
             if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in whole):
                 shutil.rmtree(path, ignore_errors=True)
+            elif ".manifest-" in path.name:
+                path.unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
         """All but the latest, those of every n-th step, and those with the lowest held-out loss."""
@@ -206,7 +209,7 @@ class CheckpointManager:
         It may have been written on another mesh by another number of processes. Damaged ones are set aside, and `say` is told.
         Raises `UserError` if all are.
         """
-        self.newest = first_says(lambda: self._latest_undamaged(say))
+        self.newest = self._latest_undamaged(say)
         directory = self._directory / str(self.newest)
         loaded = _load(directory, _parts(template))
         optimizer, weights = loaded["optimizer"], loaded[WEIGHTS]
@@ -222,20 +225,29 @@ class CheckpointManager:
         return state, read_metadata(directory)
 
     def _latest_undamaged(self, say: Callable[[str], None]) -> int:
-        damaged: dict[int, UserError] = {}
-        for step in reversed(complete_steps(self._directory)):
+        """Its step, the same for all processes, each of which reads a share of the files."""
+        damaged: dict[int, str] = {}
+        while True:
+            step = first_says(lambda: max(set(complete_steps(self._directory)) - set(damaged), default=-1))
+            if step < 0:
+                raise UserError(f"no checkpoint in {self._directory} is undamaged: {'; '.join(damaged.values())}")
+            found = ""
             try:
-                verify(self._directory / str(step))
+                verify(self._directory / str(step), jax.process_index(), jax.process_count())
             except UserError as error:
-                damaged[step] = error
-                continue
-            for bad, error in damaged.items():
-                aside = self._directory / f"{bad}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self._directory / str(bad)).rename(aside)
-                say(f"{error}; set aside as {aside.name}, going back to step {step}")
-            return step
-        raise UserError(f"no checkpoint in {self._directory} is undamaged: {'; '.join(map(str, damaged.values()))}")
+                found = str(error)
+            complaint = first_complaint(found)
+            if not complaint:
+                on_first(functools.partial(self._set_aside, damaged, step, say))
+                return step
+            damaged[step] = complaint
+
+    def _set_aside(self, damaged: dict[int, str], step: int, say: Callable[[str], None]) -> None:
+        for bad, complaint in damaged.items():
+            aside = self._directory / f"{bad}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(bad)).rename(aside)
+            say(f"{complaint}; set aside as {aside.name}, going back to step {step}")
 
 
 def _held_out_loss(directory: Path) -> float | None:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dsv3_jax.errors import UserError
 
 MANIFEST = "manifest.json"
+_POLL_S = 0.05
+_PATIENCE_S = 300.0  # with other processes, which read as much
 _HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
 
 
@@ -21,17 +24,65 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
+def _share[T](items: list[T], process: int, processes: int) -> list[T]:
+    return items[process::processes]
+
+
+def _write(path: Path, listing: Mapping[str, list]) -> None:
+    scratch = path.with_name(f"{path.name}.tmp")
+    scratch.write_text(json.dumps(listing, indent=1))
+    scratch.rename(path)
+
+
+def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
+    """[size, sha256] by name within `directory`."""
+    files = list(files)
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        digests = pool.map(_digest, files)
+        return {p.relative_to(directory).as_posix(): [p.stat().st_size, d] for p, d in zip(files, digests, strict=True)}
+
+
 def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> None:
     """Every file's [size, sha256] by its name within `directory`; those that are `known` are not read again."""
-    names = {p.relative_to(directory).as_posix(): p for p in _files(directory)}
-    listing = dict(known or {}) | {n: [p.stat().st_size, _digest(p)] for n, p in names.items() if n not in (known or {})}
-    scratch = directory / f"{MANIFEST}.tmp"
-    scratch.write_text(json.dumps(listing, indent=1))
-    scratch.rename(directory / MANIFEST)
+    known = dict(known or {})
+    unknown = (p for p in _files(directory) if p.relative_to(directory).as_posix() not in known)
+    _write(directory / MANIFEST, known | _listing(directory, unknown))
 
 
-def verify(directory: Path) -> None:
-    """Raise `UserError` unless `directory` is a whole checkpoint of this project."""
+def write_manifest_together(directory: Path, process: int, processes: int) -> None:
+    """The same by all processes of a run, each of which reads its share; process 0's call ends with the whole manifest there.
+
+    They meet in the file system, because this goes on beside training, whose collectives must not be disturbed. Raises
+    `UserError` if somebody does not come.
+    """
+    if processes == 1:
+        write_manifest(directory)
+        return
+    _until(directory.is_dir, f"{directory} was not committed")  # which process 0 does
+    parts = [directory.parent / f"{directory.name}.manifest-{i}-of-{processes}" for i in range(processes)]
+    _write(parts[process], _listing(directory, _share(_files(directory), process, processes)))
+    if process == 0:
+        for i, part in enumerate(parts):
+            _until(part.is_file, f"process {i} has not listed its files in {directory}")
+        known = {name: entry for part in parts for name, entry in json.loads(part.read_text()).items()}
+        write_manifest(directory, known)  # reads what another process's file system did not show it
+        for part in parts:
+            part.unlink()
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise UserError(f"{otherwise} within {_PATIENCE_S:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def verify(directory: Path, process: int = 0, processes: int = 1) -> None:
+    """Raise `UserError` unless `directory` is a whole checkpoint of this project.
+
+    Of several processes each reads its share of the contents, and finds what is wrong there.
+    """
     try:
         listing = json.loads((directory / MANIFEST).read_text())
         expected = {name: (size, digest) for name, (size, digest) in listing.items()}
@@ -44,8 +95,8 @@ def verify(directory: Path) -> None:
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             raise UserError(f"checkpoint {directory} is damaged: {name} should have {size} bytes, found {found}")
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found = dict(zip(expected, pool.map(lambda name: _digest(directory / name), expected), strict=True))
-    for name, (_, digest) in expected.items():
-        if found[name] != digest:
+    mine = _share(sorted(expected), process, processes)
+    found = _listing(directory, (directory / name for name in mine))
+    for name in mine:
+        if found[name][1] != expected[name][1]:
             raise UserError(f"checkpoint {directory} is damaged: the contents of {name} do not match their sha256")

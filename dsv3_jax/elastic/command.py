@@ -1,14 +1,15 @@
 """`dsv3 train --engine`: a supervised run, from what the command line says."""
 
+import os
 import re
 
 from dsv3_jax.config import Config
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import seconds_from
+from dsv3_jax.parallel.processes import job_from, seconds_from
 from dsv3_jax.train.run import run_directory
-from dsv3_jax.train.worlds import worlds
+from dsv3_jax.train.worlds import largest_world, worlds
 
 _HEARTBEAT_S = 15.0
 _JOIN_S = 60.0  # hosts have answered just before: their workers come within seconds, where all is well
@@ -40,6 +41,26 @@ def job_for(config: Config, args: list[str], workers: str | None, devices: int |
     run.check_belongs_to(config)
     heartbeat, join = seconds_from("DSV3_HEARTBEAT_S", _HEARTBEAT_S), seconds_from("DSV3_JOIN_TIMEOUT_S", _JOIN_S)
     return Job(config, [*args, "--workers", f"{least}:{most}"], run, least, most, devices, heartbeat, join, rehearse)
+
+
+def leave_spares(config: Config, devices: int) -> None:
+    """Of the processes that the environment describes, those beyond the largest legal number end well; the rest are the run.
+
+    Where the environment is SLURM's or Kubernetes', which start a worker on whatever is left. Raises `UserError` if no number
+    is legal.
+    """
+    job = job_from(os.environ)
+    if job is None:
+        return
+    count = largest_world(config, devices, job.processes)
+    if count == 0:
+        raise UserError(f"no mesh over {job.processes} or fewer workers of {devices} devices divides the model and the batch")
+    if job.process >= count:
+        print(f"process {job.process} is spare: the largest legal number of workers is {count} of {job.processes}")
+        raise SystemExit(0)
+    os.environ |= {
+        "DSV3_COORDINATOR": job.coordinator, "DSV3_PROCESSES": str(count), "DSV3_PROCESS_ID": str(job.process),
+    }  # fmt: skip
 
 
 def supervise(

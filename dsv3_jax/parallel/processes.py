@@ -24,6 +24,7 @@ from dsv3_jax.errors import FailedElsewhere, UserError
 
 _PORT = 8476  # JAX's own choice for TPU pods
 _TIMEOUT_S = 300.0  # a large job's containers may start minutes apart
+_COMPLAINT_BYTES = 512
 _DEVICES_S = 30.0  # for a host's devices to start
 _HEARTBEAT_S = 30.0  # a process that says nothing for so long is dead; JAX's default is 100
 
@@ -220,6 +221,17 @@ def first_says(f: Callable[[], int]) -> int:
     """f() of process 0, on every process. If it raises, all end."""
     said = on_first(f) or 0
     return said if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(said)))
+
+
+def first_complaint(text: str) -> str:
+    """The text of the first process that has one, cut to some hundred bytes, on every process; '' if none has."""
+    if jax.process_count() == 1:
+        return text
+    mine = np.zeros(_COMPLAINT_BYTES, np.uint8)
+    data = np.frombuffer(text.encode()[:_COMPLAINT_BYTES], np.uint8)
+    mine[: len(data)] = data
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in np.asarray(multihost_utils.process_allgather(mine))]
+    return next(filter(None, texts), "")
 
 
 def agree(stop: bool, save: bool) -> tuple[bool, bool]:

@@ -18,6 +18,7 @@ from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
 from tests.checkpoint.cases import assert_is, state_of
 from tests.conftest import ROOT
+from tests.parallel.test_processes import free_port, start
 
 KEEP_ALL = CheckpointConfig(keep=9)
 ABOUT = {"config": {}, "data": {}}
@@ -89,7 +90,7 @@ def test_a_save_that_fails_beside_training(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_manifest", full)
+    monkeypatch.setattr(module, "write_manifest_together", full)
     manager.save(state_of(2), ABOUT)
     manager.close()
     assert manager.failed
@@ -143,3 +144,19 @@ def test_chunks_are_layers(tmp_path):
     found = module.ocp.checkpointables_metadata(str(tmp_path / "1")).metadata["weights"]
     chunks = {name: tuple(a.storage_metadata.chunk_shape) for name, a in found.items()}
     assert chunks == {"params/moe_blocks/w": (1, 40, 5), "params/embed_VD": (400, 8), "params/norm": (100,)}
+
+
+def test_two_processes_list_and_verify_together(tmp_path):
+    """Each reads its share of the files; damage that only the second one finds is known to both."""
+    port = free_port()
+    program = ["-m", "tests.checkpoint.together", str(tmp_path / "checkpoints")]
+    first, second = (start(program, process, 2, port) for process in (0, 1))
+    output, errors = first.communicate(timeout=300)
+    second.wait(timeout=60)
+    assert first.returncode == second.returncode == 0, errors[-3000:]
+    found = json.loads(output.strip().splitlines()[-1])
+    assert found["whole"]
+    assert not found["leftovers"]
+    assert found["aside"]
+    (line,) = found["said"]
+    assert "do not match their sha256; set aside as 2.damaged, going back to step 1" in line

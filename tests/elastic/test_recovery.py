@@ -59,10 +59,10 @@ def checksum_of(windows: list[dict]) -> int:
 
 
 def test_a_storm_leaves_no_trace(tmp_path):
-    """Kills, a stuck worker, a lost host that comes back, a flipped bit: scripts/chaos.py holds it to an undisturbed run."""
+    """A kill, a stuck worker, a lost host that comes back: scripts/chaos.py holds it to an undisturbed run."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--failures", "5", "--seed", "4", "--steps", "40",
-         "--out", str(tmp_path / "runs")],
+        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--failures", "3", "--kinds", "kill", "spin", "lost",
+         "--seed", "4", "--steps", "25", "--workers", "3:4",         "--out", str(tmp_path / "runs")],
         env=environ(tmp_path), text=True, capture_output=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout[-6000:], done.stderr[-3000:])
@@ -75,12 +75,12 @@ def test_a_storm_leaves_no_trace(tmp_path):
     config = load_config(run.config_file)
     source = PackedWindows(load_corpus(config.data, config.model.vocab_size).train, 32, 1, config.train.seed, shuffle=True)
     rows, seen = read_rows(run.metrics_file), set()
-    assert len(rows) >= 40
+    assert len(rows) >= 25
     for row in rows:
         windows = batch_windows(config.data.batch_size, row["step"] - 1)
         assert row["batch_checksum"] == checksum_of([source[w] for w in windows])
         seen |= {name for w in windows for name in source.document_ids(w)}
-    assert len(seen) > 30
+    assert len(seen) > 20
 
 
 def test_a_lost_driver_costs_one_command(tmp_path, corpus_dir):

@@ -11,7 +11,7 @@ import pytest
 
 from dsv3_jax.config import load_config
 from dsv3_jax.elastic import supervisor as module
-from dsv3_jax.elastic.command import job_for
+from dsv3_jax.elastic.command import job_for, leave_spares
 from dsv3_jax.elastic.hosts import Start
 from dsv3_jax.elastic.supervisor import Supervisor
 from dsv3_jax.errors import UserError
@@ -203,3 +203,20 @@ def test_requests_that_cannot_be(workers, devices, named, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=named):
         job_for(config, [], workers, devices)
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_beyond_a_legal_number_leave(monkeypatch, capsys):
+    """As under SLURM, which starts one on each node that is up."""
+    config = load_config(TINY, OVERRIDES)  # 24 rows: 5 workers of 2 devices are not legal, 4 are
+    named = {"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "5"}
+    for name, value in (named | {"DSV3_PROCESS_ID": "4"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        leave_spares(config, 2)
+    assert ended.value.code == 0
+    assert "process 4 is spare: the largest legal number of workers is 4 of 5" in capsys.readouterr().out
+    monkeypatch.setenv("DSV3_PROCESS_ID", "3")
+    leave_spares(config, 2)
+    assert os.environ["DSV3_PROCESSES"] == "4"
+    with pytest.raises(UserError, match="no mesh over 4 or fewer workers of 7 devices"):
+        leave_spares(config, 7)
