@@ -8,6 +8,7 @@ import pytest
 import dsv3_jax as dsv3
 from dsv3_jax.cli import _VERBS
 from dsv3_jax.config import load_config
+from dsv3_jax.elastic.command import parse_workers
 from dsv3_jax.plan.topologies import parse_topology
 from tests.conftest import ROOT
 
@@ -32,10 +33,13 @@ def test_commands(command):
         if command[1] in ("train", "describe"):
             # an import's config.yaml has what any has
             config = command[2] if command[2].startswith("configs/") else "configs/tiny.yaml"
-            load_config(ROOT / config, command[3:])
+            load_config(ROOT / config, [word for word in command[3:] if "=" in word])
         elif command[1] == "plan" and command[2].startswith("configs/"):
             load_config(ROOT / command[2], [word for word in command[3:] if "=" in word])
-            assert [parse_topology(word) for word in command if ":" in word]
+            if "--workers" in command:
+                parse_workers(command[command.index("--workers") + 1])
+            else:
+                assert [parse_topology(word) for word in command if ":" in word]
         elif command[1] == "import":
             load_config(ROOT / "configs/tiny.yaml", [word for word in command[2:] if "=" in word])
     elif command[0] == "sbatch":

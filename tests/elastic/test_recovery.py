@@ -125,7 +125,7 @@ def test_ray_goes_on_without_a_node_and_takes_it_back(tmp_path, corpus_dir):
 
     def meshes() -> list[dict]:
         events = [json.loads(line) for line in run.events_file.read_text().splitlines()] if run.events_file.exists() else []
-        return [e["mesh"] for e in events if e["event"] == "compiled" or e["event"] == "started"]
+        return [e["mesh"] for e in events if e["event"] == "started"]
 
     def step() -> int:
         return last_row(run.metrics_file).get("step", 0)
