@@ -7,7 +7,8 @@ import subprocess
 import threading
 from pathlib import Path
 
-from dsv3_jax.elastic.hosts import Host, HostProcess, LocalEngine, free_port
+from dsv3_jax.elastic.hosts import Host, HostProcess, LocalEngine
+from dsv3_jax.parallel.processes import free_port
 
 _BRIDGE, _NET = "dsv3-br", "10.77.0"
 _ANSWER_S = 1.0

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -10,14 +9,9 @@ import time
 from typing import IO
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.processes import free_port
 
 _GRACE_S = 10.0
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def launch(command: list[str], processes: int, devices: int) -> int:
@@ -28,7 +22,7 @@ def launch(command: list[str], processes: int, devices: int) -> int:
     if processes < 1 or devices < 1:
         raise UserError(f"--processes {processes} --devices {devices}: use 1 or more of each")
     shared = os.environ | {
-        "DSV3_COORDINATOR": f"127.0.0.1:{_free_port()}",
+        "DSV3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "DSV3_PROCESSES": str(processes),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

@@ -93,6 +93,13 @@ def job_from(environ: Mapping[str, str]) -> Job | None:
     return Job(job.coordinator, job.processes, job.process, timeout, heartbeat)
 
 
+def free_port() -> int:
+    """One that nobody on this machine listens at now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
 def _address(job: Job) -> tuple[str, int]:
     host, port = job.coordinator.rsplit(":", 1)
     return host, int(port)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,14 +9,8 @@ import time
 import pytest
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import Job, job_from
+from dsv3_jax.parallel.processes import Job, free_port, job_from
 from tests.conftest import ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(program: list[str], process: int, processes: int, port: int, **more: str) -> subprocess.Popen:
