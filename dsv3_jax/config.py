@@ -313,7 +313,9 @@ class CheckpointConfig:
     """When to save: whichever comes first. The last step is always saved.
 
     Kept are the latest, beside them those of every `keep_every`-th step, and the `keep_best` that had the lowest held-out loss
-    (that of the last evaluation before them).
+    (that of the last evaluation before them). `local_dir` is a place on each host, in memory (`/dev/shm/dsv3`) or on its own
+    disk (`$SLURM_TMPDIR`: variables are filled in), for a copy of its devices' part of the latest, from which a start after a
+    failure reads what it can.
     """
 
     __pydantic_config__ = _STRICT
@@ -322,6 +324,7 @@ class CheckpointConfig:
     keep: int = 3
     keep_every: int | None = None
     keep_best: int = 0
+    local_dir: str | None = None
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every_minutes", "keep")

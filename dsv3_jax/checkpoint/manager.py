@@ -9,18 +9,21 @@ can load silently. Training goes on while a checkpoint is written.
 import contextlib
 import functools
 import logging
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
+from dsv3_jax.checkpoint.local import LocalCopies, LocalCopy, Snapshot, snapshot
 from dsv3_jax.checkpoint.manifest import MANIFEST, verify, write_manifest_together
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
@@ -28,6 +31,7 @@ from dsv3_jax.parallel.processes import first_complaint, first_says, is_first, o
 from dsv3_jax.train.state import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
+_EVERYBODYS = "optimizer/step"  # an array that every process loads where any loads some: Orbax's processes meet
 WEIGHTS = "weights"  # the set of arrays that a model needs, which all checkpoints have
 _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
@@ -50,6 +54,11 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "optimizer": {"step": state.step, "opt_state": state.opt_state, "controller": state.controller},
     }
     return parts if state.ema is None else parts | {"ema": {"ema": state.ema}}
+
+
+def _joined(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{part/name: leaf}."""
+    return {f"{part}/{name}": leaf for part, leaves in parts.items() for name, leaf in leaves.items()}
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
@@ -91,6 +100,14 @@ class _Save:
     error: Exception | None = None
 
 
+class _Found(NamedTuple):
+    """What this process's host has of a checkpoint, and whether any process must read of the shared files."""
+
+    copy: LocalCopy
+    here: set[str]  # arrays
+    shared: bool
+
+
 class CheckpointManager:
     """Saves and restores the training state of one run. What earlier saves that were cut off left is removed."""
 
@@ -98,6 +115,9 @@ class CheckpointManager:
         self._directory = directory.absolute()  # Orbax takes no other
         self._config = config
         self._save: _Save | None = None
+        local = config.local_dir and Path(os.path.expandvars(config.local_dir))
+        self._local = LocalCopies(local, self._directory) if local else None
+        self.read_locally = 0.0  # of what was restored, the share of this process's bytes that came from its own host
         on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
         on_first(self._remove_what_was_cut_off)
         self.newest = 0  # step of the last save that has begun, or of what was restored
@@ -131,17 +151,29 @@ class CheckpointManager:
                 response = ocp.save_checkpointables_async(str(target), parts, custom_metadata=metadata)
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
             raise self._lost(step, error) from error
-        self._save = save = _Save(step, Thread(target=lambda: self._finish(save, response), daemon=True))
+        taken = snapshot(_joined(parts)) if self._local else {}
+        self._save = save = _Save(step, Thread(target=lambda: self._finish(save, response, taken), daemon=True))
         save.thread.start()
 
-    def _finish(self, save: _Save, response: ocp.AsyncResponse) -> None:
+    def _finish(self, save: _Save, response: ocp.AsyncResponse, taken: Snapshot) -> None:
         try:
             response.result()
             write_manifest_together(self._directory / str(save.step), jax.process_index(), jax.process_count())
+            self._copy(save.step, taken)
             if is_first():
                 self._remove_old()
         except Exception as error:  # whatever it is: `wait` raises it
             save.error = error
+
+    def _copy(self, step: int, taken: Snapshot) -> None:
+        """To this host. A run goes on without one."""
+        if self._local is None:
+            return
+        try:
+            self._local.write(step, jax.process_index(), taken, self._directory / str(step) / MANIFEST)
+        except OSError as error:
+            place = self._config.local_dir
+            print(f"no copy of step {step} in checkpoint.local_dir={place}: {_reason(error)}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Until the save that goes on is whole, on all processes. Raises `UserError` if it fails."""
@@ -207,39 +239,64 @@ class CheckpointManager:
         """The latest checkpoint that is undamaged, in the shapes and shardings of `template`, and its metadata.
 
         It may have been written on another mesh by another number of processes. Damaged ones are set aside, and `say` is told.
-        Raises `UserError` if all are.
+        What `checkpoint.local_dir` has of it is read from there. Raises `UserError` if all are damaged.
         """
-        self.newest = self._latest_undamaged(say)
+        templates = {name: _flat(tree) for name, tree in _parts(template).items()}
+        self.newest, found = self._latest_undamaged(_joined(templates), say)
         directory = self._directory / str(self.newest)
-        loaded = _load(directory, _parts(template))
-        optimizer, weights = loaded["optimizer"], loaded[WEIGHTS]
+        loaded = self._load_from_both(directory, templates, found)
+        parts = {name: _unflat(tree, loaded[name]) for name, tree in _parts(template).items()}
+        optimizer, weights = parts["optimizer"], parts[WEIGHTS]
         state = replace(
             template,
             step=optimizer["step"],
             opt_state=optimizer["opt_state"],
             params=weights["params"],
             router_bias=weights["router_bias"],
-            ema=loaded["ema"]["ema"] if "ema" in loaded else None,
+            ema=parts["ema"]["ema"] if "ema" in parts else None,
             controller=optimizer["controller"],
         )
         return state, read_metadata(directory)
 
-    def _latest_undamaged(self, say: Callable[[str], None]) -> int:
-        """Its step, the same for all processes, each of which reads a share of the files."""
+    def _load_from_both(
+        self, directory: Path, templates: dict[str, dict[str, Any]], found: "_Found"
+    ) -> dict[str, dict[str, Any]]:
+        """Arrays by part and name: from this host those that it has, from the checkpoint the others."""
+        elsewhere = {
+            part: {name: leaf for name, leaf in leaves.items() if f"{part}/{name}" not in found.here}
+            for part, leaves in templates.items()
+        }
+        loaded = _load_flat(directory, {part: leaves for part, leaves in elsewhere.items() if leaves}) if found.shared else {}
+        for part, leaves in templates.items():
+            here = {name: leaf for name, leaf in leaves.items() if name not in loaded.get(part, {})}
+            loaded[part] = loaded.get(part, {}) | {n: found.copy.load(f"{part}/{n}", leaf) for n, leaf in here.items()}
+        everything = _joined(templates)
+        self.read_locally = sum(everything[n].size for n in found.here) / sum(leaf.size for leaf in everything.values())
+        return loaded
+
+    def _latest_undamaged(self, arrays: dict[str, Any], say: Callable[[str], None]) -> tuple[int, "_Found"]:
+        """Its step, the same for all processes; each reads a share of its files, or none if all have all on their hosts."""
         damaged: dict[int, str] = {}
         while True:
             step = first_says(lambda: max(set(complete_steps(self._directory)) - set(damaged), default=-1))
             if step < 0:
                 raise UserError(f"no checkpoint in {self._directory} is undamaged: {'; '.join(damaged.values())}")
-            found = ""
-            try:
-                verify(self._directory / str(step), jax.process_index(), jax.process_count())
-            except UserError as error:
-                found = str(error)
-            complaint = first_complaint(found)
+            directory, found = self._directory / str(step), _Found(LocalCopy({}), set(), shared=True)
+            if self._local is not None:
+                copy = self._local.of(step, directory / MANIFEST)
+                here = copy.covered(arrays)
+                missing = first_complaint("" if len(here) == len(arrays) else "some of it")
+                found = _Found(copy, here - {_EVERYBODYS} if missing else here, shared=bool(missing))
+            complaint = ""
+            if found.shared:
+                try:
+                    verify(directory, jax.process_index(), jax.process_count())
+                except UserError as error:
+                    complaint = str(error)
+                complaint = first_complaint(complaint)
             if not complaint:
                 on_first(functools.partial(self._set_aside, damaged, step, say))
-                return step
+                return step, found
             damaged[step] = complaint
 
     def _set_aside(self, damaged: dict[int, str], step: int, say: Callable[[str], None]) -> None:
@@ -280,11 +337,19 @@ def _reason(error: BaseException) -> str:
 
 def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
     """Arrays of the named parts, each in the structure and shardings of its template."""
+    flat = _load_flat(directory, {name: _flat(tree) for name, tree in templates.items()})
+    return {name: _unflat(templates[name], flat[name]) for name in templates}
+
+
+def _load_flat(directory: Path, templates: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Some or all arrays of some or all parts."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     try:
-        flat = ocp.load_checkpointables(str(directory), {name: _flat(tree) for name, tree in templates.items()})
+        with context:
+            return dict(ocp.load_checkpointables(str(directory), templates))
     except Exception as error:  # the same: whatever tensorstore or Orbax raise, the file is at fault
         raise UserError(f"cannot load checkpoint {directory}: {_reason(error)}") from error
-    return {name: _unflat(templates[name], flat[name]) for name in templates}
 
 
 def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, Any]:

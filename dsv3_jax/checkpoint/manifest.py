@@ -12,7 +12,7 @@ from dsv3_jax.errors import UserError
 MANIFEST = "manifest.json"
 _POLL_S = 0.05
 _PATIENCE_S = 300.0  # with other processes, which read as much
-_HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
+HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
 
 
 def _digest(path: Path) -> str:
@@ -37,7 +37,7 @@ def _write(path: Path, listing: Mapping[str, list]) -> None:
 def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
     """[size, sha256] by name within `directory`."""
     files = list(files)
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
         digests = pool.map(_digest, files)
         return {p.relative_to(directory).as_posix(): [p.stat().st_size, d] for p, d in zip(files, digests, strict=True)}
 
@@ -50,7 +50,7 @@ def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> 
 
 
 def write_manifest_together(directory: Path, process: int, processes: int) -> None:
-    """The same by all processes of a run, each of which reads its share; process 0's call ends with the whole manifest there.
+    """The same by all processes of a run, each of which reads its share; every call ends with the whole manifest there.
 
     They meet in the file system, because this goes on beside training, whose collectives must not be disturbed. Raises
     `UserError` if somebody does not come.
@@ -68,6 +68,8 @@ def write_manifest_together(directory: Path, process: int, processes: int) -> No
         write_manifest(directory, known)  # reads what another process's file system did not show it
         for part in parts:
             part.unlink()
+    else:
+        _until((directory / MANIFEST).is_file, f"process 0 has not written {directory / MANIFEST}")
 
 
 def _until(condition: Callable[[], bool], otherwise: str) -> None:

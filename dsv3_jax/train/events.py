@@ -11,8 +11,8 @@ class EventLog:
 
     Of a supervisor: `rehearsed` (workers, seconds, well), `launch` (attempt, workers, hosts), `failure` (cause, host), `done`
     (code). Of process 0: `started` (processes, devices, mesh), `restored` (step; dropped: steps beyond it that are done again,
-    their seconds, when the last of them ended), `compiled` (step: the first one, which now begins), `saved` (step, stall_s),
-    `ended` (step).
+    their seconds, when the last of them ended; local: the share of its state that came from `checkpoint.local_dir`), `compiled`
+    (step: the first one, which now begins), `saved` (step, stall_s), `ended` (step).
     """
 
     def __init__(self, file: Path, enabled: bool = True):

@@ -256,7 +256,7 @@ def _train(
         if done:
             progress.say(f"resuming {run.path} at step {done}")
         writer = MetricsWriter(run, done) if is_first() else None
-        events.write("restored", step=done, dropped=writer.dropped if writer else None)
+        events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
         try:
             outside = _Outside(manager, writer, progress, stop, watchdog, events)
             state, stopped = _steps(config, layout, ScheduledSteps(config, layout, programs), state, data, outside)

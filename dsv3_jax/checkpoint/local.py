@@ -1,0 +1,182 @@
+"""Copies of the state on the host that computed it, in memory (/dev/shm) or on its own disk: a start after a failure reads from
+there what the host still has, and only the rest from shared storage.
+
+A copy belongs to one checkpoint, by the digest of its manifest: it counts only if that checkpoint is whole. Each process keeps
+the blocks of its devices, `STEP/PROCESS.blocks`, with their places and sha256 in `STEP/PROCESS.json`, which is written last.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dsv3_jax.checkpoint.manifest import HASHING_THREADS
+
+type Bounds = tuple[tuple[int, int], ...]  # of a block, [start, stop) by axis
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
+
+
+def needed_bounds(template: jax.ShapeDtypeStruct) -> set[Bounds]:
+    """What this process's devices hold of an array."""
+    assert template.sharding is not None
+    indices = template.sharding.addressable_devices_indices_map(template.shape).values()
+    return {_bounds(index or (), template.shape) for index in indices}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One that is on this host."""
+
+    file: Path
+    offset: int
+    bounds: Bounds
+    dtype: np.dtype
+    sha256: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.bounds)
+
+    def read(self) -> np.ndarray:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return np.fromfile(self.file, np.uint8, size, offset=self.offset).view(self.dtype).reshape(self.shape)
+
+    def is_whole(self) -> bool:
+        try:
+            return _sha256(self.read()) == self.sha256
+        except (OSError, ValueError):  # gone, or cut off
+            return False
+
+
+def _bytes(block: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+
+
+def _sha256(block: np.ndarray) -> str:
+    return hashlib.sha256(_bytes(block)).hexdigest()
+
+
+def _overlap(a: Bounds, b: Bounds) -> Bounds:
+    return tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+
+
+def _size(bounds: Bounds) -> int:
+    return math.prod(max(0, stop - start) for start, stop in bounds)
+
+
+def _within(bounds: Bounds, whole: Bounds) -> tuple[slice, ...]:
+    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in zip(bounds, whole, strict=True))
+
+
+class LocalCopy:
+    """What this host has of one checkpoint: blocks by array."""
+
+    def __init__(self, blocks: Mapping[str, list[_Block]]):
+        self._blocks = blocks
+
+    def covered(self, templates: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
+        """Names of the arrays of which all that this process needs is here, and undamaged."""
+        there = {name for name, template in templates.items() if self._covers(name, template)}
+        used = [block for name in there for block in self._blocks[name]]
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            whole = dict(zip(map(id, used), pool.map(_Block.is_whole, used), strict=True))
+        return {name for name in there if all(whole[id(block)] for block in self._blocks[name])}
+
+    def _covers(self, name: str, template: jax.ShapeDtypeStruct) -> bool:
+        blocks = [b for b in self._blocks.get(name, []) if b.dtype == template.dtype and len(b.bounds) == len(template.shape)]
+        return all(
+            sum(_size(_overlap(b.bounds, region)) for b in blocks) == _size(region) for region in needed_bounds(template)
+        )
+
+    def load(self, name: str, template: jax.ShapeDtypeStruct) -> jax.Array:
+        """An array that is `covered`."""
+
+        def region(index: tuple[slice, ...] | None) -> np.ndarray:
+            wanted = _bounds(index or (), template.shape)
+            out = np.empty([stop - start for start, stop in wanted], template.dtype)
+            for block in self._blocks[name]:
+                shared = _overlap(block.bounds, wanted)
+                if _size(shared):
+                    out[_within(shared, wanted)] = block.read()[_within(shared, block.bounds)]
+            return out
+
+        assert template.sharding is not None
+        return jax.make_array_from_callback(template.shape, template.sharding, region, template.dtype)
+
+
+type Snapshot = dict[tuple[str, Bounds], np.ndarray]  # a process's blocks by array and place
+
+
+def snapshot(arrays: Mapping[str, jax.Array]) -> Snapshot:
+    """Out of the devices' memory; all copies are under way before the first is waited for."""
+    shards = [(name, array.shape, shard) for name, array in arrays.items() for shard in array.addressable_shards]
+    for _, _, shard in shards:
+        shard.data.copy_to_host_async()
+    blocks: Snapshot = {}
+    for name, shape, shard in shards:
+        key = name, _bounds(shard.index, shape)
+        if key not in blocks:
+            blocks[key] = np.array(shard.data)  # a copy: on CPUs the device's own memory would be seen, which training reuses
+    return blocks
+
+
+class LocalCopies:
+    """Of one run on this host; of the last checkpoint only, and of the one before until that one is there."""
+
+    def __init__(self, directory: Path, run: Path):
+        """`run`: its directory of checkpoints, from whose path the copies' place follows."""
+        self._root = directory / hashlib.sha256(str(run).encode()).hexdigest()[:16]
+
+    def write(self, step: int, process: int, taken: Snapshot, manifest: Path) -> None:
+        """Once the checkpoint is whole, which `manifest` says. Raises `OSError` where there is no room."""
+        directory = self._root / str(step)
+        index, data = directory / f"{process}.json", directory / f"{process}.blocks"
+        directory.mkdir(parents=True, exist_ok=True)
+        index.unlink(missing_ok=True)  # of the same step, done again
+        listing, offset = [], 0
+        with open(data, "wb") as file:
+            for (name, bounds), block in taken.items():
+                file.write(_bytes(block))
+                listing.append([name, bounds, block.dtype.name, offset, _sha256(block)])
+                offset += block.nbytes
+        scratch = index.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"manifest": _digest(manifest), "blocks": listing}))
+        scratch.rename(index)
+        for other in self._root.iterdir():
+            if other.name.isdigit() and int(other.name) < step:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def of(self, step: int, manifest: Path) -> LocalCopy:
+        """Of all processes that were on this host. Whatever can't be read isn't there."""
+        blocks: dict[str, dict[Bounds, _Block]] = {}
+        for index in sorted((self._root / str(step)).glob("*.json")):
+            for name, block in _read_index(index, _digest(manifest)):
+                blocks.setdefault(name, {})[block.bounds] = block
+        return LocalCopy({name: list(found.values()) for name, found in blocks.items()})
+
+
+def _digest(manifest: Path) -> str:
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
+def _read_index(index: Path, manifest: str) -> Iterable[tuple[str, _Block]]:
+    try:
+        found = json.loads(index.read_text())
+        if found["manifest"] != manifest:
+            return []
+        return [
+            (name, _Block(index.with_suffix(".blocks"), offset, tuple((a, b) for a, b in bounds), np.dtype(dtype), sha256))
+            for name, bounds, dtype, offset, sha256 in found["blocks"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
