@@ -101,13 +101,15 @@ def quantising_cases(s: Sizes) -> dict[str, Case]:
             lambda i, x: swiglu_quantize(x, implementation=i), (gate_up,), neighbour, moved=1.75 * nbytes(gate_up)
         ),
         "swiglu_backward": Case(
-            lambda i, kept, dh, w: swiglu_backward(kept, dh, w, i), (kept, dh, weight), 1e-2, moved=nbytes((kept, dh, gate_up, dh))
+            lambda i, kept, dh, w: swiglu_backward(kept, dh, w, i), (kept, dh, weight), 1e-2,
+            moved=nbytes((kept, dh, gate_up, dh)),
         ),
         "rms_norm_quantize": Case(
             lambda i, x, w: rms_norm_quantize(x, w, 1e-6, implementation=i), (x, scale), neighbour, moved=1.5 * nbytes(x)
         ),
         "rms_norm_backward": Case(
-            lambda i, x, w, inverse, dy: rms_norm_backward(x, w, inverse, dy, i), (x, scale, inverse, dy), 1e-2, moved=nbytes((x, dy, x))
+            lambda i, x, w, inverse, dy: rms_norm_backward(x, w, inverse, dy, i), (x, scale, inverse, dy), 1e-2,
+            moved=nbytes((x, dy, x)),
         ),
     }  # fmt: skip
 

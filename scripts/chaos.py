@@ -4,20 +4,25 @@
     python scripts/chaos.py --failures 5 --kinds kill spin --seed 7
 
 Kinds: `kill` (SIGKILL of a worker), `stop` (SIGSTOP), `spin` (a worker stuck in a loop, its heartbeat going on), `lost` (a
-host with its worker; it is back after some seconds), `cut` (a host's network, by namespaces; needs root), `flip` (one bit of
-the latest checkpoint, and a kill). Each comes in a step, a save, a restore or a start, at any process. Checked at the end:
-every batch once and in order, by the checksum that the devices made of it; the losses; nothing done again but what followed
-the newest checkpoint. Then the run's own report. Exits 1 if anything is not as it should be. Linux only.
+host with its worker and its copies of the state; it is back after some seconds), `cut` (a host's network, by namespaces; needs
+root), `flip` (one bit of the latest checkpoint, and a kill), `full` (the run's disk, to the last byte, which ends the run; then
+there is room again, and the same command is given; needs root, to mount a small one). Each comes in a step, a save, a restore
+or a start, at any process. Checked at the end: every batch once and in order, by the checksum that the devices made of it; the
+losses; nothing done again but what followed the newest checkpoint. Then the run's own report. Exits 1 if anything is not as it
+should be. Linux only.
 """
 
 import argparse
+import atexit
 import contextlib
+import errno
 import json
 import os
 import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -41,7 +46,8 @@ from dsv3_jax.train.goodput import account, read_events, show
 from dsv3_jax.train.run import RunDirectory, last_row, read_rows
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
-KINDS = ("kill", "stop", "spin", "lost", "flip")
+KINDS, AS_ROOT = ("kill", "stop", "spin", "lost", "flip"), ("cut", "full")
+DISK = "256m"  # of the runs, where it is to be filled
 MOMENTS = ("step", "step", "save", "restore", "start")
 STUCK_S, HEARTBEAT_S, JOIN_S, BACK_S = 8, 10, 15, 20
 EVERY_STEPS = 5
@@ -68,7 +74,8 @@ def _overrides(directory: Path, name: str) -> list[str]:
         f"data.path={directory}/docs/*.txt", f"data.cache_dir={directory}/cache", "data.validation_fraction=0.2",
         "train.steps=1000000", "train.eval_every=1000000",
         "train.eval_batches=1", f"checkpoint.every_steps={EVERY_STEPS}", "parallel.fsdp=4", "parallel.expert=2",
-        f"train.stuck_after_s={STUCK_S}", "train.slow_after_s=60", f"name={name}",
+        f"train.stuck_after_s={STUCK_S}", "train.slow_after_s=60", f"checkpoint.local_dir={directory}/$DSV3_HOST",
+        f"name={name}",
     ]  # fmt: skip
 
 
@@ -87,20 +94,22 @@ class Chaos(threading.Thread):
 
     def __init__(self, supervisor: Supervisor, engine: LocalEngine, run: RunDirectory, kinds: list[str], seed: int, steps: int):
         super().__init__(daemon=True)
-        self._supervisor, self._engine, self._run, self._kinds = supervisor, engine, run, kinds
+        self.supervisor = supervisor  # the present one: a full disk ends it
+        self._engine, self._run, self._kinds = engine, run, kinds
         self._rng, self._steps = random.Random(seed), steps
         self.injected: list[Injected] = []
+        self.filler = run.path.parent / "filler"
 
     def run(self) -> None:
         attempt = 0
         for kind in self._kinds:
-            self._until(lambda attempt=attempt: self._supervisor.attempt > attempt)
+            self._until(lambda attempt=attempt: self.supervisor.attempt > attempt)
             # what is spoilt must be there, and another beside it
             moment = self._rng.choice(MOMENTS) if kind != "flip" else "step"
             self._await(moment)
             if kind == "flip":
                 self._until(lambda: len(self._whole_checkpoints()) > 1)
-            attempt = self._supervisor.attempt
+            attempt = self.supervisor.attempt
             self._inject(kind, moment)
         self._until(lambda: last_row(self._run.metrics_file).get("step", 0) >= self._steps)
         os.kill(os.getpid(), signal.SIGTERM)  # enough; a report at the end of each run would take longer than all of it
@@ -111,19 +120,19 @@ class Chaos(threading.Thread):
 
     def _happened(self, event: str) -> bool:
         """Since this attempt was launched."""
-        return any(e["event"] == event and e["time"] >= self._supervisor.launched for e in read_events(self._run))
+        return any(e["event"] == event and e["time"] >= self.supervisor.launched for e in read_events(self._run))
 
     def _await(self, moment: str) -> None:
         """Until a random time within such a moment."""
-        self._until(lambda: len(self._supervisor.workers) > 0 and all(h.pid for h in self._supervisor.workers))
+        self._until(lambda: len(self.supervisor.workers) > 0 and all(h.pid for h in self.supervisor.workers))
         if moment in ("step", "save"):
-            self._until(lambda: last_row(self._run.metrics_file).get("time", 0) > self._supervisor.launched)
+            self._until(lambda: last_row(self._run.metrics_file).get("time", 0) > self.supervisor.launched)
         if moment in ("save", "restore"):
             self._until(lambda: self._happened("saved" if moment == "save" else "started"))
         time.sleep(self._rng.uniform(0, {"step": 3.0, "save": 0.2, "restore": 1.0, "start": 1.0}[moment]))
 
     def _inject(self, kind: str, moment: str) -> None:
-        workers = self._supervisor.workers
+        workers = self.supervisor.workers
         if not workers:  # the attempt has ended in this very moment
             return
         process = self._rng.randrange(len(workers))
@@ -131,10 +140,13 @@ class Chaos(threading.Thread):
         steps = self._whole_checkpoints()
         if kind == "flip":
             self._flip(self._run.checkpoints / str(steps.pop()))
-        self.injected.append(Injected(kind, moment, process, self._supervisor.attempt, time.time(), steps[-1] if steps else 0))
-        if kind == "lost":
+        self.injected.append(Injected(kind, moment, process, self.supervisor.attempt, time.time(), steps[-1] if steps else 0))
+        if kind == "full":
+            _fill(self.filler)
+        elif kind == "lost":
             assert isinstance(host, HostProcess)
             host.process.kill()
+            shutil.rmtree(self._run.path.parents[1] / host.name, ignore_errors=True)
         elif kind == "cut":
             assert isinstance(self._engine, NamespaceEngine)
             self._engine.cut(host.name)
@@ -164,16 +176,46 @@ def _supervised(
     overrides = _overrides(directory, name)
     job = job_for(load_config(TINY, overrides), ["train", str(TINY), *overrides], workers, devices, rehearse=bool(kinds))
     engine = (NamespaceEngine if "cut" in kinds else LocalEngine)(job.most, job.devices, BACK_S)
-    supervisor = Supervisor(job, engine, lambda line: print(f"  {line}", flush=True))
-    chaos = Chaos(supervisor, engine, job.run, kinds, seed, steps)
+    chaos, code = None, None
     try:
-        chaos.start()
-        code = supervisor.run()
+        while code is None:
+            supervisor = Supervisor(job, engine, lambda line: print(f"  {line}", flush=True))
+            if chaos is None:
+                chaos = Chaos(supervisor, engine, job.run, kinds, seed, steps)
+                chaos.start()
+            chaos.supervisor = supervisor
+            code = _code(supervisor)
+            if code == 2 and chaos.filler.exists():
+                chaos.filler.unlink()
+                print("  there is room again; the same command:", flush=True)
+                code = None
     finally:
         engine.close()
     if code != 130:
         raise SystemExit(f"the run {name} ended with exit code {code}")
     return chaos.injected
+
+
+def _code(supervisor: Supervisor) -> int:
+    """That of the command line, whose supervisor may find no room for its own lines."""
+    try:
+        return supervisor.run()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"  {error}", flush=True)
+        return 2
+
+
+def _fill(filler: Path) -> None:
+    """A file with all the room that there is."""
+    size = 2**30
+    with open(filler, "wb") as file:
+        while size:
+            try:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
+            except OSError:
+                size //= 2
 
 
 def _compare(calm: RunDirectory, stormy: RunDirectory, injected: list[Injected], wanted: int) -> dict[str, object]:
@@ -206,7 +248,7 @@ def _compare(calm: RunDirectory, stormy: RunDirectory, injected: list[Injected],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--failures", type=int, default=25)
-    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, "cut"), default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *AS_ROOT), default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", default="2:4")
     parser.add_argument("--devices", type=int, default=2)
@@ -223,6 +265,10 @@ def main() -> None:
         "DSV3_HEARTBEAT_S": str(HEARTBEAT_S), "DSV3_JOIN_TIMEOUT_S": str(JOIN_S),
     }  # fmt: skip
     os.chdir(directory)
+    if "full" in options.kinds:
+        Path("runs").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", "runs"], check=True)
+        atexit.register(subprocess.run, ["umount", "--lazy", str(directory / "runs")])
     rng = random.Random(options.seed)
     kinds = [options.kinds[i % len(options.kinds)] for i in range(options.failures)]
     rng.shuffle(kinds)

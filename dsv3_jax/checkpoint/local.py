@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.checkpoint.manifest import HASHING_THREADS
+from dsv3_jax.files import write_whole
 
 type Bounds = tuple[tuple[int, int], ...]  # of a block, [start, stop) by axis
 
@@ -149,9 +150,7 @@ class LocalCopies:
                 file.write(_bytes(block))
                 listing.append([name, bounds, block.dtype.name, offset, _sha256(block)])
                 offset += block.nbytes
-        scratch = index.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"manifest": _digest(manifest), "blocks": listing}))
-        scratch.rename(index)
+        write_whole(index, json.dumps({"manifest": _digest(manifest), "blocks": listing}))
         for other in self._root.iterdir():
             if other.name.isdigit() and int(other.name) < step:
                 shutil.rmtree(other, ignore_errors=True)

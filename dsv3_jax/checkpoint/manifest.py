@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import write_whole
 
 MANIFEST = "manifest.json"
 _POLL_S = 0.05
@@ -24,14 +25,8 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
-def _share[T](items: list[T], process: int, processes: int) -> list[T]:
-    return items[process::processes]
-
-
 def _write(path: Path, listing: Mapping[str, list]) -> None:
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(json.dumps(listing, indent=1))
-    scratch.rename(path)
+    write_whole(path, json.dumps(listing, indent=1))
 
 
 def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
@@ -60,7 +55,7 @@ def write_manifest_together(directory: Path, process: int, processes: int) -> No
         return
     _until(directory.is_dir, f"{directory} was not committed")  # which process 0 does
     parts = [directory.parent / f"{directory.name}.manifest-{i}-of-{processes}" for i in range(processes)]
-    _write(parts[process], _listing(directory, _share(_files(directory), process, processes)))
+    _write(parts[process], _listing(directory, _files(directory)[process::processes]))
     if process == 0:
         for i, part in enumerate(parts):
             _until(part.is_file, f"process {i} has not listed its files in {directory}")
@@ -97,7 +92,7 @@ def verify(directory: Path, process: int = 0, processes: int = 1) -> None:
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             raise UserError(f"checkpoint {directory} is damaged: {name} should have {size} bytes, found {found}")
-    mine = _share(sorted(expected), process, processes)
+    mine = sorted(expected)[process::processes]
     found = _listing(directory, (directory / name for name in mine))
     for name in mine:
         if found[name][1] != expected[name][1]:

@@ -7,7 +7,6 @@ so that it is whole or absent.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import Document, documents, fingerprint, is_validation
 from dsv3_jax.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, train_tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import user_cache
 
 _FORMAT = "1"  # part of every cache key: raise it when the files' meaning changes
 _ENCODE_BATCH = 256
@@ -49,7 +49,7 @@ class Corpus:
 def cache_root(config: DataConfig) -> Path:
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+    return user_cache()
 
 
 def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:

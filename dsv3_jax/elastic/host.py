@@ -11,12 +11,14 @@ import json
 import os
 import select
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 NOT_JOINED = 75  # exit code of a worker whose peers did not all come: "try again" in sysexits.h
+STOPPED = 130  # after a signal, with the state saved
 _PR_SET_PDEATHSIG = 1
 
 
@@ -79,8 +81,8 @@ def _end_with(host: int) -> None:
         os._exit(1)
 
 
-def _work(start: dict[str, Any]) -> None:
-    """Become one of the run's processes, and do what the command line would."""
+def _work(start: dict[str, Any]) -> int:
+    """Become one of the run's processes, and do what the command line would. Returns its exit code."""
     log = os.open(start["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -95,8 +97,15 @@ def _work(start: dict[str, Any]) -> None:
         join()
     except (UserError, OSError, RuntimeError) as error:  # JAX's own failures are RuntimeErrors
         traceback.print_exception(error)
-        raise SystemExit(NOT_JOINED) from None
-    cli.main(start["args"])
+        return NOT_JOINED
+    try:
+        cli.main(start["args"])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def main() -> None:
@@ -104,8 +113,15 @@ def main() -> None:
     _import_all()
     _say({"ready": os.getpid()})
     start = serve()
-    if start is not None:
-        _work(start)
+    if start is None:
+        return
+    code = _work(start)
+    if code not in (0, STOPPED):
+        # at the interpreter's end JAX waits for the other processes, and they wait for this one's part in a collective
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

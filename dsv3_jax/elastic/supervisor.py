@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Config
-from dsv3_jax.elastic.host import NOT_JOINED
+from dsv3_jax.elastic.host import NOT_JOINED, STOPPED
 from dsv3_jax.elastic.hosts import Engine, Host, Start
 from dsv3_jax.elastic.logs import Follower, says_stuck
 from dsv3_jax.train.events import EventLog
@@ -25,10 +25,9 @@ _POLL_S = 0.05
 _LOOK_S = 2.0  # between looks for more hosts, and at the deadline of process 0
 _LATE_S = 10.0  # how much later than a worker the supervisor loses patience with it
 _GRACE_S = 120.0  # for a save after SIGTERM
-_STACKS_S = 1.0  # for the others to print their stacks, once one has found itself stuck
+_WORDS_S = 1.0  # for the others to say what they have to say, once one has ended
 _ATTEMPTS_IN_VAIN = 6  # without a new step
 _BAD_ERRORS = (2,)  # exit codes that no other attempt would change: bad input, divergence, a full disk
-_STOPPED = 130  # a worker's exit code after a signal, its state saved
 
 
 class End(Enum):
@@ -97,7 +96,7 @@ class Supervisor:
         while True:
             hosts = self._gather(patience_s)
             if hosts is None:
-                return _STOPPED
+                return STOPPED
             if self._job.rehearse and patience_s:
                 self._rehearse(hosts)
             patience_s = 0.0
@@ -139,7 +138,7 @@ class Supervisor:
         for i, (host, log) in enumerate(zip(hosts, logs, strict=True)):
             environ = {
                 "DSV3_COORDINATOR": address, "DSV3_PROCESSES": str(len(hosts)), "DSV3_PROCESS_ID": str(i),
-                "DSV3_HEARTBEAT_S": f"{job.heartbeat_s:g}", "DSV3_JOIN_TIMEOUT_S": f"{job.join_s:g}",
+                "DSV3_HEARTBEAT_S": f"{job.heartbeat_s:g}", "DSV3_JOIN_TIMEOUT_S": f"{job.join_s:g}", "DSV3_HOST": host.name,
             }  # fmt: skip
             host.start(Start(args, environ, str(log.absolute())))
         self.workers = hosts
@@ -190,14 +189,18 @@ class Supervisor:
                 if host.lost:
                     return Outcome(End.FAILED, f"{host.name}, of process {i}, is lost", host.name)
             codes = {i: host.code for i, host in enumerate(hosts) if host.code is not None}
-            bad = {i: code for i, code in codes.items() if code not in (0, _STOPPED, *_BAD_ERRORS)}
+            if any(code in _BAD_ERRORS for code in codes.values()):  # also where others die of its end
+                _wait_for(hosts, _WORDS_S)
+                refusing = next(i for i, host in enumerate(hosts) if host.code in _BAD_ERRORS)
+                if refusing != 0:
+                    self._say(f"process {refusing} on {hosts[refusing].name} says why in a log of {self._job.run.logs}")
+                return Outcome(End.REFUSED)
+            bad = {i: code for i, code in codes.items() if code not in (0, STOPPED)}
             if bad:
                 i, code = next(iter(bad.items()))
                 return Outcome(End.FAILED, f"process {i} on {hosts[i].name} {_ending(code)}", hosts[i].name)
             if len(codes) == len(hosts):
-                if any(code in _BAD_ERRORS for code in codes.values()):
-                    return Outcome(End.REFUSED)
-                if _STOPPED in codes.values():
+                if STOPPED in codes.values():
                     return Outcome(End.RESIZE if resizing and not self._signals else End.STOPPED)
                 return Outcome(End.DONE)
             if codes and patience is None:
@@ -239,12 +242,17 @@ class Supervisor:
         """Whatever still runs. Workers are killed: an attempt has ended, and none of them could go on."""
         for host in hosts:
             host.signal(signal.SIGKILL)
-        deadline = time.monotonic() + _LATE_S
-        while time.monotonic() < deadline and any(not host.lost and host.code is None for host in hosts):
-            time.sleep(_POLL_S / 5)
+        _wait_for(hosts, _LATE_S)
 
 
-_CODES = {End.DONE: 0, End.REFUSED: 2, End.STOPPED: 130}
+_CODES = {End.DONE: 0, End.REFUSED: 2, End.STOPPED: STOPPED}
+
+
+def _wait_for(hosts: list[Host], seconds: float) -> None:
+    """Until their workers have ended, but no longer."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(not host.lost and host.code is None for host in hosts):
+        time.sleep(_POLL_S / 5)
 
 
 def _ending(code: int) -> str:
@@ -259,6 +267,6 @@ def _explained(outcome: Outcome, logs: list[Path]) -> Outcome:
     """With the cause that a worker's log names, if one was stuck. The others get a moment to find the same."""
     if not any(says_stuck(log) for log in logs):
         return outcome
-    time.sleep(_STACKS_S)
+    time.sleep(_WORDS_S)
     stuck = next(log for log in logs if says_stuck(log))
     return replace(outcome, cause=f"no step ended in time; see the stacks in {stuck} and those beside it")

@@ -24,6 +24,7 @@ from jax.extend.backend import get_backend
 from jax.stages import Compiled
 
 from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.files import user_cache, write_whole
 
 _NO_MATTER = ("name", "checkpoint")  # sections that no program follows from
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -31,8 +32,7 @@ _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL
 
 def compiled_dir() -> Path:
     """DSV3_COMPILED_DIR, which hosts had best share, or a directory in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DSV3_COMPILED_DIR") or Path(cache) / "dsv3_jax" / "compiled")
+    return Path(os.environ.get("DSV3_COMPILED_DIR") or user_cache() / "compiled")
 
 
 def _source() -> bytes:
@@ -106,13 +106,8 @@ class ProgramStore:
         with _without_jax_cache():
             compiled = compiled_now(name, jitted, *args)
         try:
-            self._keep(file, pickle.dumps(serialize_executable.serialize(compiled)))
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_whole(file, pickle.dumps(serialize_executable.serialize(compiled)))
         except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):  # no room, or a backend that can't
-            file.unlink(missing_ok=True)
+            pass
         return compiled
-
-    def _keep(self, file: Path, data: bytes) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_bytes(data)
-        scratch.rename(file)

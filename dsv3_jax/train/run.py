@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from dsv3_jax.checkpoint.manager import complete_steps
 from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import write_whole
 
 # Keys that may change when a run goes on: they decide how long, how often and where, never what a step computes.
 _MAY_CHANGE = {
@@ -21,6 +22,7 @@ _MAY_CHANGE = {
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
+_BEFORE_CONFIG = ("events.jsonl", "logs", "tokenizer.json", "config.yaml.")  # names of what is there first begin so
 _LAST_BYTES = 2**16  # more than a row has
 
 
@@ -79,9 +81,8 @@ class RunDirectory:
         if not self.path.exists():
             return
         if not self.config_file.exists():
-            supervised = {self.events_file, self.logs}  # which a supervisor makes first
-            if self.path.is_dir() and set(self.path.iterdir()) <= supervised:
-                return
+            if self.path.is_dir() and all(p.name.startswith(_BEFORE_CONFIG) for p in self.path.iterdir()):
+                return  # a run that came no further
             raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
         old = _leaves(config_to_dict(load_config(self.config_file)))
         for key, value in _leaves(config_to_dict(config)).items():
@@ -95,8 +96,8 @@ class RunDirectory:
     def create(self, config: Config, tokenizer: Tokenizer) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.tokenizer_file.write_text(tokenizer.to_str())
-            self.config_file.write_text(config_to_yaml(config))
+            write_whole(self.tokenizer_file, tokenizer.to_str())
+            write_whole(self.config_file, config_to_yaml(config))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
 
@@ -112,9 +113,7 @@ def _reopen(path: Path, resumed_step: int) -> tuple[TextIO, list[dict[str, Any]]
     """To append to, without the lines beyond the step from which a run goes on; and those."""
     rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= resumed_step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    scratch.rename(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     return open(path, "a", buffering=1), rows[len(kept) :]
 
 

@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Self
 
+from dsv3_jax.files import write_whole
+
 _MEDIANS = 10  # a step that takes so many times the median is taken for stuck
 _REMEMBERED = 50  # steps
 
@@ -39,9 +41,7 @@ class Watchdog:
             return
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         if self._file is not None:
-            scratch = self._file.with_suffix(".tmp")
-            scratch.write_text(f"{time.time() + seconds:.1f}")
-            scratch.rename(self._file)
+            write_whole(self._file, f"{time.time() + seconds:.1f}")
 
     def __enter__(self) -> Self:
         return self

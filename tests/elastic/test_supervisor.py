@@ -171,7 +171,7 @@ def test_process_0_that_cannot_even_end_itself_is_noticed(play, monkeypatch):
 
 
 def test_a_stuck_worker_is_named_by_its_stacks(play, monkeypatch):
-    monkeypatch.setattr(module, "_STACKS_S", 0.01)
+    monkeypatch.setattr(module, "_WORDS_S", 0.01)
 
     def meanwhile(actors, supervisor):
         while not all(a.started for a in actors):

@@ -103,6 +103,29 @@ def test_another_config_or_a_foreign_directory_is_refused(config_with, tmp_path)
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_whose_start_was_cut_off_begins_anew(config_with, tmp_path, monkeypatch):
+    """By a full disk: before its configuration was whole, a directory holds none; afterwards the old one stays."""
+    config, write = config_with("name=a", "train.steps=1"), Path.write_bytes
+
+    def full(path, data):
+        if "config.yaml" not in path.name:
+            return write(path, data)
+        write(path, data[:10])
+        raise OSError(28, "No space left on device")
+
+    for before in ([], ["tokenizer.json"]):
+        assert [p.name for p in tmp_path.glob("a/*")] == before
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*a: No space left on device"):
+            patch.setattr(Path, "write_bytes", full)
+            train(config, tmp_path)
+    train(config, tmp_path)
+    whole = (tmp_path / "a" / "config.yaml").read_text()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write"):
+        patch.setattr(Path, "write_bytes", full)
+        train(config_with("name=a", "train.steps=2"), tmp_path)
+    assert (tmp_path / "a" / "config.yaml").read_text() == whole
+
+
 def test_divergence_names_step_documents_and_checkpoint(config_with, tmp_path):
     with pytest.raises(UserError) as error:
         train(config_with("name=a", "optim.lr=300", "optim.warmup_steps=0", "checkpoint.every_steps=1"), tmp_path)
