@@ -1,7 +1,7 @@
 """Where a run's time went: steps that count, and what checkpoints and failures cost, from events.jsonl and metrics.jsonl."""
 
-import json
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,21 +38,35 @@ class Account:
     wall: float  # seconds, without those between a stop and the next start
     seconds: dict[str, float]  # by CLASSES; they add up to `wall`
     failures: list[Failure]
+    began: float
+    ended: float  # when it last came to a good end; 0 if it never did
 
     @property
     def goodput(self) -> float:
         return self.seconds["steps"] / self.wall if self.wall else 0.0
 
 
+class RunningAccount:
+    """That of a run that goes on, for its metrics: what came before is read once, when its first step is about to begin."""
+
+    def __init__(self, run: RunDirectory):
+        past = account(run)
+        self._wall, self._steps, self._since = past.wall, past.seconds["steps"], time.time()
+        self.costs: dict[str, float] = {}  # seconds lost since the last row, by class
+        if past.failures and past.failures[-1].time > past.ended:
+            self.costs = past.failures[-1].seconds
+
+    def row(self, step_s: float) -> dict[str, float]:
+        """What the row of a step that has just ended says of it."""
+        self._steps += step_s
+        lost = {f"lost_{phase}_s": round(seconds, 4) for phase, seconds in self.costs.items()}
+        self.costs = {}
+        return {"goodput": self._steps / (self._wall + time.time() - self._since)} | lost
+
+
 def read_events(run: RunDirectory) -> list[dict[str, Any]]:
     """All whole lines, by time. Raises `UserError` if there are none."""
-    events = []
-    text = run.events_file.read_text() if run.events_file.exists() else ""
-    for line in text.splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:  # cut off by a crash
-            continue
+    events = read_rows(run.events_file)
     if not events:
         raise UserError(f"{run.path} has no events.jsonl: it is no run, or one of an earlier version")
     return sorted(events, key=lambda e: e["time"])
@@ -67,7 +81,7 @@ def account(run: RunDirectory) -> Account:
     wall = 0.0
     for begin, event in _marks(events, ended):
         spent = event["time"] - begin["time"]
-        if begin["event"] == "done":  # nobody wanted it to run
+        if begin["event"] == "done" or (begin["event"], event["event"]) == ("ended", "started"):  # nobody wanted it to run
             continue
         wall += spent
         phase = _PHASES.get(event["event"])
@@ -88,7 +102,8 @@ def account(run: RunDirectory) -> Account:
     seconds["saving"] = sum(e["stall_s"] for e in events if e["event"] == "saved")
     seconds["recompute"] = sum(e["dropped"]["seconds"] for e in events if e.get("dropped"))
     seconds["rest"] = max(0.0, wall - sum(seconds.values()))
-    return Account(wall, seconds, failures)
+    good_ends = [e["time"] for e in events if e["event"] in ("ended", "done")]
+    return Account(wall, seconds, failures, events[0]["time"], max(good_ends, default=0.0))
 
 
 def _marks(events: list[dict[str, Any]], ended: list[float]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -121,10 +136,9 @@ def show(run: RunDirectory, console: Console) -> None:
         console.print("no failures")
         return
     table = Table("after, s", "failure", *(f"{p} s" for p in phases), "steps again", "gap s", title="failures")
-    began = read_events(run)[0]["time"]
     for f in total.failures:
         split = (f"{f.seconds.get(p, 0.0):.1f}" for p in phases)
-        table.add_row(f"{f.time - began:.0f}", f.cause, *split, str(f.again), f"{f.gap:.1f}")
+        table.add_row(f"{f.time - total.began:.0f}", f.cause, *split, str(f.again), f"{f.gap:.1f}")
     console.print(table)
     console.print(
         f"{len(total.failures)} failures; median gap {statistics.median(f.gap for f in total.failures):.1f} s "

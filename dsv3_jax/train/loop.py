@@ -5,7 +5,6 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from dsv3_jax.progress import ProgressReporter
 from dsv3_jax.train.compiled import Programs, ProgramStore, compiled_dir, compiled_now
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.events import EventLog
+from dsv3_jax.train.goodput import RunningAccount
 from dsv3_jax.train.initial import with_its_tokenizer, with_weights
 from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
@@ -37,6 +37,8 @@ from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, ini
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 from dsv3_jax.train.watchdog import Watchdog
 from dsv3_jax.train.worlds import on_mesh
+
+_CLAIM_S = 60.0  # for processes of an attempt before this one, which are on their way out
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,24 @@ def _start(config: Config, layout: Layout, manager: CheckpointManager, data: _Da
 class _Outside:
     """What the loop tells of itself, and hears, outside of the computation."""
 
+    run: RunDirectory
     manager: CheckpointManager
     writer: MetricsWriter | None  # of process 0
     progress: ProgressReporter
     stop: _StopRequest
     watchdog: Watchdog
     events: EventLog
+    account: RunningAccount | None = None  # of process 0, once it has begun
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
         """Begin a checkpoint; how long that held training up is an event."""
         self.watchdog.slow()  # the save before may still have to come to its end
         began = time.perf_counter()
         self.manager.save(state, about)
-        self.events.write("saved", step=int(state.step), stall_s=round(time.perf_counter() - began, 4))
+        stall_s = round(time.perf_counter() - began, 4)
+        self.events.write("saved", step=int(state.step), stall_s=stall_s)
+        if self.account is not None:
+            self.account.costs["saving"] = stall_s
 
 
 def _here(config: Config, elastic: bool) -> tuple[Config, Layout]:
@@ -223,27 +230,27 @@ def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> T
     """Train to `train.steps`, going on from the run's latest checkpoint if it has one.
 
     `elastic`: on all devices that there are, on the mesh over them that comes nearest to the configuration's. Raises
-    `UserError` for bad input, a directory of another run, divergence (with the last good checkpoint named), and a checkpoint
-    that cannot be written.
+    `UserError` for bad input, a directory of another run, one that another process is training, divergence (with the last good
+    checkpoint named), and a checkpoint that cannot be written.
     """
+    with contextlib.ExitStack() as until_end:
+        return _train(config, root, elastic, until_end)
+
+
+def _train(config: Config, root: Path, elastic: bool, until_end: contextlib.ExitStack) -> TrainResult:
     several = elastic or jax.process_count() > 1
-    with Watchdog(config.train.stuck_after_s, config.train.slow_after_s, enabled=several) as watchdog:
-        return _train(config, root, elastic, _programs if several else lambda *_: compiled_now, watchdog)
-
-
-def _train(
-    config: Config, root: Path, elastic: bool, programs_for: Callable[[Config, Layout], Programs], watchdog: Watchdog
-) -> TrainResult:
+    watchdog = until_end.enter_context(Watchdog(config.train.stuck_after_s, config.train.slow_after_s, enabled=several))
     asked = config.parallel
     config, layout = _here(config, elastic)
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
+    on_first(lambda: until_end.enter_context(run.claimed(_CLAIM_S if several else 0.0)))
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache
     corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
     corpus = corpus or load_corpus(config.data, config.model.vocab_size)
     data = _data(config, layout, corpus)
     on_first(lambda: run.create(replace(config, parallel=asked), corpus.tokenizer))
-    programs = programs_for(config, layout)
+    programs = _programs(config, layout) if several else compiled_now
     watchdog.slow(run.deadline_file if is_first() and elastic else None)
     events = EventLog(run.events_file, is_first())
     events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=_sizes(layout))
@@ -258,7 +265,7 @@ def _train(
         writer = MetricsWriter(run, done) if is_first() else None
         events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
         try:
-            outside = _Outside(manager, writer, progress, stop, watchdog, events)
+            outside = _Outside(run, manager, writer, progress, stop, watchdog, events)
             state, stopped = _steps(config, layout, ScheduledSteps(config, layout, programs), state, data, outside)
         finally:
             manager.close()
@@ -320,6 +327,7 @@ def _steps(
             train_step.program(step, state, batch)
             agree(False, False)  # all have compiled
             outside.events.write("compiled", step=first)
+            outside.account = RunningAccount(outside.run) if writer is not None else None
             began = time.perf_counter()
         state, metrics = train_step(step, state, batch)
         step += 1
@@ -337,7 +345,8 @@ def _steps(
         changes = controller.log_lines(step, switches, metrics.decisions)
         for line in changes:
             progress.say(controller.describe(line))
-        if writer is not None:
+        if writer is not None and outside.account is not None:
+            row |= outside.account.row(row["step_time_s"])
             writer.write(row)
             writer.write_decisions(changes)
         progress.update(step, row, flops_per_token * row["tokens_per_s"])

@@ -1,6 +1,10 @@
 """A run's directory, runs/NAME, its files, and who writes them: see `RunDirectory` and `MetricsWriter`."""
 
+import contextlib
+import fcntl
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +26,8 @@ _MAY_CHANGE = {
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
-_BEFORE_CONFIG = ("events.jsonl", "logs", "tokenizer.json", "config.yaml.")  # names of what is there first begin so
+_BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", "config.yaml.")  # names of what is there first begin so
+_POLL_S = 0.1
 _LAST_BYTES = 2**16  # more than a row has
 
 
@@ -93,6 +98,31 @@ class RunDirectory:
                     f"choose another name=... or remove the directory"
                 )
 
+    @contextlib.contextmanager
+    def claimed(self, patience_s: float = 0.0) -> Iterator[None]:
+        """While this is so, no other process trains here. Raises `UserError` if one does, and does not end in time."""
+        deadline = time.monotonic() + patience_s
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "lock", "w")  # noqa: SIM115  (closed below)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        with lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise UserError(
+                            f"{self.path} is being trained by another process; or choose another name=..."
+                        ) from None
+                    time.sleep(_POLL_S)
+                except OSError:  # a file system without locks
+                    break
+                else:
+                    break
+            yield
+
     def create(self, config: Config, tokenizer: Tokenizer) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -156,14 +186,12 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl and its like; a last line that was cut off is dropped."""
+    """Of metrics.jsonl and its like, without lines that a crash has cut off."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
     return rows
 
 

@@ -106,6 +106,8 @@ def test_a_lost_driver_costs_one_command(tmp_path, corpus_dir):
     assert "resuming runs/driver at step 5" in output
     rows = read_rows(run.metrics_file)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert all(0 < row["goodput"] < 1 for row in rows)
+    assert rows[5]["lost_recompute_s"] > 0  # the first one done again
     report = subprocess.run(
         [sys.executable, "-m", "dsv3_jax.cli", "report", "runs/driver"], cwd=tmp_path, env=environ(tmp_path), text=True,
         capture_output=True, timeout=60,
@@ -154,5 +156,37 @@ def test_ray_goes_on_without_a_node_and_takes_it_back(tmp_path, corpus_dir):
         assert process.returncode == 130, output[-3000:]
     finally:
         cluster.shutdown()
+    rows = read_rows(run.metrics_file)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_a_lost_head_node_costs_one_command_on_a_new_cluster(tmp_path, corpus_dir):
+    """Without its head node a Ray cluster ends, the supervisor and all workers with it, after a time that Ray bounds."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    bound = {"gcs_rpc_server_reconnect_timeout_s": 10}
+    command = [
+        "train", str(TINY), *MICRO, f"data.path={corpus_dir}/*.txt", f"data.cache_dir={tmp_path}/cache", "name=head",
+        "--engine", "ray", "--workers", "1:2", "--devices", "2",
+    ]  # fmt: skip
+    run, outputs = RunDirectory(tmp_path / "runs" / "head"), []
+    for _ in range(2):
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": bound}
+        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=1)
+            began = time.time()
+            process = start(tmp_path, *command, RAY_ADDRESS=cluster.address)
+            until(lambda began=began: (row := last_row(run.metrics_file)).get("time", 0) > began and row["step"] >= 8, process)
+            if not outputs:
+                cluster.remove_node(cluster.head_node, allow_graceful=False)
+            else:
+                process.send_signal(signal.SIGTERM)
+            outputs.append(process.communicate(timeout=120)[0])
+            assert process.returncode == (130 if len(outputs) > 1 else 1), outputs[-1][-3000:]
+        finally:
+            cluster.shutdown()
+    assert "Failed to connect to GCS" in outputs[0]
+    assert "resuming runs/head at step" in outputs[1]
     rows = read_rows(run.metrics_file)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.train.goodput import account, show
+from dsv3_jax.train.goodput import RunningAccount, account, show
 from dsv3_jax.train.run import RunDirectory
 
 
@@ -96,6 +96,33 @@ def test_pauses_do_not_count_and_cut_lines_do_no_harm(tmp_path):
     with Console(width=150, record=True) as console:
         show(run, console)
     assert "1 failures; median gap 2.8 s" in console.export_text()
+
+
+def test_pauses_without_a_supervisor_do_not_count_either(tmp_path):
+    events = [(t, e, m) for t, e, m in EVENTS if e not in ("launch", "failure", "done")]
+    later = [(1001.0, "started", {}), (1002.0, "restored", {"step": 6}), (1003.0, "compiled", {})]
+    rows = [*ROWS, (7, 1004.0, 1.0)]
+    assert account(run_of(tmp_path / "r", [*events, *later], rows)).wall == pytest.approx(22 + 3)
+
+
+def test_metrics_say_what_a_failure_cost(tmp_path, monkeypatch):
+    """The first row after it; later ones what a save cost; and all the goodput so far."""
+    run = run_of(tmp_path / "r", EVENTS[:10], ROWS[:2])
+    clock = iter([119.8, 121.0, 122.5, 123.5])  # the first step is about to begin; three end
+    monkeypatch.setattr("dsv3_jax.train.goodput.time.time", lambda: next(clock))
+    running = RunningAccount(run)
+    assert running.row(1.2) == pytest.approx({
+        "goodput": 3.2 / 21.0, "lost_detection_s": 0.5, "lost_restart_s": 1.5, "lost_restore_s": 0.5, "lost_compile_s": 0.3,
+        "lost_recompute_s": 1.0,
+    })  # fmt: skip
+    running.costs["saving"] = 0.25
+    assert running.row(1.0) == pytest.approx({"goodput": 4.2 / 22.5, "lost_saving_s": 0.25})
+    assert running.row(1.0) == pytest.approx({"goodput": 5.2 / 23.5})
+
+
+def test_a_start_that_follows_no_failure_has_cost_nothing(tmp_path):
+    later = [(1000.0, "launch", {}), (1001.0, "started", {}), (1002.0, "restored", {"step": 6}), (1003.0, "compiled", {})]
+    assert not RunningAccount(run_of(tmp_path / "r", [*EVENTS, *later], ROWS)).costs
 
 
 def test_a_directory_without_events_is_named(tmp_path):

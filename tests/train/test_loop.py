@@ -19,10 +19,11 @@ from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.report import finish
+from dsv3_jax.train.run import RunDirectory
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 COMMAND = str(Path(sys.executable).with_name("dsv3"))
-REQUIRED = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s"}
+REQUIRED = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time_s", "goodput"}
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -30,7 +31,8 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def without_clock(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "step_time_s", "time")} for row in rows]
+    timed = ("tokens_per_s", "step_time_s", "time", "goodput")
+    return [{k: v for k, v in row.items() if k not in timed and not k.startswith("lost_")} for row in rows]
 
 
 def assert_same_state(a, b):
@@ -103,6 +105,16 @@ def test_another_config_or_a_foreign_directory_is_refused(config_with, tmp_path)
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_that_is_being_trained_is_left_alone(config_with, tmp_path):
+    config = config_with("name=a", "train.steps=1")
+    with RunDirectory(tmp_path / "a").claimed(), pytest.raises(UserError, match="a is being trained by another process"):
+        train(config, tmp_path)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["lock"]
+    train(config, tmp_path)
+    with pytest.raises(UserError, match="cannot write"), RunDirectory(tmp_path / "a" / "config.yaml" / "b").claimed():
+        pass
+
+
 def test_a_run_whose_start_was_cut_off_begins_anew(config_with, tmp_path, monkeypatch):
     """By a full disk: before its configuration was whole, a directory holds none; afterwards the old one stays."""
     config, write = config_with("name=a", "train.steps=1"), Path.write_bytes
@@ -113,16 +125,18 @@ def test_a_run_whose_start_was_cut_off_begins_anew(config_with, tmp_path, monkey
         write(path, data[:10])
         raise OSError(28, "No space left on device")
 
-    for before in ([], ["tokenizer.json"]):
-        assert [p.name for p in tmp_path.glob("a/*")] == before
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*a: No space left on device"):
+    for before in ([], ["lock", "tokenizer.json"]):
+        assert sorted(p.name for p in tmp_path.glob("a/*")) == before
+        with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
-            train(config, tmp_path)
+            with pytest.raises(UserError, match=r"cannot write .*a: No space left on device"):
+                train(config, tmp_path)
     train(config, tmp_path)
     whole = (tmp_path / "a" / "config.yaml").read_text()
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        train(config_with("name=a", "train.steps=2"), tmp_path)
+        with pytest.raises(UserError, match="cannot write"):
+            train(config_with("name=a", "train.steps=2"), tmp_path)
     assert (tmp_path / "a" / "config.yaml").read_text() == whole
 
 
