@@ -2,6 +2,7 @@
 
     python scripts/chaos.py                                  # 25 failures, 4 workers x 2 devices, 10 to 15 minutes on 2 cores
     python scripts/chaos.py --failures 5 --kinds kill spin --seed 7
+    python scripts/chaos.py --failures 8 --engine ray --kinds kill stop spin lost
 
 Kinds: `kill` (SIGKILL of a worker), `stop` (SIGSTOP), `spin` (a worker stuck in a loop, its heartbeat going on), `lost` (a
 host with its worker and its copies of the state; it is back after some seconds), `cut` (a host's network, by namespaces; needs
@@ -39,8 +40,8 @@ from dsv3_jax.checkpoint.manager import complete_steps
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.config import load_config
 from dsv3_jax.elastic.command import job_for
-from dsv3_jax.elastic.hosts import HostProcess, LocalEngine
-from dsv3_jax.elastic.supervisor import Supervisor
+from dsv3_jax.elastic.hosts import Engine, Host, HostProcess, LocalEngine
+from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
 from dsv3_jax.train.goodput import account, read_events, show
 from dsv3_jax.train.run import RunDirectory, last_row, read_rows
@@ -92,7 +93,7 @@ class Injected:
 class Chaos(threading.Thread):
     """Injects failures into the run that a supervisor keeps up, each into the attempt that follows the one before."""
 
-    def __init__(self, supervisor: Supervisor, engine: LocalEngine, run: RunDirectory, kinds: list[str], seed: int, steps: int):
+    def __init__(self, supervisor: Supervisor, engine: Engine, run: RunDirectory, kinds: list[str], seed: int, steps: int):
         super().__init__(daemon=True)
         self.supervisor = supervisor  # the present one: a full disk ends it
         self._engine, self._run, self._kinds = engine, run, kinds
@@ -144,8 +145,7 @@ class Chaos(threading.Thread):
         if kind == "full":
             _fill(self.filler)
         elif kind == "lost":
-            assert isinstance(host, HostProcess)
-            host.process.kill()
+            _lose(self._engine, host)
             shutil.rmtree(self._run.path.parents[1] / host.name, ignore_errors=True)
         elif kind == "cut":
             assert isinstance(self._engine, NamespaceEngine)
@@ -170,30 +170,28 @@ class Chaos(threading.Thread):
 
 
 def _supervised(
-    directory: Path, name: str, steps: int, workers: str, devices: int, kinds: list[str], seed: int
+    directory: Path, name: str, steps: int, engine_name: str, workers: str, devices: int, kinds: list[str], seed: int
 ) -> list[Injected]:
     """A run under `runs/NAME` of at least `steps` steps, with such failures. Raises SystemExit if it ends otherwise."""
     overrides = _overrides(directory, name)
     job = job_for(load_config(TINY, overrides), ["train", str(TINY), *overrides], workers, devices, rehearse=bool(kinds))
-    engine = (NamespaceEngine if "cut" in kinds else LocalEngine)(job.most, job.devices, BACK_S)
-    chaos, code = None, None
+    engine = _engine(engine_name, kinds, job)
+    chaos = Chaos(Supervisor(job, engine, _print_inset), engine, job.run, kinds, seed, steps)
     try:
-        while code is None:
-            supervisor = Supervisor(job, engine, lambda line: print(f"  {line}", flush=True))
-            if chaos is None:
-                chaos = Chaos(supervisor, engine, job.run, kinds, seed, steps)
-                chaos.start()
-            chaos.supervisor = supervisor
-            code = _code(supervisor)
-            if code == 2 and chaos.filler.exists():
-                chaos.filler.unlink()
-                print("  there is room again; the same command:", flush=True)
-                code = None
+        chaos.start()
+        while (code := _code(chaos.supervisor)) == 2 and chaos.filler.exists():
+            chaos.filler.unlink()
+            print("  there is room again; the same command:", flush=True)
+            chaos.supervisor = Supervisor(job, engine, _print_inset)
     finally:
         engine.close()
     if code != 130:
         raise SystemExit(f"the run {name} ended with exit code {code}")
     return chaos.injected
+
+
+def _print_inset(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def _code(supervisor: Supervisor) -> int:
@@ -205,6 +203,21 @@ def _code(supervisor: Supervisor) -> int:
             raise
         print(f"  {error}", flush=True)
         return 2
+
+
+def _lose(engine: Engine, host: Host) -> None:
+    if isinstance(host, HostProcess):
+        host.process.kill()
+    else:
+        engine.lose(host)  # type: ignore[attr-defined]
+
+
+def _engine(name: str, kinds: list[str], job: Job) -> Engine:
+    if name == "ray":
+        from _ray_cluster import RayClusterEngine
+
+        return RayClusterEngine(job.most, job.devices, BACK_S)
+    return (NamespaceEngine if "cut" in kinds else LocalEngine)(job.most, job.devices, BACK_S)
 
 
 def _fill(filler: Path) -> None:
@@ -249,12 +262,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--failures", type=int, default=25)
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *AS_ROOT), default=list(KINDS))
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="ray: a cluster of this machine, a node a host"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", default="2:4")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of the run; ten a failure if not given")
     parser.add_argument("--out", type=Path, help="a directory for the runs, kept; else a temporary one")
     options = parser.parse_args()
+    if options.engine == "ray" and "cut" in options.kinds:
+        parser.error("--kinds cut: networks are cut between hosts of --engine local alone")
     steps = options.steps or 10 * options.failures + 20
     directory = (options.out or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -274,9 +292,9 @@ def main() -> None:
     rng.shuffle(kinds)
     print(f"undisturbed, {steps} steps:")
     most = options.workers.rpartition(":")[2]
-    _supervised(directory, "calm", steps, most, options.devices, [], 0)
+    _supervised(directory, "calm", steps, "local", most, options.devices, [], 0)
     print(f"with {len(kinds)} failures, seed {options.seed}:")
-    injected = _supervised(directory, "stormy", steps, options.workers, options.devices, kinds, options.seed)
+    injected = _supervised(directory, "stormy", steps, options.engine, options.workers, options.devices, kinds, options.seed)
     stormy = RunDirectory(directory / "runs" / "stormy")
     table = Table("attempt", "what", "when", "process", "newest checkpoint", title="injected")
     for i in injected:

@@ -197,6 +197,7 @@ class _Outside:
         self.manager.save(state, about)
         stall_s = round(time.perf_counter() - began, 4)
         self.events.write("saved", step=int(state.step), stall_s=stall_s)
+        self.watchdog.step_begins()
         if self.account is not None:
             self.account.costs["saving"] = stall_s
 
@@ -339,6 +340,7 @@ def _steps(
             watchdog.slow()
             row |= _evaluate(config, layout, eval_step, state, data.corpus)
             held_out = row["eval_loss"]
+            watchdog.step_begins()
             progress.say(f"step {step}/{last}  held-out loss {row['eval_loss']:.4f}")
             if writer is not None:
                 writer.write_routing(step, metrics.objective.load)

@@ -29,7 +29,12 @@ class Watchdog:
 
     def step_ended(self, seconds: float) -> None:
         self._steps.append(seconds)
-        self._allow(max(_MEDIANS * statistics.median(self._steps), self._floor))
+        self.step_begins()
+
+    def step_begins(self) -> None:
+        """After what was `slow`, where steps have been timed."""
+        if self._steps:
+            self._allow(max(_MEDIANS * statistics.median(self._steps), self._floor))
 
     def slow(self, file: Path | None = None) -> None:
         """From here on `file` gets the deadline, in seconds since 1970, for a supervisor: it ends who cannot end itself."""

@@ -35,6 +35,13 @@ def test_a_stuck_process_ends_and_says_where(tmp_path, hang):
     assert time.time() - 20 < float((tmp_path / "deadline").read_text()) <= time.time() + 0.1  # it is rounded
 
 
+def test_a_step_after_something_slow_has_a_steps_time(tmp_path):
+    """A save that has begun lets the next step run; a first step, which nothing was timed before, has the slow one's."""
+    done, seconds = run(tmp_path, "dog.step_begins(); time.sleep(1); dog.step_ended(0.01); dog.slow(); dog.step_begins(); time.sleep(4)")
+    assert done.returncode == 1
+    assert "Timeout (0:00:00.5" in done.stderr
+
+
 def test_steps_and_slow_things_are_left_alone(tmp_path):
     steps = "for _ in range(5): time.sleep(0.2); dog.step_ended(0.2)\n"
     slow = "dog.slow(); time.sleep(1.5)\n"  # longer than a step may take
