@@ -7,7 +7,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import job_from, seconds_from
+from dsv3_jax.parallel.processes import place_from, seconds_from
 from dsv3_jax.train.run import run_directory
 from dsv3_jax.train.worlds import largest_world, worlds
 
@@ -49,17 +49,17 @@ def leave_spares(config: Config, devices: int) -> None:
     Where the environment is SLURM's or Kubernetes', which start a worker on whatever is left. Raises `UserError` if no number
     is legal.
     """
-    job = job_from(os.environ)
-    if job is None:
+    place = place_from(os.environ)
+    if place is None:
         return
-    count = largest_world(config, devices, job.processes)
+    count = largest_world(config, devices, place.processes)
     if count == 0:
-        raise UserError(f"no mesh over {job.processes} or fewer workers of {devices} devices divides the model and the batch")
-    if job.process >= count:
-        print(f"process {job.process} is spare: the largest legal number of workers is {count} of {job.processes}")
+        raise UserError(f"no mesh over {place.processes} or fewer workers of {devices} devices divides the model and the batch")
+    if place.process >= count:
+        print(f"process {place.process} is spare: the largest legal number of workers is {count} of {place.processes}")
         raise SystemExit(0)
     os.environ |= {
-        "DSV3_COORDINATOR": job.coordinator, "DSV3_PROCESSES": str(count), "DSV3_PROCESS_ID": str(job.process),
+        "DSV3_COORDINATOR": place.coordinator, "DSV3_PROCESSES": str(count), "DSV3_PROCESS_ID": str(place.process),
     }  # fmt: skip
 
 

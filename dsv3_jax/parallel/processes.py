@@ -30,7 +30,7 @@ _HEARTBEAT_S = 30.0  # a process that says nothing for so long is dead; JAX's de
 
 
 @dataclass(frozen=True)
-class Job:
+class Place:
     """One process's place in a run."""
 
     coordinator: str  # host:port
@@ -67,30 +67,30 @@ def seconds_from(name: str, default: float, environ: Mapping[str, str] = os.envi
     return seconds
 
 
-def job_from(environ: Mapping[str, str]) -> Job | None:
-    """The job that the environment describes, or None for a single process. Raises `UserError` if it contradicts itself."""
+def place_from(environ: Mapping[str, str]) -> Place | None:
+    """As the environment describes it; None for a single process. Raises `UserError` if it contradicts itself."""
     if "DSV3_PROCESSES" in environ or "DSV3_COORDINATOR" in environ:
         # an indexed Kubernetes job (JobSet's are) numbers its pods
         process = _number(environ, "DSV3_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
-        job = Job(environ.get("DSV3_COORDINATOR", ""), _number(environ, "DSV3_PROCESSES"), process)
+        place = Place(environ.get("DSV3_COORDINATOR", ""), _number(environ, "DSV3_PROCESSES"), process)
     elif environ.get("SLURM_STEP_NODELIST") and _number(environ, "SLURM_NTASKS", "1") > 1:
         port = 60000 + _number(environ, "SLURM_JOB_ID") % 4096  # jobs that share a node need ports of their own
         host = _first_host(environ["SLURM_STEP_NODELIST"])
-        job = Job(f"{host}:{port}", _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID"))
+        place = Place(f"{host}:{port}", _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID"))
     elif "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
         hosts = environ["TPU_WORKER_HOSTNAMES"].split(",")
-        job = Job(f"{hosts[0]}:{_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
+        place = Place(f"{hosts[0]}:{_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
     else:
         return None
-    if not re.fullmatch(r"[^:\s]+:\d+", job.coordinator):
-        raise UserError(f"DSV3_COORDINATOR={job.coordinator!r} must be host:port, the address of process 0")
-    if job.process >= job.processes:
-        raise UserError(f"process {job.process} of {job.processes}: DSV3_PROCESS_ID runs from 0 to {job.processes - 1}")
-    if job.processes == 1:
+    if not re.fullmatch(r"[^:\s]+:\d+", place.coordinator):
+        raise UserError(f"DSV3_COORDINATOR={place.coordinator!r} must be host:port, the address of process 0")
+    if place.process >= place.processes:
+        raise UserError(f"process {place.process} of {place.processes}: DSV3_PROCESS_ID runs from 0 to {place.processes - 1}")
+    if place.processes == 1:
         return None
     timeout = seconds_from("DSV3_JOIN_TIMEOUT_S", _TIMEOUT_S, environ)
     heartbeat = seconds_from("DSV3_HEARTBEAT_S", _HEARTBEAT_S, environ)
-    return Job(job.coordinator, job.processes, job.process, timeout, heartbeat)
+    return Place(place.coordinator, place.processes, place.process, timeout, heartbeat)
 
 
 def free_port() -> int:
@@ -100,17 +100,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _address(job: Job) -> tuple[str, int]:
-    host, port = job.coordinator.rsplit(":", 1)
+def _address(place: Place) -> tuple[str, int]:
+    host, port = place.coordinator.rsplit(":", 1)
     return host, int(port)
 
 
-def _missing(job: Job, present: Mapping[int, str]) -> str:
-    absent = [str(p) for p in range(job.processes) if p not in present]
+def _missing(place: Place, present: Mapping[int, str]) -> str:
+    absent = [str(p) for p in range(place.processes) if p not in present]
     shown = ", ".join(absent[:16]) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
     here = ", ".join(f"{p} on {present[p]}" for p in sorted(present)[:4])
     return (
-        f"{len(absent)} of {job.processes} processes did not join within {job.timeout_s:.0f} s: missing {shown}; joined: "
+        f"{len(absent)} of {place.processes} processes did not join within {place.timeout_s:.0f} s: missing {shown}; joined: "
         f"{here}{', ...' if len(present) > 4 else ''}; look at their logs, or set DSV3_JOIN_TIMEOUT_S"
     )
 
@@ -126,26 +126,26 @@ def _line(connection: socket.socket) -> str:
     return data.decode(errors="replace")
 
 
-def _take_roll(job: Job, deadline: float) -> None:
+def _take_roll(place: Place, deadline: float) -> None:
     """Process 0: wait for everybody's name, then tell them all the outcome."""
-    host, port = _address(job)
+    host, port = _address(place)
     present, connections, verdict = {0: socket.gethostname()}, [], ""
-    with socket.create_server((host, port), backlog=job.processes) as server:
-        while len(present) < job.processes and not verdict:
+    with socket.create_server((host, port), backlog=place.processes) as server:
+        while len(present) < place.processes and not verdict:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 connection, _ = server.accept()
                 connection.settimeout(max(deadline - time.monotonic(), 0.01))
                 name = json.loads(_line(connection))
                 process, of = int(name["process"]), int(name["processes"])
-                if of != job.processes:
-                    verdict = f"process {process} was started as one of {of}, this run has {job.processes}"
+                if of != place.processes:
+                    verdict = f"process {process} was started as one of {of}, this run has {place.processes}"
                 elif process in present:
                     verdict = f"two processes have DSV3_PROCESS_ID={process}: on {present[process]} and on {name['host']}"
                 present[process] = str(name["host"])
                 connections.append(connection)
             except TimeoutError:
-                verdict = _missing(job, present)
+                verdict = _missing(place, present)
             except (ValueError, KeyError, TypeError):
                 continue  # not one of ours
         for connection in connections:
@@ -155,15 +155,15 @@ def _take_roll(job: Job, deadline: float) -> None:
         raise UserError(verdict)
 
 
-def _answer_roll(job: Job, deadline: float) -> None:
-    name = {"process": job.process, "processes": job.processes, "host": socket.gethostname()}
+def _answer_roll(place: Place, deadline: float) -> None:
+    name = {"process": place.process, "processes": place.processes, "host": socket.gethostname()}
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
-            with socket.create_connection(_address(job), timeout=5) as connection:
+            with socket.create_connection(_address(place), timeout=5) as connection:
                 connection.sendall((json.dumps(name) + "\n").encode())
                 # process 0 gives up at its own deadline, which may lie after ours
-                connection.settimeout(max(deadline - time.monotonic(), 0.01) + job.timeout_s)
+                connection.settimeout(max(deadline - time.monotonic(), 0.01) + place.timeout_s)
                 answer = _line(connection)
             if answer:
                 verdict = json.loads(answer)["verdict"]
@@ -175,8 +175,8 @@ def _answer_roll(job: Job, deadline: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.2)
     raise UserError(
-        f"process {job.process} of {job.processes}: process 0 at {job.coordinator} did not answer within {job.timeout_s:.0f} s "
-        f"({reason}): it is missing, or DSV3_COORDINATOR is wrong"
+        f"process {place.process} of {place.processes}: process 0 at {place.coordinator} did not answer "
+        f"within {place.timeout_s:.0f} s ({reason}): it is missing, or DSV3_COORDINATOR is wrong"
     )
 
 
@@ -185,17 +185,17 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
 
     Raises `UserError` within the timeout, naming who is missing, if not all of them come. Who hangs here ends itself.
     """
-    job = job_from(environ)
-    if job is None or jax.distributed.is_initialized():
+    place = place_from(environ)
+    if place is None or jax.distributed.is_initialized():
         return
-    deadline = time.monotonic() + job.timeout_s
+    deadline = time.monotonic() + place.timeout_s
     # JAX waits for its peers' devices much longer; one that is stuck there would not be noticed before
-    faulthandler.dump_traceback_later(2 * job.timeout_s + _DEVICES_S, exit=True, file=sys.__stderr__ or sys.stderr)
+    faulthandler.dump_traceback_later(2 * place.timeout_s + _DEVICES_S, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
-        (_take_roll if job.process == 0 else _answer_roll)(job, deadline)
+        (_take_roll if place.process == 0 else _answer_roll)(place, deadline)
         jax.distributed.initialize(
-            job.coordinator, job.processes, job.process, initialization_timeout=max(int(job.timeout_s), 10),
-            heartbeat_timeout_seconds=max(int(job.heartbeat_s), 1),
+            place.coordinator, place.processes, place.process, initialization_timeout=max(int(place.timeout_s), 10),
+            heartbeat_timeout_seconds=max(int(place.heartbeat_s), 1),
         )  # fmt: skip
         jax.devices()
     finally:

@@ -7,6 +7,7 @@ directory, which may come from elsewhere.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ def compiled_dir() -> Path:
     return Path(os.environ.get("DSV3_COMPILED_DIR") or user_cache() / "compiled")
 
 
+@functools.cache
 def _source() -> bytes:
     """Of this package and the kernels."""
     root = Path(__file__).parents[2]

@@ -37,7 +37,8 @@ def test_a_stuck_process_ends_and_says_where(tmp_path, hang):
 
 def test_a_step_after_something_slow_has_a_steps_time(tmp_path):
     """A save that has begun lets the next step run; a first step, which nothing was timed before, has the slow one's."""
-    done, seconds = run(tmp_path, "dog.step_begins(); time.sleep(1); dog.step_ended(0.01); dog.slow(); dog.step_begins(); time.sleep(4)")
+    first = "dog.step_begins(); time.sleep(1); dog.step_ended(0.01)\n"
+    done, _ = run(tmp_path, first + "dog.slow(); dog.step_begins(); time.sleep(4)")
     assert done.returncode == 1
     assert "Timeout (0:00:00.5" in done.stderr
 
