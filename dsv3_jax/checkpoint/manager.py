@@ -117,6 +117,7 @@ class CheckpointManager:
         self._save: _Save | None = None
         local = config.local_dir and Path(os.path.expandvars(config.local_dir))
         self._local = LocalCopies(local, self._directory) if local else None
+        self._taken: Snapshot = {}  # the save's, for the copy on this host
         self.read_locally = 0.0  # of what was restored, the share of this process's bytes that came from its own host
         on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
         on_first(self._remove_what_was_cut_off)
@@ -151,26 +152,27 @@ class CheckpointManager:
                 response = ocp.save_checkpointables_async(str(target), parts, custom_metadata=metadata)
         except Exception as error:  # tensorstore raises what it likes; none of it may lose the previous checkpoint
             raise self._lost(step, error) from error
-        taken = snapshot(_joined(parts)) if self._local else {}
-        self._save = save = _Save(step, Thread(target=lambda: self._finish(save, response, taken), daemon=True))
+        if self._local is not None:
+            self._taken = snapshot(_joined(parts), self._taken)
+        self._save = save = _Save(step, Thread(target=lambda: self._finish(save, response), daemon=True))
         save.thread.start()
 
-    def _finish(self, save: _Save, response: ocp.AsyncResponse, taken: Snapshot) -> None:
+    def _finish(self, save: _Save, response: ocp.AsyncResponse) -> None:
         try:
             response.result()
             write_manifest_together(self._directory / str(save.step), jax.process_index(), jax.process_count())
-            self._copy(save.step, taken)
+            self._copy(save.step)
             if is_first():
                 self._remove_old()
         except Exception as error:  # whatever it is: `wait` raises it
             save.error = error
 
-    def _copy(self, step: int, taken: Snapshot) -> None:
+    def _copy(self, step: int) -> None:
         """To this host. A run goes on without one."""
         if self._local is None:
             return
         try:
-            self._local.write(step, jax.process_index(), taken, self._directory / str(step) / MANIFEST)
+            self._local.write(step, jax.process_index(), self._taken, self._directory / str(step) / MANIFEST)
         except OSError as error:
             place = self._config.local_dir
             print(f"no copy of step {step} in checkpoint.local_dir={place}: {_reason(error)}", file=sys.stderr, flush=True)

@@ -133,7 +133,7 @@ def test_blocks_are_put_together_anew(tmp_path_factory, shape, new, seed, dtype)
     directory = tmp_path_factory.mktemp("copies")
     (directory / "manifest").write_text("{}")
     copies = LocalCopies(directory / "local", directory)
-    copies.write(3, 0, snapshot({"a": there}), directory / "manifest")
+    copies.write(3, 0, snapshot({"a": there}, {}), directory / "manifest")
     spec = {"x": P(None, "x"), "y": P("y"), "xy": P(("x", "y")), "": P()}[new]
     spec = spec if new != "xy" or x.shape[0] % 8 == 0 else P(None, ("x", "y"))
     template = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
