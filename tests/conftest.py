@@ -1,12 +1,24 @@
 """Shared fixtures. Compiled programs are kept between runs of the suite, in pytest's own cache directory."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
+
+
+def load_script(name: str) -> ModuleType:
+    """scripts/NAME.py, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_configure(config):

@@ -1,18 +1,13 @@
 """The simulation of failures against what can be said without one."""
 
-import importlib.util
 import random
 from dataclasses import replace
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import load_script
 
-spec = importlib.util.spec_from_file_location("simulate_failures", ROOT / "scripts" / "simulate_failures.py")
-assert spec is not None
-assert spec.loader is not None
-simulation = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(simulation)
+simulation = load_script("simulate_failures")
 
 ELASTIC = simulation.DESIGNS["elastic"]
 YEAR = 365 * 86400.0
