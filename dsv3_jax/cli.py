@@ -1,5 +1,6 @@
 """The `dsv3` command: one thin function a verb. Bad input gets one line on stderr and exit code 2."""
 
+import contextlib
 import errno
 import json
 import os
@@ -442,7 +443,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"dsv3: error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the disk may be full on which standard error goes
+        print(f"dsv3: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -5,6 +5,7 @@ Run by `python -m dsv3_jax.elastic.host`. Standard input takes one JSON object a
 opened before the fork. The worker ends with the host, and the host with its standard input. Linux only.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -115,12 +116,16 @@ def main() -> None:
     start = serve()
     if start is None:
         return
-    code = _work(start)
-    if code not in (0, STOPPED):
-        # at the interpreter's end JAX waits for the other processes, and they wait for this one's part in a collective
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    code = 1
+    try:
+        code = _work(start)
+    finally:
+        if code not in (0, STOPPED):
+            # at the interpreter's end JAX waits for the other processes, and they wait for this one's part in a collective
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # the log's disk may be full
+                    stream.flush()
+            os._exit(code)
     sys.exit(code)
 
 
