@@ -101,7 +101,7 @@ class _Save:
 
 
 class _Found(NamedTuple):
-    """What this process's host has of a checkpoint, and whether any process must read of the shared files."""
+    """What this process's host has of a checkpoint, and whether any process must read arrays from the shared files."""
 
     copy: LocalCopy
     here: set[str]  # arrays
@@ -268,7 +268,8 @@ class CheckpointManager:
             part: {name: leaf for name, leaf in leaves.items() if f"{part}/{name}" not in found.here}
             for part, leaves in templates.items()
         }
-        loaded = _load_flat(directory, {part: leaves for part, leaves in elsewhere.items() if leaves}) if found.shared else {}
+        elsewhere = {part: leaves for part, leaves in elsewhere.items() if leaves}
+        loaded = _load_flat(directory, elsewhere, partial=bool(found.here)) if found.shared else {}
         for part, leaves in templates.items():
             here = {name: leaf for name, leaf in leaves.items() if name not in loaded.get(part, {})}
             loaded[part] = loaded.get(part, {}) | {n: found.copy.load(f"{part}/{n}", leaf) for n, leaf in here.items()}
@@ -277,7 +278,7 @@ class CheckpointManager:
         return loaded
 
     def _latest_undamaged(self, arrays: dict[str, Any], say: Callable[[str], None]) -> tuple[int, "_Found"]:
-        """Its step, the same for all processes; each reads a share of its files, or none if all have all on their hosts."""
+        """Its step, the same for all processes; each reads a share of its files, without arrays if all have all of these."""
         damaged: dict[int, str] = {}
         while True:
             step = first_says(lambda: max(set(complete_steps(self._directory)) - set(damaged), default=-1))
@@ -290,12 +291,11 @@ class CheckpointManager:
                 missing = first_complaint("" if len(here) == len(arrays) else "some of it")
                 found = _Found(copy, here - {_EVERYBODYS} if missing else here, shared=bool(missing))
             complaint = ""
-            if found.shared:
-                try:
-                    verify(directory, jax.process_index(), jax.process_count())
-                except UserError as error:
-                    complaint = str(error)
-                complaint = first_complaint(complaint)
+            try:
+                verify(directory, jax.process_index(), jax.process_count(), arrays=found.shared)
+            except UserError as error:
+                complaint = str(error)
+            complaint = first_complaint(complaint)
             if not complaint:
                 on_first(functools.partial(self._set_aside, damaged, step, say))
                 return step, found
@@ -343,10 +343,10 @@ def _load(directory: Path, templates: dict[str, Any]) -> dict[str, Any]:
     return {name: _unflat(templates[name], flat[name]) for name in templates}
 
 
-def _load_flat(directory: Path, templates: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Some or all arrays of some or all parts."""
+def _load_flat(directory: Path, templates: dict[str, dict[str, Any]], partial: bool = False) -> dict[str, dict[str, Any]]:
+    """The arrays of some or all parts; `partial`: only some of them."""
     context = ocp.Context()
-    context.pytree.loading.partial_load = True
+    context.pytree.loading.partial_load = partial
     try:
         with context:
             return dict(ocp.load_checkpointables(str(directory), templates))

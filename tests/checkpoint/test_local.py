@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.checkpoint.local import LocalCopies, snapshot
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import CheckpointConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.processes import free_port
 from tests.checkpoint.cases import assert_is, state_of
 from tests.parallel.test_processes import start
@@ -63,6 +64,19 @@ def test_a_host_that_has_all_reads_nothing_else(saved, devices):
     assert_is(state, 1)
     assert manager.read_locally == 1
     assert len(state.params["a"].sharding.device_set) == devices
+
+
+def test_what_else_a_checkpoint_holds_is_verified_all_the_same(saved):
+    """The data's position among it. A damaged file sets the checkpoint aside, though all arrays are here."""
+    config, run, _ = saved
+    others = [p for p in (run / "1").rglob("*") if p.is_file() and p.parent.name != "d" and p.stat().st_size]
+    assert len(others) > 5
+    for path in others:
+        whole = path.read_bytes()
+        flip(path)
+        with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged"):
+            CheckpointManager(run, config).restore(template_of(on(state_of(0), mesh_of(8))))
+        path.write_bytes(whole)
 
 
 def test_what_is_damaged_is_read_from_the_checkpoint(saved):
