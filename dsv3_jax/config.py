@@ -315,7 +315,7 @@ class CheckpointConfig:
     Kept are the latest, beside them those of every `keep_every`-th step, and the `keep_best` that had the lowest held-out loss
     (that of the last evaluation before them). `local_dir` is a place on each host, in memory (`/dev/shm/dsv3`) or on its own
     disk (`$SLURM_TMPDIR`: variables are filled in), for a copy of its devices' part of the latest, from which a start after a
-    failure reads what it can.
+    failure reads what it can; a run that comes to its end removes it.
     """
 
     __pydantic_config__ = _STRICT

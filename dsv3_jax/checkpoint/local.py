@@ -167,6 +167,9 @@ class LocalCopies:
             if other.name.isdigit() and int(other.name) < step:
                 shutil.rmtree(other, ignore_errors=True)
 
+    def remove(self) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
     def of(self, step: int, manifest: Path) -> LocalCopy:
         """Of all processes that were on this host. Whatever can't be read isn't there."""
         blocks: dict[str, dict[Bounds, _Block]] = {}

@@ -197,6 +197,11 @@ class CheckpointManager:
         if self._save is not None:
             self._save.thread.join()
 
+    def free_host(self) -> None:
+        """Remove the copies on this host, of a run that is done."""
+        if self._local is not None:
+            self._local.remove()
+
     def _lost(self, step: int, error: Exception) -> UserError:
         self._remove_rest(step)
         latest = self.latest()

@@ -273,7 +273,9 @@ def _train(config: Config, root: Path, elastic: bool, until_end: contextlib.Exit
             if writer is not None:
                 writer.close()
         events.write("ended", step=int(state.step))
-        if stopped:
+        if not stopped:
+            manager.free_host()
+        else:
             cause = f" by {signal.Signals(stop.signal).name}" if stop.signal is not None else ""
             progress.say(f"stopped{cause}; saved step {int(state.step)}; run again to go on")
     return TrainResult(config, run, state, corpus, layout, stopped)

@@ -107,6 +107,14 @@ def test_bad_input_is_not_tried_again(play):
     assert len(of(events, "launch")) == 1
 
 
+def test_a_refusal_counts_for_more_than_those_who_die_of_it(play):
+    """And says where to look if it is not process 0's, whose lines are shown anyway."""
+    code, said, events, _ = play({"a": [0 - 6], "b": [2]}, "2")
+    assert code == 2
+    assert said == ["process 1 on b says why in a log of runs/play/logs"]
+    assert len(of(events, "launch")) == 1
+
+
 def test_it_is_given_up_when_nothing_comes_of_it(play):
     code, said, events, _ = play({"a": [1] * 9, "b": ["runs"] * 9}, "2")
     assert code == 1

@@ -19,7 +19,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.report import finish
-from dsv3_jax.train.run import RunDirectory
+from dsv3_jax.train.run import MetricsWriter, RunDirectory, read_rows
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 COMMAND = str(Path(sys.executable).with_name("dsv3"))
@@ -103,6 +103,20 @@ def test_another_config_or_a_foreign_directory_is_refused(config_with, tmp_path)
     with pytest.raises(UserError, match="is no run"):
         train(config_with("name=b"), tmp_path)
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.tex"]
+
+
+def test_copies_on_the_host_stay_as_long_as_they_may_be_of_use(config_with, tmp_path, monkeypatch):
+    """Of a run that was stopped, which then reads all from there; not of one that is done."""
+    options = ("name=a", "train.steps=4", f"checkpoint.local_dir={tmp_path}/$PLACE")
+    monkeypatch.setenv("PLACE", "local")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(config_with(*options), tmp_path).interrupted
+    assert list((tmp_path / "local").glob("*/*/0.json"))
+    assert int(train(config_with(*options), tmp_path).state.step) == 4
+    restored = [e for e in read_rows(tmp_path / "a" / "events.jsonl") if e["event"] == "restored"]
+    assert [e.get("local") for e in restored] == [0, 1]
+    assert not list((tmp_path / "local").iterdir())
 
 
 def test_a_run_that_is_being_trained_is_left_alone(config_with, tmp_path):
