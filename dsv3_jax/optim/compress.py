@@ -9,7 +9,7 @@ replica decodes the same bytes.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -77,6 +77,11 @@ class Codec:
             return _gaussian_levels(self.bits)
         return np.linspace(-1, 1, 2**self.bits, dtype=np.float32)
 
+    def fitted(self, n: int) -> "Codec":
+        """With blocks a little smaller, of which a whole number holds n numbers: filling up would make scales too small."""
+        blocks = -(-n // self.block)
+        return replace(self, block=-(-n // (8 * blocks)) * 8)
+
     def encode(self, x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows blocks bytes"]:
         """Of float32 numbers, n a multiple of `block`. A number that is not finite makes its block so."""
         x = x.reshape(*x.shape[:-1], -1, self.block)
@@ -113,40 +118,55 @@ class Codec:
         parts = (packed[..., None] >> self._shifts()) & jnp.uint8(2**self.bits - 1)
         return parts.reshape(*packed.shape[:-1], -1)
 
-    def share(self, n: int, replicas: int) -> int:
-        """Numbers of each replica's share of n, in whole blocks."""
-        return -(-n // (replicas * self.block)) * self.block
-
 
 class Errors(NamedTuple):
-    """What rounding has cost and was not yet sent, of an array with n numbers: float32 or the dtype asked for."""
+    """What rounding has cost an array and was not yet sent; each in the array's axes, so that any mesh can hold it."""
 
-    worker: Float[Array, " n"]  # of this replica's gradients
-    server: Float[Array, " share"]  # of the mean of its share
+    worker: Float[Array, "..."]  # of this replica's gradients, in their shape
+    server: Float[Array, "..."]  # of the mean of its share: the array cut along `split_axis`
+
+
+def split_axis(shape: tuple[int, ...], replicas: int) -> int | None:
+    """The first axis that can be cut into a share for each replica; None if there is none."""
+    return next((axis for axis, size in enumerate(shape) if size % replicas == 0 and size), None)
+
+
+def no_errors(shape: tuple[int, ...], axis: int, replicas: int, dtype: jnp.dtype) -> Errors:
+    share = tuple(size // replicas if i == axis else size for i, size in enumerate(shape))
+    return Errors(jnp.zeros(shape, dtype), jnp.zeros(share, dtype))
 
 
 def mean_of_codes(
-    x: Float[Array, " n"],
-    errors: Errors,
-    codec: Codec,
-    axis: str,
-) -> tuple[Float[Array, " n"], Errors]:
-    """(the mean over `axis` as rounded, the same bits on every replica; the errors that are left). Where axes are manual.
+    x: Float[Array, "..."], errors: Errors, codec: Codec, mesh_axis: str, cut: int
+) -> tuple[Float[Array, "..."], Errors]:
+    """(the mean over `mesh_axis` as rounded, the same bits on every replica; the errors that are left). Where axes are manual.
 
-    Summed over steps, the means given are those of x less the mean of `worker` and less `server`, to float rounding.
+    Shares are cut along axis `cut` of x. Summed over steps, the means given are those of x less the mean of `worker` and less
+    `server`, to float rounding.
     """
-    n, replicas = x.size, lax.axis_size(axis)
-    share = codec.share(n, replicas)
+    replicas, dtype = lax.axis_size(mesh_axis), errors.worker.dtype
+    moved = jnp.moveaxis(x, cut, 0).shape
+    codec = codec.fitted(x.size // replicas)
+
+    def rows_of(a: Array, count: int) -> Array:
+        """A row for each share, of `count`, filled up to whole blocks."""
+        rows = jnp.moveaxis(a.astype(jnp.float32), cut, 0).reshape(count, -1)
+        return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % codec.block)))
+
+    def array_of(rows: Array) -> Array:
+        """The reverse."""
+        shape = (moved[0] // replicas * rows.shape[0], *moved[1:])
+        return jnp.moveaxis(rows[:, : math.prod(shape) // rows.shape[0]].reshape(shape), 0, cut)
+
     wanted = x.astype(jnp.float32) + errors.worker.astype(jnp.float32)
-    sent = codec.encode(jnp.pad(wanted, (0, share * replicas - n)).reshape(replicas, share))
-    worker = wanted - codec.decode(sent).reshape(-1)[:n]
-    received = lax.all_to_all(sent, axis, 0, 0)
-    mean = codec.decode(received).mean(0) + errors.server.astype(jnp.float32)
-    code = codec.encode(mean)
-    server = mean - codec.decode(code)
-    all_codes = lax.all_gather(code, axis)
-    dtype = errors.worker.dtype
-    return codec.decode(all_codes).reshape(-1)[:n], Errors(worker.astype(dtype), server.astype(dtype))
+    sent = codec.encode(rows_of(wanted, replicas))
+    worker = wanted - array_of(codec.decode(sent))
+    received = lax.all_to_all(sent, mesh_axis, 0, 0)
+    mean = array_of(codec.decode(received).mean(0, keepdims=True)) + errors.server.astype(jnp.float32)
+    code = codec.encode(rows_of(mean, 1))
+    server = mean - array_of(codec.decode(code))
+    means = codec.decode(lax.all_gather(code, mesh_axis, tiled=True))
+    return array_of(means), Errors(worker.astype(dtype), server.astype(dtype))
 
 
 class CompressedMeanState(NamedTuple):
@@ -166,43 +186,43 @@ def compressed_mean(
     """Replaces each replica's gradients by their mean over `axis`, sent in `bits`; first in an `optax.chain`.
 
     For code in which `axis` is manual (`shard_map`): `init` and `update` see one device's shards, and the state is that
-    device's. `mask`, a tree of booleans or a function of the parameters, says what is compressed (all if None); the rest is
-    averaged in float32. `dtype` is what errors are kept in; in bfloat16 their own rounding is lost. Without `error_feedback`
-    there are none. Gradients that are not finite come back as such.
+    device's. `mask`, a tree of booleans or a function of the parameters, says what is compressed (all if None); the rest, and
+    what has no axis that the replicas divide, is averaged in float32. `dtype` is what errors are kept in; in bfloat16 their own
+    rounding is lost. Without `error_feedback` there are none. Gradients that are not finite come back as such.
     """
     codec = Codec(bits, block, levels)
 
     def chosen(tree: Any) -> Any:
+        """Where each leaf is cut into shares; None for what is averaged in float32."""
         found = mask(tree) if callable(mask) else mask
-        return jax.tree.map(lambda _: True, tree) if found is None else found
+        found = jax.tree.map(lambda _: True, tree) if found is None else found
+        return jax.tree.map(lambda leaf, yes: split_axis(leaf.shape, lax.axis_size(axis)) if yes else None, tree, found)
 
-    def no_errors(n: int) -> Errors:
-        return Errors(jnp.zeros(n, dtype), jnp.zeros(codec.share(n, lax.axis_size(axis)), dtype))
+    def none_yet(leaf: Array, cut: int | None) -> Any:
+        return optax.MaskedNode() if cut is None else no_errors(leaf.shape, cut, lax.axis_size(axis), dtype)
 
     def init(params: optax.Params) -> CompressedMeanState:
-        def of(param: Array, compressed: bool) -> Any:
-            return no_errors(param.size) if compressed and error_feedback else optax.MaskedNode()
-
-        return CompressedMeanState(jax.tree.map(of, params, chosen(params)))
+        kept = lambda leaf, cut: none_yet(leaf, cut if error_feedback else None)  # noqa: E731
+        return CompressedMeanState(_map(kept, params, chosen(params)))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, CompressedMeanState]:
-        def of(gradient: Array, compressed: bool, errors: Any) -> tuple[Array, Any]:
-            if not compressed:
+        def of(gradient: Array, cut: int | None, errors: Any) -> tuple[Array, Any]:
+            if cut is None:
                 return lax.pmean(gradient.astype(jnp.float32), axis).astype(gradient.dtype), errors
-            kept = errors if error_feedback else no_errors(gradient.size)
-            mean, left = mean_of_codes(gradient.reshape(-1), kept, codec, axis)
-            return mean.reshape(gradient.shape).astype(gradient.dtype), left if error_feedback else errors
+            before = errors if error_feedback else none_yet(gradient, cut)
+            mean, left = mean_of_codes(gradient, before, codec, axis, cut)
+            return mean.astype(gradient.dtype), left if error_feedback else errors
 
-        tree = jax.tree.structure(updates)
-        found = [
-            of(*leaf)
-            for leaf in zip(
-                jax.tree.leaves(updates), tree.flatten_up_to(chosen(updates)), tree.flatten_up_to(state.errors), strict=True
-            )
-        ]
-        means, errors = zip(*found, strict=True) if found else ((), ())
-        return tree.unflatten(means), CompressedMeanState(tree.unflatten(errors))
+        found = _map(of, updates, chosen(updates), state.errors)
+        means, errors = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, found) for i in (0, 1))
+        return means, CompressedMeanState(errors)
 
     return optax.GradientTransformation(init, update)
+
+
+def _map(f: Callable, tree: Any, *others: Any) -> Any:
+    """f of each leaf of `tree` and what stands in its place in the others, whatever that is."""
+    structure = jax.tree.structure(tree)
+    return structure.unflatten(map(f, jax.tree.leaves(tree), *(structure.flatten_up_to(other) for other in others)))
