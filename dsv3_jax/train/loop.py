@@ -245,11 +245,11 @@ def _train(config: Config, root: Path, elastic: bool, until_end: contextlib.Exit
     config, layout = _here(config, elastic)
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
-    on_first(lambda: until_end.enter_context(run.claimed(_CLAIM_S if several else 0.0)))
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache
     corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
     corpus = corpus or load_corpus(config.data, config.model.vocab_size)
     data = _data(config, layout, corpus)
+    on_first(lambda: until_end.enter_context(run.claimed(_CLAIM_S if several else 0.0)))
     on_first(lambda: run.create(replace(config, parallel=asked), corpus.tokenizer))
     programs = _programs(config, layout) if several else compiled_now
     watchdog.slow(run.deadline_file if is_first() and elastic else None)
