@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_precision import batch_of
 
 from dsv3_jax.config import load_config
 from dsv3_jax.model.counts import training_flops_per_token
@@ -259,9 +260,7 @@ def bench_model(platform: Platform, recipes: list[str], steps: int) -> dict[str,
             ROOT / "configs" / "tiny.yaml",
             [*([] if platform.core == "auto" else MODEL), f"precision.recipe={recipe}", "optim.warmup_steps=2"],
         )
-        shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
-        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-        batch = {"tokens": tokens, "segments": np.zeros(shape, np.int32)}
+        batch: Any = batch_of(config)
         state, step = jax.block_until_ready(jax.jit(functools.partial(init_state, config))()), make_train_step(config)
         times, losses = [], []
         for _ in range(steps):

@@ -27,7 +27,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(index, shape, strict=True))
 
 
-def needed_bounds(template: jax.ShapeDtypeStruct) -> set[Bounds]:
+def _needed_bounds(template: jax.ShapeDtypeStruct) -> set[Bounds]:
     """What this process's devices hold of an array."""
     assert template.sharding is not None
     indices = template.sharding.addressable_devices_indices_map(template.shape).values()
@@ -87,17 +87,20 @@ class LocalCopy:
 
     def covered(self, templates: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
         """Names of the arrays of which all that this process needs is here, and undamaged."""
-        there = {name for name, template in templates.items() if self._covers(name, template)}
-        used = [block for name in there for block in self._blocks[name]]
+        used = {name: self._used(name, template) for name, template in templates.items()}
+        there = [(name, block) for name, blocks in used.items() for block in blocks or []]
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            whole = dict(zip(map(id, used), pool.map(_Block.is_whole, used), strict=True))
-        return {name for name in there if all(whole[id(block)] for block in self._blocks[name])}
+            whole = pool.map(_Block.is_whole, [block for _, block in there])
+            damaged = {name for (name, _), well in zip(there, whole, strict=True) if not well}
+        return {name for name, blocks in used.items() if blocks is not None} - damaged
 
-    def _covers(self, name: str, template: jax.ShapeDtypeStruct) -> bool:
+    def _used(self, name: str, template: jax.ShapeDtypeStruct) -> list[_Block] | None:
+        """The blocks that this process needs of an array, which it shares with others of its host; None if some are missing."""
         blocks = [b for b in self._blocks.get(name, []) if b.dtype == template.dtype and len(b.bounds) == len(template.shape)]
-        return all(
-            sum(_size(_overlap(b.bounds, region)) for b in blocks) == _size(region) for region in needed_bounds(template)
-        )
+        regions = _needed_bounds(template)
+        if any(sum(_size(_overlap(b.bounds, region)) for b in blocks) != _size(region) for region in regions):
+            return None
+        return [b for b in blocks if any(_size(_overlap(b.bounds, region)) for region in regions)]
 
     def load(self, name: str, template: jax.ShapeDtypeStruct) -> jax.Array:
         """An array that is `covered`."""
@@ -134,13 +137,15 @@ def snapshot(arrays: Mapping[str, jax.Array], buffers: Snapshot) -> Snapshot:
             continue
         blocks[key] = np.asarray(shard.data)
         if shard.device.platform == "cpu":  # it is the device's own memory, which training will reuse
-            block = buffers.get(key, np.empty(0))
-            block = (
-                block if block.shape == blocks[key].shape and block.dtype == blocks[key].dtype else np.empty_like(blocks[key])
-            )
-            np.copyto(block, blocks[key])
-            blocks[key] = block
+            blocks[key] = _copied(blocks[key], buffers.get(key))
     return blocks
+
+
+def _copied(block: np.ndarray, buffer: np.ndarray | None) -> np.ndarray:
+    if buffer is None or (buffer.shape, buffer.dtype) != (block.shape, block.dtype):
+        buffer = np.empty_like(block)
+    np.copyto(buffer, block)
+    return buffer
 
 
 class LocalCopies:
@@ -173,8 +178,9 @@ class LocalCopies:
     def of(self, step: int, manifest: Path) -> LocalCopy:
         """Of all processes that were on this host. Whatever can't be read isn't there."""
         blocks: dict[str, dict[Bounds, _Block]] = {}
+        digest = _digest(manifest)
         for index in sorted((self._root / str(step)).glob("*.json")):
-            for name, block in _read_index(index, _digest(manifest)):
+            for name, block in _read_index(index, digest):
                 blocks.setdefault(name, {})[block.bounds] = block
         return LocalCopy({name: list(found.values()) for name, found in blocks.items()})
 

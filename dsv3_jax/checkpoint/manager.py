@@ -248,11 +248,12 @@ class CheckpointManager:
         It may have been written on another mesh by another number of processes. Damaged ones are set aside, and `say` is told.
         What `checkpoint.local_dir` has of it is read from there. Raises `UserError` if all are damaged.
         """
-        templates = {name: _flat(tree) for name, tree in _parts(template).items()}
+        trees = _parts(template)
+        templates = {name: _flat(tree) for name, tree in trees.items()}
         self.newest, found = self._latest_undamaged(_joined(templates), say)
         directory = self._directory / str(self.newest)
         loaded = self._load_from_both(directory, templates, found)
-        parts = {name: _unflat(tree, loaded[name]) for name, tree in _parts(template).items()}
+        parts = {name: _unflat(tree, loaded[name]) for name, tree in trees.items()}
         optimizer, weights = parts["optimizer"], parts[WEIGHTS]
         state = replace(
             template,

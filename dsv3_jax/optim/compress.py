@@ -31,10 +31,13 @@ def _gaussian_levels(bits: int) -> np.ndarray:
     Each level is the mean of what is rounded to it, which ends midway to its neighbours.
     """
     levels = np.linspace(-2, 2, 2**bits) if bits > 1 else np.array([-1.0, 1.0])
-    density, below = (
-        lambda t: np.exp(-(t**2) / 2) / math.sqrt(2 * math.pi),
-        np.vectorize(lambda t: 0.5 * math.erfc(-t / math.sqrt(2))),
-    )
+
+    def density(t: np.ndarray) -> np.ndarray:
+        return np.exp(-(t**2) / 2) / math.sqrt(2 * math.pi)
+
+    def below(t: np.ndarray) -> np.ndarray:
+        return np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in t])
+
     for _ in range(_LLOYD_STEPS):
         edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
         levels = -np.diff(density(edges)) / np.diff(below(edges))
@@ -71,9 +74,13 @@ class Codec:
         return self.block * self.bits // 8 + _SCALE_BYTES
 
     @property
+    def _gaussian(self) -> bool:
+        return self.levels == "gaussian" and self.bits < 8
+
+    @property
     def _table(self) -> np.ndarray:
         """Levels in units of the scale, ascending, none of them zero."""
-        if self.levels == "gaussian" and self.bits < 8:
+        if self._gaussian:
             return _gaussian_levels(self.bits)
         return np.linspace(-1, 1, 2**self.bits, dtype=np.float32)
 
@@ -87,16 +94,16 @@ class Codec:
         x = x.reshape(*x.shape[:-1], -1, self.block)
         largest = jnp.abs(x).max(-1, keepdims=True)
         scale = largest
-        if self.levels == "gaussian" and self.bits < 8:
+        if self._gaussian:
             # squares of numbers up to 1, whatever the numbers are
             scale = largest * jnp.sqrt(jnp.mean(jnp.square(_ratio(x, jnp.maximum(largest, _TINY))), -1, keepdims=True))
         scale = jnp.where(scale < _TINY, 0, scale)
         unit = _ratio(x, jnp.where(scale == 0, 1, scale))
-        if len(self._table) == 256 or self.levels == "uniform":
-            code = jnp.clip(jnp.round((unit + 1) / 2 * (2**self.bits - 1)), 0, 2**self.bits - 1)
-        else:
+        if self._gaussian:
             edges = (self._table[1:] + self._table[:-1]) / 2
             code = sum((unit > edge).astype(jnp.int32) for edge in edges)
+        else:
+            code = jnp.clip(jnp.round((unit + 1) / 2 * (2**self.bits - 1)), 0, 2**self.bits - 1)
         scale_bytes = lax.bitcast_convert_type(scale, jnp.uint8).reshape(*scale.shape[:-1], _SCALE_BYTES)
         return jnp.concatenate([self._pack(jnp.asarray(code).astype(jnp.uint8)), scale_bytes], -1)
 
@@ -202,8 +209,9 @@ def compressed_mean(
         return optax.MaskedNode() if cut is None else no_errors(leaf.shape, cut, lax.axis_size(axis), dtype)
 
     def init(params: optax.Params) -> CompressedMeanState:
-        kept = lambda leaf, cut: none_yet(leaf, cut if error_feedback else None)  # noqa: E731
-        return CompressedMeanState(_map(kept, params, chosen(params)))
+        if not error_feedback:
+            return CompressedMeanState(jax.tree.map(lambda _: optax.MaskedNode(), params))
+        return CompressedMeanState(_map(none_yet, params, chosen(params)))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None

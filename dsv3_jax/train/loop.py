@@ -273,11 +273,11 @@ def _train(config: Config, root: Path, elastic: bool, until_end: contextlib.Exit
             if writer is not None:
                 writer.close()
         events.write("ended", step=int(state.step))
-        if not stopped:
-            manager.free_host()
-        else:
+        if stopped:
             cause = f" by {signal.Signals(stop.signal).name}" if stop.signal is not None else ""
             progress.say(f"stopped{cause}; saved step {int(state.step)}; run again to go on")
+        else:
+            manager.free_host()
     return TrainResult(config, run, state, corpus, layout, stopped)
 
 

@@ -108,19 +108,10 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         with lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise UserError(
-                            f"{self.path} is being trained by another process; or choose another name=..."
-                        ) from None
-                    time.sleep(_POLL_S)
-                except OSError:  # a file system without locks
-                    break
-                else:
-                    break
+            while not _locked(lock):
+                if time.monotonic() >= deadline:
+                    raise UserError(f"{self.path} is being trained by another process; or choose another name=...")
+                time.sleep(_POLL_S)
             yield
 
     def create(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -133,6 +124,17 @@ class RunDirectory:
 
     def has_checkpoint(self) -> bool:
         return bool(complete_steps(self.checkpoints))
+
+
+def _locked(file: TextIO) -> bool:
+    """False while another process holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:

@@ -1,6 +1,5 @@
 """Compressed means: codes against numpy, what is applied against what was asked for, bytes against the compiled program."""
 
-import functools
 import re
 
 import jax
@@ -216,4 +215,4 @@ def test_bytes_on_the_wire(bits, most):
 )
 def test_bad_arguments_are_named(arguments, named_in):
     with pytest.raises(ValueError, match=named_in):
-        functools.partial(compressed_mean)(**arguments)
+        compressed_mean(**arguments)
