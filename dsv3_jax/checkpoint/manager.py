@@ -51,8 +51,10 @@ def _unflat(template: Any, flat: dict[str, Any]) -> Any:
 def _parts(state: TrainState) -> dict[str, Any]:
     parts = {
         WEIGHTS: {"params": state.params, "router_bias": state.router_bias},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state, "controller": state.controller},
-    }
+        "optimizer": {
+            "step": state.step, "opt_state": state.opt_state, "controller": state.controller, "errors": state.errors,
+        },
+    }  # fmt: skip
     return parts if state.ema is None else parts | {"ema": {"ema": state.ema}}
 
 
@@ -263,6 +265,7 @@ class CheckpointManager:
             router_bias=weights["router_bias"],
             ema=parts["ema"]["ema"] if "ema" in parts else None,
             controller=optimizer["controller"],
+            errors=optimizer["errors"],
         )
         return state, read_metadata(directory)
 

@@ -89,8 +89,8 @@ class Codec:
         blocks = -(-n // self.block)
         return replace(self, block=-(-n // (8 * blocks)) * 8)
 
-    def encode(self, x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows blocks bytes"]:
-        """Of float32 numbers, n a multiple of `block`. A number that is not finite makes its block so."""
+    def _scaled(self, x: Float[Array, "*rows n"]) -> tuple[Float[Array, "*rows blocks block"], Float[Array, "*rows blocks 1"]]:
+        """(numbers in units of their block's scale, the scales)."""
         x = x.reshape(*x.shape[:-1], -1, self.block)
         largest = jnp.abs(x).max(-1, keepdims=True)
         scale = largest
@@ -98,39 +98,61 @@ class Codec:
             # squares of numbers up to 1, whatever the numbers are
             scale = largest * jnp.sqrt(jnp.mean(jnp.square(_ratio(x, jnp.maximum(largest, _TINY))), -1, keepdims=True))
         scale = jnp.where(scale < _TINY, 0, scale)
-        unit = _ratio(x, jnp.where(scale == 0, 1, scale))
+        return _ratio(x, jnp.where(scale == 0, 1, scale)), scale
+
+    def _code(self, unit: Array) -> UInt8[Array, "..."]:
         if self._gaussian:
             edges = (self._table[1:] + self._table[:-1]) / 2
-            code = sum((unit > edge).astype(jnp.int32) for edge in edges)
-        else:
-            code = jnp.clip(jnp.round((unit + 1) / 2 * (2**self.bits - 1)), 0, 2**self.bits - 1)
+            return jnp.asarray(sum((unit > edge).astype(jnp.uint8) for edge in edges))
+        return jnp.clip(jnp.round((unit + 1) / 2 * (2**self.bits - 1)), 0, 2**self.bits - 1).astype(jnp.uint8)
+
+    def _level(self, code: UInt8[Array, "..."]) -> Float[Array, "..."]:
+        """By comparisons, which vectorise, unless there are many levels; a table look-up is ten times slower on CPUs."""
+        if self.bits == 8:
+            return jnp.asarray(self._table)[code]
+        level = jnp.full(code.shape, self._table[0])
+        for i, value in enumerate(self._table[1:], 1):
+            level = jnp.where(code >= i, value, level)
+        return level
+
+    def encode(self, x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows blocks bytes"]:
+        """Of float32 numbers, n a multiple of `block`. A number that is not finite makes its block so."""
+        unit, scale = self._scaled(x)
         scale_bytes = lax.bitcast_convert_type(scale, jnp.uint8).reshape(*scale.shape[:-1], _SCALE_BYTES)
-        return jnp.concatenate([self._pack(jnp.asarray(code).astype(jnp.uint8)), scale_bytes], -1)
+        return jnp.concatenate([self._pack(self._code(unit)), scale_bytes], -1)
 
     def decode(self, sent: UInt8[Array, "*rows blocks bytes"]) -> Float[Array, "*rows n"]:
         """float32."""
         codes, scale_bytes = sent[..., :-_SCALE_BYTES], sent[..., -_SCALE_BYTES:]
         scale = lax.bitcast_convert_type(scale_bytes, jnp.float32)[..., None]
-        x = jnp.asarray(self._table)[self._unpack(codes)] * scale
-        return x.reshape(*sent.shape[:-2], -1)
+        return (self._level(self._unpack(codes)) * scale).reshape(*sent.shape[:-2], -1)
+
+    def rounded(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
+        """`decode` of `encode`, without the bytes between."""
+        unit, scale = self._scaled(x)
+        return (self._level(self._code(unit)) * scale).reshape(x.shape)
 
     def _shifts(self) -> np.ndarray:
         return np.arange(0, 8, self.bits, dtype=np.uint8)
 
     def _pack(self, code: UInt8[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
-        parts = code.reshape(*code.shape[:-1], -1, 8 // self.bits) << self._shifts()
-        return parts.sum(-1, dtype=jnp.uint8)
+        """Byte i has numbers i, i + bytes, i + 2 bytes and so on: neighbours stay neighbours, which suits vector units."""
+        parts = code.reshape(*code.shape[:-1], 8 // self.bits, -1) << self._shifts()[:, None]
+        return parts.sum(-2, dtype=jnp.uint8)
 
     def _unpack(self, packed: UInt8[Array, "*rows bytes"]) -> UInt8[Array, "*rows n"]:
-        parts = (packed[..., None] >> self._shifts()) & jnp.uint8(2**self.bits - 1)
+        parts = (packed[..., None, :] >> self._shifts()[:, None]) & jnp.uint8(2**self.bits - 1)
         return parts.reshape(*packed.shape[:-1], -1)
 
 
-class Errors(NamedTuple):
-    """What rounding has cost an array and was not yet sent; each in the array's axes, so that any mesh can hold it."""
+class Errors[T](NamedTuple):
+    """What rounding has cost an array and was not yet sent; each in the array's axes, so that any mesh can hold it.
 
-    worker: Float[Array, "..."]  # of this replica's gradients, in their shape
-    server: Float[Array, "..."]  # of the mean of its share: the array cut along `split_axis`
+    T is Array, or what says something of one: its sharding.
+    """
+
+    worker: T  # of this replica's gradients, in their shape
+    server: T  # of the mean of its share: the array cut along `split_axis`
 
 
 def split_axis(shape: tuple[int, ...], replicas: int) -> int | None:
@@ -138,42 +160,90 @@ def split_axis(shape: tuple[int, ...], replicas: int) -> int | None:
     return next((axis for axis, size in enumerate(shape) if size % replicas == 0 and size), None)
 
 
-def no_errors(shape: tuple[int, ...], axis: int, replicas: int, dtype: jnp.dtype) -> Errors:
+def no_errors(shape: tuple[int, ...], axis: int, replicas: int, dtype: jnp.dtype) -> Errors[Array]:
     share = tuple(size // replicas if i == axis else size for i, size in enumerate(shape))
     return Errors(jnp.zeros(shape, dtype), jnp.zeros(share, dtype))
 
 
-def mean_of_codes(
-    x: Float[Array, "..."], errors: Errors, codec: Codec, mesh_axis: str, cut: int
-) -> tuple[Float[Array, "..."], Errors]:
-    """(the mean over `mesh_axis` as rounded, the same bits on every replica; the errors that are left). Where axes are manual.
+@dataclass(frozen=True)
+class _Wire:
+    """How an array of `shape` travels: in a share for each replica, cut along axis `cut`, of whole blocks of `codec`."""
 
-    Shares are cut along axis `cut` of x. Summed over steps, the means given are those of x less the mean of `worker` and less
-    `server`, to float rounding.
+    shape: tuple[int, ...]
+    cut: int
+    replicas: int
+    codec: Codec
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], cut: int, replicas: int, codec: Codec) -> "_Wire":
+        return cls(shape, cut, replicas, codec.fitted(math.prod(shape) // replicas))
+
+    @property
+    def share_size(self) -> int:
+        return math.prod(self.shape) // self.replicas
+
+    @property
+    def share_bytes(self) -> int:
+        return -(-self.share_size // self.codec.block) * self.codec.block_bytes
+
+    def encode(self, a: Float[Array, "..."]) -> UInt8[Array, "shares bytes"]:
+        """Of the array, or of one share of it."""
+        rows = jnp.moveaxis(a, self.cut, 0).reshape(-1, self.share_size)
+        rows = jnp.pad(rows, ((0, 0), (0, -self.share_size % self.codec.block)))
+        return self.codec.encode(rows).reshape(-1, self.share_bytes)
+
+    def decode_rows(self, sent: UInt8[Array, "shares bytes"]) -> Float[Array, "shares n"]:
+        sent = sent.reshape(sent.shape[0], -1, self.codec.block_bytes)
+        return self.codec.decode(sent)[:, : self.share_size]
+
+    def array_of(self, rows: Float[Array, "shares n"]) -> Float[Array, "..."]:
+        """The array, or one share of it."""
+        first = self.shape[self.cut] // self.replicas * rows.shape[0]
+        rest = self.shape[: self.cut] + self.shape[self.cut + 1 :]
+        return jnp.moveaxis(rows.reshape(first, *rest), 0, self.cut)
+
+    def decode(self, sent: UInt8[Array, "shares bytes"]) -> Float[Array, "..."]:
+        return self.array_of(self.decode_rows(sent))
+
+
+def _joined(parts: list[UInt8[Array, "shares _"]]) -> UInt8[Array, "shares bytes"]:
+    return jnp.concatenate(parts, 1)
+
+
+def _parted(joined: UInt8[Array, "shares bytes"], wires: list[_Wire]) -> list[UInt8[Array, "shares _"]]:
+    ends = np.cumsum([wire.share_bytes for wire in wires])[:-1].tolist()
+    return jnp.split(joined, ends, 1)
+
+
+def means_of_codes(
+    xs: list[Float[Array, "..."]], errors: list[Errors[Array]], cuts: list[int], codec: Codec, mesh_axis: str
+) -> tuple[list[Float[Array, "..."]], list[Errors[Array]]]:
+    """(the means over `mesh_axis` as rounded, the same bits on every replica; the errors that are left). Where axes are manual.
+
+    All travel in one message of each phase. Shares are cut along axis `cuts[i]` of xs[i]. Summed over steps, the means given are
+    those of x less the mean of `worker` and less `server`, to float rounding.
     """
-    replicas, dtype = lax.axis_size(mesh_axis), errors.worker.dtype
-    moved = jnp.moveaxis(x, cut, 0).shape
-    codec = codec.fitted(x.size // replicas)
-
-    def rows_of(a: Array, count: int) -> Array:
-        """A row for each share, of `count`, filled up to whole blocks."""
-        rows = jnp.moveaxis(a.astype(jnp.float32), cut, 0).reshape(count, -1)
-        return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % codec.block)))
-
-    def array_of(rows: Array) -> Array:
-        """The reverse."""
-        shape = (moved[0] // replicas * rows.shape[0], *moved[1:])
-        return jnp.moveaxis(rows[:, : math.prod(shape) // rows.shape[0]].reshape(shape), 0, cut)
-
-    wanted = x.astype(jnp.float32) + errors.worker.astype(jnp.float32)
-    sent = codec.encode(rows_of(wanted, replicas))
-    worker = wanted - array_of(codec.decode(sent))
-    received = lax.all_to_all(sent, mesh_axis, 0, 0)
-    mean = array_of(codec.decode(received).mean(0, keepdims=True)) + errors.server.astype(jnp.float32)
-    code = codec.encode(rows_of(mean, 1))
-    server = mean - array_of(codec.decode(code))
-    means = codec.decode(lax.all_gather(code, mesh_axis, tiled=True))
-    return array_of(means), Errors(worker.astype(dtype), server.astype(dtype))
+    if not xs:
+        return [], []
+    replicas = lax.axis_size(mesh_axis)
+    wires = [_Wire.of(x.shape, cut, replicas, codec) for x, cut in zip(xs, cuts, strict=True)]
+    wanted = [x.astype(jnp.float32) + e.worker.astype(jnp.float32) for x, e in zip(xs, errors, strict=True)]
+    sent = [wire.encode(w) for wire, w in zip(wires, wanted, strict=True)]
+    worker = [w - wire.decode(s) for wire, w, s in zip(wires, wanted, sent, strict=True)]
+    received = _parted(lax.all_to_all(_joined(sent), mesh_axis, 0, 0), wires)
+    shares = [
+        wire.array_of(wire.decode_rows(r).mean(0, keepdims=True)) + e.server.astype(jnp.float32)
+        for wire, r, e in zip(wires, received, errors, strict=True)
+    ]
+    codes = [wire.encode(share) for wire, share in zip(wires, shares, strict=True)]
+    server = [share - wire.decode(code) for wire, share, code in zip(wires, shares, codes, strict=True)]
+    gathered = _parted(lax.all_gather(_joined(codes), mesh_axis, tiled=True), wires)
+    means = [wire.decode(g) for wire, g in zip(wires, gathered, strict=True)]
+    left = [
+        Errors(w.astype(e.worker.dtype), s.astype(e.server.dtype))
+        for w, s, e in zip(worker, server, errors, strict=True)
+    ]  # fmt: skip
+    return means, left
 
 
 class CompressedMeanState(NamedTuple):
@@ -211,26 +281,25 @@ def compressed_mean(
     def init(params: optax.Params) -> CompressedMeanState:
         if not error_feedback:
             return CompressedMeanState(jax.tree.map(lambda _: optax.MaskedNode(), params))
-        return CompressedMeanState(_map(none_yet, params, chosen(params)))
+        return CompressedMeanState(jax.tree.map(none_yet, params, chosen(params)))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, CompressedMeanState]:
-        def of(gradient: Array, cut: int | None, errors: Any) -> tuple[Array, Any]:
-            if cut is None:
-                return lax.pmean(gradient.astype(jnp.float32), axis).astype(gradient.dtype), errors
-            before = errors if error_feedback else none_yet(gradient, cut)
-            mean, left = mean_of_codes(gradient, before, codec, axis, cut)
-            return mean.astype(gradient.dtype), left if error_feedback else errors
-
-        found = _map(of, updates, chosen(updates), state.errors)
-        means, errors = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, found) for i in (0, 1))
-        return means, CompressedMeanState(errors)
+        structure = jax.tree.structure(updates)
+        gradients, errors = jax.tree.leaves(updates), structure.flatten_up_to(state.errors)
+        cuts: list[int | None] = structure.flatten_up_to(chosen(updates))
+        compressed = [i for i, cut in enumerate(cuts) if cut is not None]
+        means, left = means_of_codes(
+            [gradients[i] for i in compressed],
+            [errors[i] if error_feedback else none_yet(gradients[i], cuts[i]) for i in compressed],
+            [cut for cut in cuts if cut is not None], codec, axis,
+        )  # fmt: skip
+        out = [lax.pmean(g.astype(jnp.float32), axis) if cut is None else g for g, cut in zip(gradients, cuts, strict=True)]
+        for i, mean, owed in zip(compressed, means, left, strict=True):
+            out[i] = mean
+            errors[i] = owed if error_feedback else errors[i]
+        out = [mean.astype(g.dtype) for mean, g in zip(out, gradients, strict=True)]
+        return structure.unflatten(out), CompressedMeanState(structure.unflatten(errors))
 
     return optax.GradientTransformation(init, update)
-
-
-def _map(f: Callable, tree: Any, *others: Any) -> Any:
-    """f of each leaf of `tree` and what stands in its place in the others, whatever that is."""
-    structure = jax.tree.structure(tree)
-    return structure.unflatten(map(f, jax.tree.leaves(tree), *(structure.flatten_up_to(other) for other in others)))

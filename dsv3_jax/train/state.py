@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,8 @@ from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.adamw import adamw
+from dsv3_jax.optim.compress import Errors
+from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.rules import state_shardings
 from dsv3_jax.parallel.serving import for_serving
@@ -39,6 +41,7 @@ class TrainState:
     opt_state: optax.OptState
     ema: nnx.State | None  # moving average of params, or None
     controller: dict[str, controller.Memory]  # of the precision of each layer's products; empty without `precision.controller`
+    errors: dict[str, Errors] = field(default_factory=dict)  # owed to the next exchange: see parallel/exchange.py
 
 
 ONE_DEVICE = Layout()
@@ -92,20 +95,28 @@ def init_state(config: Config) -> TrainState:
 
 def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing."""
-    state = jax.eval_shape(functools.partial(init_state, config))
+    exchange = Exchange(layout, config.parallel.compress_bits)
+    state = jax.eval_shape(functools.partial(_init_on, config, exchange))
     if not isinstance(layout, MeshLayout):
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
     return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        state, state_shardings(layout.mesh, state),
+        state, replace(state_shardings(layout.mesh, state), errors=exchange.shardings(state.params)),
     )  # fmt: skip
+
+
+def _init_on(config: Config, exchange: Exchange) -> TrainState:
+    """`init_state`, with what an exchange starts from: nothing that is owed."""
+    state = init_state(config)
+    return replace(state, errors=exchange.init(state.params))
 
 
 def init_program(config: Config, layout: Layout = ONE_DEVICE) -> Callable[[], TrainState]:
     """Jitted: a fresh state where the layout wants it."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    return jax.jit(functools.partial(init_state, config), out_shardings=shardings)
+    exchange = Exchange(layout, config.parallel.compress_bits)
+    return jax.jit(functools.partial(_init_on, config, exchange), out_shardings=shardings)
 
 
 def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now) -> TrainState:

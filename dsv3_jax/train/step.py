@@ -13,6 +13,8 @@ from flax import nnx
 from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.optim.adamw import learning_rate
+from dsv3_jax.optim.compress import Errors
+from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, replicated
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import platform_of
@@ -35,21 +37,27 @@ class StepMetrics(NamedTuple):
     batch_checksum: jax.Array | None = None  # u32: of every token of the batch at its place, as the devices saw it
 
 
-def over_replicas(f: Callable, layout: Layout) -> Callable:
-    """f(params, batch), a sum over the batch, as one sum over the replicas of `data`.
+def _summed(parts: Any) -> Any:
+    return jax.tree.map(lambda a: a.sum(0), parts)
+
+
+def replicas_of(layout: Layout) -> int:
+    return layout.mesh.shape["data"] if isinstance(layout, MeshLayout) else 1
+
+
+def over_replicas(f: Callable, replicas: int, reduce: Callable = _summed) -> Callable:
+    """f(params, batch), a sum over the batch, as `reduce` of those of the replicas of `data`, their first axis.
 
     Each replica works by itself on its share of the rows; nothing else crosses `data`.
     """
-    replicas = layout.mesh.shape["data"] if isinstance(layout, MeshLayout) else 1
     if replicas == 1:
         return f
 
-    def summed(params, batch: Batch):
+    def reduced(params, batch: Batch):
         shares = jax.tree.map(lambda a: a.reshape(replicas, -1, *a.shape[1:]), batch)
-        parts = jax.vmap(f, in_axes=(None, 0), spmd_axis_name="data")(params, shares)
-        return jax.tree.map(lambda a: a.sum(0), parts)
+        return reduce(jax.vmap(f, in_axes=(None, 0), spmd_axis_name="data")(params, shares))
 
-    return summed
+    return reduced
 
 
 def training_recipe(config: Config, layout: Layout) -> Recipe:
@@ -58,26 +66,49 @@ def training_recipe(config: Config, layout: Layout) -> Recipe:
     return run_by(recipe_of(config.precision), platform.implementation, platform.core)
 
 
-def gradients(
-    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe | None = None
-) -> tuple[nnx.State, Metrics]:
-    """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches.
-
-    In the configuration's recipe if none is given. Gradients have those of the probes among them, if the recipe has any.
-    """
-    recipe = recipe or training_recipe(config, layout)
+def replica_gradients(
+    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe
+) -> tuple[Callable, nnx.State]:
+    """((variables, rows of the batch) -> their part of the gradients and metrics, the variables)."""
     train = config.train
     counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
     share = Share(LossWeights(mtp, train.sequence_balance_alpha), counts, batch["tokens"].shape[0])
     if isinstance(layout, MeshLayout) and layout.mesh.shape["pipe"] > 1:
-        of_replica = pipelined_gradients(config, recipe, layout, state.router_bias, share)
-        return over_replicas(of_replica, layout)(state.params, batch)
+        return pipelined_gradients(config, recipe, layout, state.router_bias, share), state.params
     model = abstract_model(config, recipe, layout)
     fixed = nnx.merge_state(state.router_bias, controller.flags(model.eight_bit, state.controller))
     probes = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.probes)
-    of_replica = _accumulated_gradients(config, layout, model.graph, fixed, share)
-    return over_replicas(of_replica, layout)(nnx.merge_state(state.params, probes), batch)
+    return _accumulated_gradients(config, layout, model.graph, fixed, share), nnx.merge_state(state.params, probes)
+
+
+def gradients(
+    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe | None = None, reduce: Callable = _summed
+) -> Any:
+    """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches.
+
+    In the configuration's recipe if none is given. Gradients have those of the probes among them, if the recipe has any.
+    `reduce` makes what is returned of those of several replicas.
+    """
+    f, variables = replica_gradients(config, layout, state, batch, recipe or training_recipe(config, layout))
+    return over_replicas(f, replicas_of(layout), reduce)(variables, batch)
+
+
+def exchanged_gradients(
+    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe
+) -> tuple[nnx.State, Metrics, dict[str, Errors]]:
+    """Those of `gradients` as they come out of the exchange over `data`, and what is owed to the next one."""
+    exchange = Exchange(layout, config.parallel.compress_bits)
+    if exchange.replicas == 1:
+        return *gradients(config, layout, state, batch, recipe), state.errors
+
+    def reduce(parts: tuple[nnx.State, Metrics]) -> tuple[nnx.State, Metrics, dict[str, Errors]]:
+        grads, metrics = parts
+        grads, probes = nnx.split_state(grads, nnx.Param, Probe)
+        grads, errors = exchange.sum(grads, state.errors)
+        return nnx.merge_state(grads, _summed(probes)), _summed(metrics), errors
+
+    return gradients(config, layout, state, batch, recipe, reduce)
 
 
 def _accumulated_gradients(config: Config, layout: Layout, graph: nnx.GraphDef, fixed: nnx.State, share: Share) -> Callable:
@@ -148,7 +179,7 @@ def apply_gradients(
     if recipe.controlled:
         template = abstract_model(config, recipe).eight_bit
         memory, decisions = controller.update(template, memory, told, config.precision.cooldown_steps)
-    new_state = TrainState(state.step + 1, params, bias, opt_state, ema, memory)
+    new_state = TrainState(state.step + 1, params, bias, opt_state, ema, memory, state.errors)
     lr = jnp.asarray(schedule(state.step))
     return new_state, StepMetrics(metrics, grad_norm, lr, max_load_ratio(metrics.load), decisions)
 
@@ -167,7 +198,8 @@ def make_train_step(
     products = recipe or training_recipe(config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        state, metrics = apply_gradients(config, state, *gradients(config, layout, state, batch, products), products)
+        grads, metrics, errors = exchanged_gradients(config, layout, state, batch, products)
+        state, metrics = apply_gradients(config, replace(state, errors=errors), grads, metrics, products)
         return state, metrics._replace(batch_checksum=batch_checksum(batch))
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
@@ -222,7 +254,7 @@ def make_eval_step(
             model.mtp = nnx.List([])  # evaluation is of the next token only
             return objective(model, rows, share)[1]
 
-        metrics = over_replicas(of_replica, layout.ends)(params, batch)
+        metrics = over_replicas(of_replica, replicas_of(layout))(params, batch)
         return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load
 
     state = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))

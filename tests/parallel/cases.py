@@ -87,8 +87,10 @@ def initial_state() -> TrainState:
 
 
 def state_on(config: Config, layout: Layout) -> TrainState:
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    return jax.device_put(initial_state(), shardings)
+    abstract = abstract_state(config, layout)
+    nothing_owed = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.errors)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    return jax.device_put(replace(initial_state(), errors=nothing_owed), shardings)
 
 
 class Trained(NamedTuple):

@@ -1,0 +1,123 @@
+"""How gradients cross `data`: summed as they are, or in few bits, what rounding costs being owed to the next step.
+
+Shards of `fsdp`, `expert`, `tensor` and `pipe` stay where they are: each device exchanges the gradients of its own shard with
+those that hold the same shard for other replicas, after everything inside a replica has been summed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.optim.compress import Codec, Errors, means_of_codes, split_axis
+from dsv3_jax.parallel.layout import MeshLayout
+from dsv3_jax.parallel.rules import is_variable, mesh_axes, stored_spec
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A parameter whose gradients are sent in few bits: where it is stored, and the axis whose shares replicas sum up."""
+
+    shape: tuple[int, ...]
+    spec: P
+    cut: int
+
+    def errors(self, replicas: int) -> Errors[jax.Array]:
+        return Errors(jnp.zeros((replicas, *self.shape)), jnp.zeros(self.shape))
+
+    @property
+    def specs(self) -> Errors[P]:
+        entries = [*self.spec, *[None] * (len(self.shape) - len(self.spec))]
+        entries[self.cut] = (*mesh_axes(entries[self.cut]), "data")
+        return Errors(P("data", *self.spec), P(*entries))
+
+
+def _named(tree: nnx.State) -> dict[str, nnx.Variable]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def in_few_bits(variable: nnx.Variable) -> bool:
+    """Whether a parameter's gradients may be: matrices, but not the router's, nor the embedding's.
+
+    Of the embedding most rows are zero, and 2 bits have no zero: what they make of such rows, Adam takes for a direction.
+    """
+    return not is_float32(variable) and "embed_in" not in variable.get_metadata("logical_axes")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Of gradients of parameters over the replicas of a layout, in `bits`; 0 bits, or one replica, leave them as they are."""
+
+    layout: Layout
+    bits: int
+
+    @property
+    def replicas(self) -> int:
+        return self.layout.mesh.shape["data"] if isinstance(self.layout, MeshLayout) and self.bits else 1
+
+    def _leaves(self, params: nnx.State) -> dict[str, _Leaf]:
+        """Only those of which each replica can have a share."""
+        if self.replicas == 1:
+            return {}
+        assert isinstance(self.layout, MeshLayout)
+        found = {}
+        for name, variable in _named(params).items():
+            if not in_few_bits(variable):
+                continue
+            spec, shape = stored_spec(variable, self.layout.mesh), variable.get_value().shape
+            cut = split_axis(NamedSharding(self.layout.mesh, spec).shard_shape(shape), self.replicas)
+            if cut is not None:
+                found[name] = _Leaf(shape, spec, cut)
+        return found
+
+    def init(self, params: nnx.State) -> dict[str, Errors[jax.Array]]:
+        """Nothing is owed: float32 [R, ...] of the replicas' gradients, and [...] of their mean, by parameter."""
+        return {name: leaf.errors(self.replicas) for name, leaf in self._leaves(params).items()}
+
+    def shardings(self, params: nnx.State) -> dict[str, Errors[NamedSharding]]:
+        if not isinstance(self.layout, MeshLayout):
+            return {}
+        mesh = self.layout.mesh
+        specs = {name: leaf.specs for name, leaf in self._leaves(params).items()}
+        return {name: Errors(NamedSharding(mesh, s.worker), NamedSharding(mesh, s.server)) for name, s in specs.items()}
+
+    def sum(self, parts: nnx.State, errors: dict[str, Errors]) -> tuple[nnx.State, dict[str, Errors]]:
+        """(the sum over the replicas of [R, ...] gradients, what is owed then)."""
+        whole = jax.tree.map(lambda a: a.sum(0), parts)
+        leaves = self._leaves(whole)
+        if not leaves:
+            return whole, errors
+        assert isinstance(self.layout, MeshLayout)
+        codec, replicas = Codec(self.bits), self.replicas  # type: ignore[arg-type]
+
+        def on_each(parts: dict[str, jax.Array], errors: dict[str, Errors[jax.Array]]) -> tuple[dict, dict]:
+            kept = [Errors(errors[name].worker[0], errors[name].server) for name in leaves]
+            cuts = [leaf.cut for leaf in leaves.values()]
+            means, left = means_of_codes([parts[name][0] for name in leaves], kept, cuts, codec, "data")
+            sums = {name: mean * replicas for name, mean in zip(leaves, means, strict=True)}
+            return sums, {name: Errors(e.worker[None], e.server) for name, e in zip(leaves, left, strict=True)}
+
+        own = {name: leaf.specs for name, leaf in leaves.items()}
+        gradients = {name: variable.get_value() for name, variable in _named(parts).items() if name in leaves}
+        sums, errors = jax.shard_map(
+            on_each, mesh=self.layout.mesh, check_vma=False,
+            in_specs=({name: specs.worker for name, specs in own.items()}, own),
+            out_specs=({name: leaf.spec for name, leaf in leaves.items()}, own),
+        )(gradients, errors)  # fmt: skip
+
+        def replaced(path: Any, variable: nnx.Variable) -> nnx.Variable:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return variable.replace(sums[name]) if name in sums else variable
+
+        return jax.tree_util.tree_map_with_path(replaced, whole, is_leaf=is_variable), errors
+
+
+def folded(worker: jax.Array, replicas: int) -> jax.Array:
+    """What R replicas owe, [R, ...], as what another number of them owes: each the mean, so that the mean stays."""
+    return jnp.broadcast_to(worker.mean(0, keepdims=True), (replicas, *worker.shape[1:]))
