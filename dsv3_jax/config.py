@@ -251,6 +251,7 @@ class ParallelConfig:
     expert_parts: int = 1  # pieces of a device's tokens: one travels while another is computed
     # of gradients between the replicas of `data`, where it has several: 0 as they are, or 1, 2, 4, 8, with error feedback
     compress_bits: int = 0
+    compress_after: int = 200  # steps as they are: few bits need the second moments that these leave
     max_state_gib: float | None = None  # weights and moments a device: a run that has lost hosts takes no mesh with more
 
     def __post_init__(self) -> None:
@@ -263,6 +264,7 @@ class ParallelConfig:
         _positive("parallel", self, "pipe_chunks", "expert_parts")
         bits = self.compress_bits
         _require(bits in (0, 1, 2, 4, 8), f"parallel.compress_bits={bits}: use 0 (as they are), 1, 2, 4 or 8")
+        _not_negative("parallel", self, "compress_after")
         for name in ("expert_ranks_per_node", "max_state_gib"):
             if getattr(self, name) is not None:
                 _positive("parallel", self, name)

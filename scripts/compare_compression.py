@@ -1,13 +1,14 @@
 """What few bits across `data` do to learning: configs/tiny.yaml on the default corpus, R replicas, several seeds.
 
 Each run is one device's: the gradients of the R shares of a batch, then what an exchange of their codes would give all
-replicas (tests/optim/test_compression_study.py holds it to `mean_of_codes`). Variants, all in --bits:
+replicas (tests/optim/test_compression_study.py holds it to `means_of_codes`). Variants, all in --bits:
 
-  ef              what is lost by rounding is sent with the next gradients, of both phases: `parallel.compress_bits`
+  shipped         what `parallel.compress_bits` does: ef, after --warmup steps in float32, in units of Adam's second moment
+  ef              what is lost by rounding is sent with the next gradients, of both phases
   no_ef           it is lost: the control
+  shipped_no_ef   as shipped, but lost
   warmup          ef, after --warmup steps in float32
-  preconditioned  ef of gradients divided by the root of Adam's second moment
-  warm_pre        both
+  preconditioned  ef in units of Adam's second moment
   frozen          warmup, after which Adam's second moment stays (1-bit Adam, arXiv 2102.02888)
   loco            a moving average of what is lost is sent, forgotten every 512 steps (LoCo, arXiv 2407.04480)
   ef21            differences to what was sent before are sent (EF21, arXiv 2106.05203)
@@ -16,8 +17,8 @@ replicas (tests/optim/test_compression_study.py holds it to `mean_of_codes`). Va
 Prints, by variant, the held-out loss against `full` with the same seeds: the mean of the differences, and its 95% interval
 (Student's t). --picture draws the curves.
 
-Example: python scripts/compare_compression.py --replicas 4 8 --seeds 0 1 2 3 4 --variants ef no_ef --picture docs/compression.png
-         python scripts/compare_compression.py --only-report --out docs/compression.jsonl
+Example: python scripts/compare_compression.py --replicas 8 --seeds 0 1 2 --variants shipped shipped_no_ef
+         python scripts/compare_compression.py --only-report --out docs/compression.jsonl --picture docs/compression.png
 """
 
 import argparse
@@ -31,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -40,7 +42,8 @@ from scipy import stats
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
-from dsv3_jax.optim.compress import Codec, Errors, split_axis
+from dsv3_jax.optim.adamw import second_moment
+from dsv3_jax.optim.compress import Codec, Errors, second_moment_units, split_axis
 from dsv3_jax.parallel.exchange import in_few_bits
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.train.evaluate import evaluate
@@ -49,7 +52,6 @@ from dsv3_jax.train.step import apply_gradients, make_eval_step, over_replicas, 
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LOCO_KEPT, _LOCO_FORGETS = 0.8, 512  # of the moving average
-_FLOOR = 0.1  # of the root mean second moment: what preconditioning adds, so that rare rows don't drown the others
 _POINTS = 20  # of a curve
 _BATCHES = 25  # of held-out text, for a curve's points; the last is of all of it
 
@@ -89,11 +91,12 @@ def ef21(x: Array, errors: Errors, rounded: Callable, step: Array) -> tuple[Arra
 
 VARIANTS = {
     "full": Variant(None),
+    "shipped": Variant(with_feedback, warmup=True, preconditioned=True),
     "ef": Variant(with_feedback),
     "no_ef": Variant(without),
+    "shipped_no_ef": Variant(without, warmup=True, preconditioned=True),
     "warmup": Variant(with_feedback, warmup=True),
     "preconditioned": Variant(with_feedback, preconditioned=True),
-    "warm_pre": Variant(with_feedback, warmup=True, preconditioned=True),
     "frozen": Variant(with_feedback, warmup=True, frozen=True),
     "loco": Variant(loco),
     "ef21": Variant(ef21),
@@ -110,10 +113,10 @@ class Run:
     warmup: int
 
 
-def rounded_in_shares(codec: Codec, cut: int) -> Callable[[Array], Array]:
-    """[any, *shape] -> each as R shares along axis `cut` of its shape are rounded, one after another; R is `codec`'s."""
+def in_shares(codec: Codec, cut: int, replicas: int) -> Callable[[Array], Array]:
+    """Of [any, *shape], each rounded as its shares along axis `cut` of the shape are, one after another."""
 
-    def of(x: Float[Array, "any ..."], replicas: int) -> Array:
+    def of(x: Float[Array, "any ..."]) -> Array:
         moved = jnp.moveaxis(x, cut + 1, 1)
         rows = moved.reshape(x.shape[0], replicas, -1)
         fitted = codec.fitted(rows.shape[-1])
@@ -131,12 +134,9 @@ def averaged(
     replicas, cut = x.shape[0], split_axis(x.shape[1:], x.shape[0])
     assert cut is not None
     assert variant.rounds is not None
-    of = rounded_in_shares(codec, cut)
-    root = jnp.sqrt(v)
-    unit = root + _FLOOR * jnp.sqrt(v.mean()) + 1e-12 if variant.preconditioned else jnp.ones_like(v)
-    mean, left = variant.rounds(
-        x / unit, jax.tree.map(lambda e: e / unit, errors), lambda a: of(a, replicas), step
-    )  # fmt: skip
+    rounded = in_shares(codec, cut, replicas)
+    unit = second_moment_units(v) if variant.preconditioned else jnp.ones_like(v)
+    mean, left = variant.rounds(x / unit, jax.tree.map(lambda e: e / unit, errors), rounded, step)
     return mean * unit, jax.tree.map(lambda e: e * unit, left)
 
 
@@ -161,16 +161,16 @@ def make_step(run: Run, config: Config) -> Callable:
         f, variables = replica_gradients(config, ONE_DEVICE, state, batch, recipe)
         if variant.rounds is None:
             grads, metrics = f(variables, batch)
-            state, told = apply_gradients(config, state, grads, metrics, recipe)
+            state, _ = apply_gradients(config, state, grads, metrics, recipe)
             return state, errors, metrics.cross_entropy
         parts, metrics = over_replicas(f, run.replicas, lambda a: a)(variables, batch)
-        adam = state.opt_state[0]
+        v = second_moment(state.opt_state)
 
         def compressed() -> tuple[list, list]:
             found = [
                 (x.get_value().mean(0), e) if e is None
-                else averaged(variant, Codec(run.bits), x.get_value(), e, v.get_value(), state.step)
-                for x, e, v in zip(leaves(parts), errors, leaves(adam.nu), strict=True)
+                else averaged(variant, Codec(run.bits), x.get_value(), e, moment.get_value(), state.step)  # type: ignore[arg-type]
+                for x, e, moment in zip(leaves(parts), errors, leaves(v), strict=True)
             ]  # fmt: skip
             return [a for a, _ in found], [e for _, e in found]
 
@@ -185,8 +185,8 @@ def make_step(run: Run, config: Config) -> Callable:
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         after, _ = apply_gradients(config, state, grads, metrics, recipe)
         if variant.frozen:
-            kept = jax.tree.map(lambda old, new: jnp.where(warm, new, old), adam.nu, after.opt_state[0].nu)
-            after = replace(after, opt_state=(after.opt_state[0]._replace(nu=kept), *after.opt_state[1:]))
+            kept = jax.tree.map(lambda old, new: jnp.where(warm, new, old), v, second_moment(after.opt_state))
+            after = replace(after, opt_state=optax.tree.set(after.opt_state, nu=kept))
         return after, errors, metrics.cross_entropy
 
     return jax.jit(step, donate_argnums=(0, 1))

@@ -60,3 +60,8 @@ def adamw(config: OptimConfig, moment_dtype: str = "float32") -> optax.GradientT
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def second_moment(opt_state: optax.OptState) -> nnx.State:
+    """Of the state of `adamw`, in the tree of the parameters."""
+    return optax.tree.get(opt_state, "nu")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, UInt8
 _SCALE_BYTES = 4
 _TINY = 1e-30  # a block of smaller numbers is sent as zeros, whose error is kept: dividing by its scale would overflow
 _LLOYD_STEPS = 2000
+_UNIT_FLOOR = 0.01
 
 
 @functools.cache
@@ -202,6 +203,13 @@ class _Wire:
         rest = self.shape[: self.cut] + self.shape[self.cut + 1 :]
         return jnp.moveaxis(rows.reshape(first, *rest), 0, self.cut)
 
+    def own_share(self, a: Float[Array, "..."], mesh_axis: str) -> Float[Array, "..."]:
+        """This replica's share of an array of the shape, or of a number."""
+        if not a.ndim:
+            return a
+        size = self.shape[self.cut] // self.replicas
+        return lax.dynamic_slice_in_dim(a, lax.axis_index(mesh_axis) * size, size, self.cut)
+
     def decode(self, sent: UInt8[Array, "shares bytes"]) -> Float[Array, "..."]:
         return self.array_of(self.decode_rows(sent))
 
@@ -215,35 +223,54 @@ def _parted(joined: UInt8[Array, "shares bytes"], wires: list[_Wire]) -> list[UI
     return jnp.split(joined, ends, 1)
 
 
-def means_of_codes(
-    xs: list[Float[Array, "..."]], errors: list[Errors[Array]], cuts: list[int], codec: Codec, mesh_axis: str
-) -> tuple[list[Float[Array, "..."]], list[Errors[Array]]]:
+class Part(NamedTuple):
+    """A replica's array, of which the mean is wanted."""
+
+    x: Float[Array, "..."]
+    errors: Errors[Array]
+    unit: Float[Array, "..."]  # positive, the same on all replicas, of the shape of x or a number: what x is rounded in
+    cut: int  # the axis of x along which shares are cut
+
+
+def means_of_codes(parts: list[Part], codec: Codec, mesh_axis: str) -> tuple[list[Float[Array, "..."]], list[Errors[Array]]]:
     """(the means over `mesh_axis` as rounded, the same bits on every replica; the errors that are left). Where axes are manual.
 
-    All travel in one message of each phase. Shares are cut along axis `cuts[i]` of xs[i]. Summed over steps, the means given are
-    those of x less the mean of `worker` and less `server`, to float rounding.
+    All travel in one message of each phase. Summed over steps, the means given are those of x less the mean of `worker` and
+    less `server`, to float rounding.
     """
-    if not xs:
+    if not parts:
         return [], []
     replicas = lax.axis_size(mesh_axis)
-    wires = [_Wire.of(x.shape, cut, replicas, codec) for x, cut in zip(xs, cuts, strict=True)]
-    wanted = [x.astype(jnp.float32) + e.worker.astype(jnp.float32) for x, e in zip(xs, errors, strict=True)]
-    sent = [wire.encode(w) for wire, w in zip(wires, wanted, strict=True)]
-    worker = [w - wire.decode(s) for wire, w, s in zip(wires, wanted, sent, strict=True)]
+    wires = [_Wire.of(p.x.shape, p.cut, replicas, codec) for p in parts]
+    wanted = [p.x.astype(jnp.float32) + p.errors.worker.astype(jnp.float32) for p in parts]
+    sent = [wire.encode(w / p.unit) for wire, w, p in zip(wires, wanted, parts, strict=True)]
+    worker = [w - wire.decode(s) * p.unit for wire, w, s, p in zip(wires, wanted, sent, parts, strict=True)]
+
     received = _parted(lax.all_to_all(_joined(sent), mesh_axis, 0, 0), wires)
+    units = [wire.own_share(p.unit, mesh_axis) for wire, p in zip(wires, parts, strict=True)]
     shares = [
-        wire.array_of(wire.decode_rows(r).mean(0, keepdims=True)) + e.server.astype(jnp.float32)
-        for wire, r, e in zip(wires, received, errors, strict=True)
+        wire.array_of(wire.decode_rows(r).mean(0, keepdims=True)) * unit + p.errors.server.astype(jnp.float32)
+        for wire, r, unit, p in zip(wires, received, units, parts, strict=True)
     ]
-    codes = [wire.encode(share) for wire, share in zip(wires, shares, strict=True)]
-    server = [share - wire.decode(code) for wire, share, code in zip(wires, shares, codes, strict=True)]
+    codes = [wire.encode(share / unit) for wire, share, unit in zip(wires, shares, units, strict=True)]
+    server = [s - wire.decode(code) * unit for wire, s, code, unit in zip(wires, shares, codes, units, strict=True)]
+
     gathered = _parted(lax.all_gather(_joined(codes), mesh_axis, tiled=True), wires)
-    means = [wire.decode(g) for wire, g in zip(wires, gathered, strict=True)]
+    means = [wire.decode(g) * p.unit for wire, g, p in zip(wires, gathered, parts, strict=True)]
     left = [
-        Errors(w.astype(e.worker.dtype), s.astype(e.server.dtype))
-        for w, s, e in zip(worker, server, errors, strict=True)
-    ]  # fmt: skip
+        Errors(w.astype(p.errors.worker.dtype), s.astype(p.errors.server.dtype))
+        for w, s, p in zip(worker, server, parts, strict=True)
+    ]
     return means, left
+
+
+def second_moment_units(v: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What Adam divides by, as units of what is rounded: else the noise of large numbers is all that small ones become.
+
+    A part of the array's own mean keeps numbers whose v is zero yet from drowning the others of their block.
+    """
+    v = v.astype(jnp.float32)
+    return jnp.sqrt(v) + _UNIT_FLOOR * jnp.sqrt(v.mean()) + _TINY
 
 
 class CompressedMeanState(NamedTuple):
@@ -259,13 +286,16 @@ def compressed_mean(
     error_feedback: bool = True,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     dtype: jnp.dtype = jnp.dtype("float32"),  # noqa: B008  (immutable)
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Replaces each replica's gradients by their mean over `axis`, sent in `bits`; first in an `optax.chain`.
 
     For code in which `axis` is manual (`shard_map`): `init` and `update` see one device's shards, and the state is that
     device's. `mask`, a tree of booleans or a function of the parameters, says what is compressed (all if None); the rest, and
     what has no axis that the replicas divide, is averaged in float32. `dtype` is what errors are kept in; in bfloat16 their own
     rounding is lost. Without `error_feedback` there are none. Gradients that are not finite come back as such.
+
+    `update` takes `units`, a tree of positive arrays, the same on all replicas: what small gradients are small by, such as
+    `second_moment_units` of Adam's second moment. Gradients are rounded in them; in units of 1 if there are none.
     """
     codec = Codec(bits, block, levels)
 
@@ -284,22 +314,23 @@ def compressed_mean(
         return CompressedMeanState(jax.tree.map(none_yet, params, chosen(params)))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, *, units: Any = None, **_: Any
     ) -> tuple[optax.Updates, CompressedMeanState]:
         structure = jax.tree.structure(updates)
         gradients, errors = jax.tree.leaves(updates), structure.flatten_up_to(state.errors)
+        scales = [jnp.ones(())] * len(gradients) if units is None else jax.tree.leaves(units)
         cuts: list[int | None] = structure.flatten_up_to(chosen(updates))
-        compressed = [i for i, cut in enumerate(cuts) if cut is not None]
-        means, left = means_of_codes(
-            [gradients[i] for i in compressed],
-            [errors[i] if error_feedback else none_yet(gradients[i], cuts[i]) for i in compressed],
-            [cut for cut in cuts if cut is not None], codec, axis,
-        )  # fmt: skip
+        parts = {
+            i: Part(gradients[i], errors[i] if error_feedback else none_yet(gradients[i], cut), scales[i], cut)
+            for i, cut in enumerate(cuts)
+            if cut is not None
+        }
+        means, left = means_of_codes(list(parts.values()), codec, axis)
         out = [lax.pmean(g.astype(jnp.float32), axis) if cut is None else g for g, cut in zip(gradients, cuts, strict=True)]
-        for i, mean, owed in zip(compressed, means, left, strict=True):
+        for i, mean, owed in zip(parts, means, left, strict=True):
             out[i] = mean
             errors[i] = owed if error_feedback else errors[i]
         out = [mean.astype(g.dtype) for mean, g in zip(out, gradients, strict=True)]
         return structure.unflatten(out), CompressedMeanState(structure.unflatten(errors))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

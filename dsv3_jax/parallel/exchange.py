@@ -4,6 +4,7 @@ Shards of `fsdp`, `expert`, `tensor` and `pipe` stay where they are: each device
 those that hold the same shard for other replicas, after everything inside a replica has been summed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.layout import Layout, is_float32
-from dsv3_jax.optim.compress import Codec, Errors, means_of_codes, split_axis
+from dsv3_jax.optim.compress import Codec, Errors, Part, means_of_codes, second_moment_units, split_axis
 from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.rules import is_variable, mesh_axes, stored_spec
 
@@ -48,6 +49,11 @@ def in_few_bits(variable: nnx.Variable) -> bool:
     Of the embedding most rows are zero, and 2 bits have no zero: what they make of such rows, Adam takes for a direction.
     """
     return not is_float32(variable) and "embed_in" not in variable.get_metadata("logical_axes")
+
+
+def _values(tree: nnx.State, names: Iterable[str]) -> dict[str, jax.Array]:
+    named = _named(tree)
+    return {name: named[name].get_value() for name in names}
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class Exchange:
         specs = {name: leaf.specs for name, leaf in self._leaves(params).items()}
         return {name: Errors(NamedSharding(mesh, s.worker), NamedSharding(mesh, s.server)) for name, s in specs.items()}
 
-    def sum(self, parts: nnx.State, errors: dict[str, Errors]) -> tuple[nnx.State, dict[str, Errors]]:
-        """(the sum over the replicas of [R, ...] gradients, what is owed then)."""
+    def sum(self, parts: nnx.State, errors: dict[str, Errors], second_moment: nnx.State) -> tuple[nnx.State, dict[str, Errors]]:
+        """(the sum over the replicas of [R, ...] gradients, what is owed then), rounded in units of Adam's second moment."""
         whole = jax.tree.map(lambda a: a.sum(0), parts)
         leaves = self._leaves(whole)
         if not leaves:
@@ -96,20 +102,20 @@ class Exchange:
         assert isinstance(self.layout, MeshLayout)
         codec, replicas = Codec(self.bits), self.replicas  # type: ignore[arg-type]
 
-        def on_each(parts: dict[str, jax.Array], errors: dict[str, Errors[jax.Array]]) -> tuple[dict, dict]:
-            kept = [Errors(errors[name].worker[0], errors[name].server) for name in leaves]
-            cuts = [leaf.cut for leaf in leaves.values()]
-            means, left = means_of_codes([parts[name][0] for name in leaves], kept, cuts, codec, "data")
+        def on_each(parts: dict, errors: dict[str, Errors[jax.Array]], moments: dict) -> tuple[dict, dict]:
+            kept = {name: Errors(e.worker[0], e.server) for name, e in errors.items()}
+            found = [
+                Part(parts[name][0], kept[name], second_moment_units(moments[name]), leaf.cut) for name, leaf in leaves.items()
+            ]
+            means, left = means_of_codes(found, codec, "data")
             sums = {name: mean * replicas for name, mean in zip(leaves, means, strict=True)}
             return sums, {name: Errors(e.worker[None], e.server) for name, e in zip(leaves, left, strict=True)}
 
-        own = {name: leaf.specs for name, leaf in leaves.items()}
-        gradients = {name: variable.get_value() for name, variable in _named(parts).items() if name in leaves}
+        specs = {name: leaf.specs for name, leaf in leaves.items()}
+        of_replicas, stored = {name: e.worker for name, e in specs.items()}, {name: leaf.spec for name, leaf in leaves.items()}
         sums, errors = jax.shard_map(
-            on_each, mesh=self.layout.mesh, check_vma=False,
-            in_specs=({name: specs.worker for name, specs in own.items()}, own),
-            out_specs=({name: leaf.spec for name, leaf in leaves.items()}, own),
-        )(gradients, errors)  # fmt: skip
+            on_each, mesh=self.layout.mesh, check_vma=False, in_specs=(of_replicas, specs, stored), out_specs=(stored, specs)
+        )(_values(parts, leaves), errors, _values(second_moment, leaves))
 
         def replaced(path: Any, variable: nnx.Variable) -> nnx.Variable:
             name = jax.tree_util.keystr(path, simple=True, separator="/")

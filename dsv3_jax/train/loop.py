@@ -223,7 +223,7 @@ def compile_only(config: Config, elastic: bool) -> None:
     programs("init", init_program(config, layout))
     shape = config.data.batch_size, config.data.seq_len + _ahead(config)
     rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(layout))
-    for step in {0, config.precision.first_steps}:
+    for step in steps.first_of_kinds():
         steps.program(step, abstract_state(config, layout), {"tokens": rows, "segments": rows})
 
 
@@ -326,12 +326,15 @@ def _steps(
     while step < last and not stopping:
         began = time.perf_counter()
         batch = place(layout, jax.tree.map(np.asarray, next(data.batches)), data.rows, config.data.batch_size)
-        if step + 1 == first:
+        if not train_step.made(step):
+            watchdog.slow()
             train_step.program(step, state, batch)
             agree(False, False)  # all have compiled
+            watchdog.step_begins()
+            began = time.perf_counter()
+        if step + 1 == first:
             outside.events.write("compiled", step=first)
             outside.account = RunningAccount(outside.run) if writer is not None else None
-            began = time.perf_counter()
         state, metrics = train_step(step, state, batch)
         step += 1
         metrics = jax.device_get(metrics)

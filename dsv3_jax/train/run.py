@@ -91,7 +91,7 @@ class RunDirectory:
             raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
         old = _leaves(config_to_dict(load_config(self.config_file)))
         for key, value in _leaves(config_to_dict(config)).items():
-            free = key in _MAY_CHANGE or (key.startswith(_SECTIONS_THAT_MAY_CHANGE) and key != "parallel.compress_bits")
+            free = key in _MAY_CHANGE or (key.startswith(_SECTIONS_THAT_MAY_CHANGE) and not key.startswith("parallel.compress"))
             if old.get(key) != value and not free:
                 raise UserError(
                     f"{self.path} belongs to another config: {key} was {old.get(key)!r}, now {value!r}; "

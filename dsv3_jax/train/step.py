@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.optim.adamw import learning_rate
+from dsv3_jax.optim.adamw import learning_rate, second_moment
 from dsv3_jax.optim.compress import Errors
 from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, replicated
@@ -105,7 +105,7 @@ def exchanged_gradients(
     def reduce(parts: tuple[nnx.State, Metrics]) -> tuple[nnx.State, Metrics, dict[str, Errors]]:
         grads, metrics = parts
         grads, probes = nnx.split_state(grads, nnx.Param, Probe)
-        grads, errors = exchange.sum(grads, state.errors)
+        grads, errors = exchange.sum(grads, state.errors, second_moment(state.opt_state))
         return nnx.merge_state(grads, _summed(probes)), _summed(metrics), errors
 
     return gradients(config, layout, state, batch, recipe, reduce)
@@ -192,13 +192,19 @@ def _jit(f: Callable, layout: Layout, arguments: Any, results: Any, donate: tupl
 
 
 def make_train_step(
-    config: Config, layout: Layout = ONE_DEVICE, recipe: Recipe | None = None
+    config: Config, layout: Layout = ONE_DEVICE, recipe: Recipe | None = None, whole: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted step, in the configuration's recipe if none is given; it takes over the state's buffers."""
+    """The jitted step, in the configuration's recipe if none is given; it takes over the state's buffers.
+
+    `whole`: gradients cross `data` as they are, whatever `parallel.compress_bits` says.
+    """
     products = recipe or training_recipe(config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        grads, metrics, errors = exchanged_gradients(config, layout, state, batch, products)
+        if whole:
+            grads, metrics, errors = *gradients(config, layout, state, batch, products), state.errors
+        else:
+            grads, metrics, errors = exchanged_gradients(config, layout, state, batch, products)
         state, metrics = apply_gradients(config, replace(state, errors=errors), grads, metrics, products)
         return state, metrics._replace(batch_checksum=batch_checksum(batch))
 
@@ -206,29 +212,44 @@ def make_train_step(
     return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))
 
 
+class StepKind(NamedTuple):
+    recipe: Recipe
+    whole: bool  # gradients that would cross `data` in few bits later
+
+
 class ScheduledSteps:
-    """The training steps of a run: each in the recipe that `precision` names for it, and each recipe compiled once.
+    """The training steps of a run, each of the kind that `precision` and `parallel` name for it, and each kind compiled once.
 
     `programs` may have kept them: see compiled.py.
     """
 
     def __init__(self, config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now):
         self._config, self._layout, self._programs, self._made = config, layout, programs, {}
+        self._exchanges = Exchange(layout, config.parallel.compress_bits).replicas > 1
 
-    def recipe(self, step: int) -> Recipe:
-        """Of step `step`, counted from 0. The controller comes with the second one."""
+    def kind(self, step: int) -> StepKind:
+        """Of step `step`, counted from 0. The precision controller comes with the second recipe."""
         config, precision = self._config, self._config.precision
         if step < precision.first_steps:
             config = replace(config, precision=replace(precision, recipe=precision.first_recipe, controller=False))
-        return training_recipe(config, self._layout)
+        whole = self._exchanges and step < config.parallel.compress_after
+        return StepKind(training_recipe(config, self._layout), whole)
+
+    def first_of_kinds(self) -> list[int]:
+        """The first step of each kind that the run may have."""
+        changes = {0, self._config.precision.first_steps, self._config.parallel.compress_after if self._exchanges else 0}
+        return sorted({self.kind(step): step for step in sorted(changes, reverse=True)}.values())
+
+    def made(self, step: int) -> bool:
+        return self.kind(step) in self._made
 
     def program(self, step: int, state: TrainState, batch: Any) -> Callable:
         """Step `step`'s, for such a state and batch, which may be abstract."""
-        recipe = self.recipe(step)
-        if recipe not in self._made:
-            train_step = make_train_step(self._config, self._layout, recipe)
-            self._made[recipe] = self._programs(repr(recipe), train_step, state, batch)
-        return self._made[recipe]
+        kind = self.kind(step)
+        if kind not in self._made:
+            train_step = make_train_step(self._config, self._layout, kind.recipe, kind.whole)
+            self._made[kind] = self._programs(repr(kind), train_step, state, batch)
+        return self._made[kind]
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Raises TypeError, rather than compile again, for a state or batch of another kind than the first."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.optim.compress import Codec, compressed_mean, split_axis
+from dsv3_jax.optim.compress import Codec, compressed_mean, second_moment_units, split_axis
 
 CODECS = [Codec(bits, 32, levels) for bits in (1, 2, 4, 8) for levels in ("gaussian", "uniform")]
 LARGEST = float(np.finfo(np.float32).max)
@@ -27,22 +27,24 @@ def mesh_of(replicas: int, fsdp: int = 1) -> Mesh:
 
 
 def per_replica(transformation, mesh: Mesh):
-    """(init of parameters, update of [R, ...] gradients and state), on each device by itself; state has an axis for them."""
+    """(init of parameters, update of [R, ...] gradients, state and maybe units), on each device by itself.
+
+    State has an axis for devices."""
     own = P(("data", "fsdp"))
 
     def init(params):
         return jax.tree.map(lambda a: a[None], transformation.init(params))
 
-    def update(updates, state):
-        updates, state = transformation.update(
-            jax.tree.map(lambda a: a[0], updates), jax.tree.map(lambda a: a[0], state), jax.tree.map(lambda a: a[0], updates)
-        )
+    def update(updates, state, units):
+        updates, state = jax.tree.map(lambda a: a[0], (updates, state))
+        updates, state = optax.with_extra_args_support(transformation).update(updates, state, updates, units=units)
         return jax.tree.map(lambda a: a[None], (updates, state))
 
     def on(f, in_specs, out_specs):
         return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 
-    return on(init, P(), own), on(update, (own, own), own)
+    jitted = on(update, (own, own, P()), own)
+    return on(init, P(), own), lambda updates, state, units=None: jitted(updates, state, units)
 
 
 def nearest_in_numpy(codec: Codec, x: np.ndarray) -> np.ndarray:
@@ -91,10 +93,12 @@ def trees(seed: int, replicas: int, shapes: list, scale: float, zero: bool) -> d
 @given(
     replicas=st.sampled_from([1, 2, 3, 8]),
     shapes=st.lists(st.sampled_from([(), (7,), (24,), (3, 48), (5, 7), (24, 2, 9), (7, 480)]), min_size=1, max_size=3),
-    codec=st.sampled_from(CODECS), scale=st.sampled_from([1e-33, 1e-3, 1.0, 1e30]), zero=st.booleans(), seed=st.integers(0, 99),
+    codec=st.sampled_from(CODECS), scale=st.sampled_from([1e-33, 1e-3, 1.0, 1e30]), zero=st.booleans(), in_units=st.booleans(),
+    seed=st.integers(0, 99),
 )  # fmt: skip
-def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shapes, codec, scale, zero, seed):
+def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shapes, codec, scale, zero, in_units, seed):
     """Over six steps; and replicas hold the same bits. To float32's rounding of sums of numbers as large as any met here.
+    Units are of eight magnitudes within an array.
 
     The replicas' server errors, put together along the axis that was cut, are what the means owe."""
     transformation = compressed_mean(codec.bits, block=codec.block, levels=codec.levels)
@@ -105,7 +109,8 @@ def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shape
     largest = 0.0
     for step in range(6):
         gradients = trees(seed + step, replicas, shapes, scale, zero)
-        means, state = update(gradients, state)
+        units = {name: 10.0 ** np.random.default_rng(step).uniform(-4, 4, a.shape) for name, a in asked.items()}
+        means, state = update(gradients, state, jax.tree.map(np.float32, units) if in_units else None)
         for name, mean in means.items():
             mean = np.asarray(mean)
             assert (mean == mean[:1]).all()
@@ -161,6 +166,20 @@ def test_error_feedback_sends_in_the_end_what_rounding_keeps_back():
     assert averages[False] > 0.3
 
 
+def test_small_numbers_keep_their_size_in_units_of_their_second_moment():
+    """Every second number is twenty times smaller: without units its two bits are noise of the large ones."""
+    small = np.where(np.arange(512) % 2, 0.05, 1.0).astype(np.float32)
+    gradients = {"w0": trees(5, 4, [(512,)], 1.0, False)["w0"] * small}
+    true = gradients["w0"].mean(0)[1::2]
+    init, update = per_replica(compressed_mean(2), mesh_of(4))
+    error = {}
+    for units in (None, {"w0": second_moment_units(jnp.asarray(small) ** 2)}):
+        means, _ = update(gradients, init({"w0": jnp.zeros(512)}), units)
+        error[units is None] = np.linalg.norm(np.asarray(means["w0"][0])[1::2] - true) / np.linalg.norm(true)
+    assert error[False] < 0.8
+    assert error[True] > 3
+
+
 def test_what_is_masked_crosses_in_full_precision():
     """Norms, here; by a tree and by a function of the parameters; errors in bfloat16 where asked for."""
     gradients = {"norm": trees(0, 2, [(34,)], 1.0, False)["w0"], "w": trees(1, 2, [(34,)], 1.0, False)["w0"]}
@@ -205,7 +224,7 @@ def test_bytes_on_the_wire(bits, most):
     init, update = per_replica(compressed_mean(bits), mesh)
     gradients = {"w": jnp.zeros((8, n))}
     state = init({"w": jnp.zeros(n)})
-    text = update.lower(gradients, state).compile().as_text()
+    text = jax.jit(update).lower(gradients, state).compile().as_text()
     assert bytes_of_collectives(text) <= most * 2 * 2 * n
     assert not re.search(r"(f32|bf16)\[[\d,]*\]\S* (all-to-all|all-gather|all-reduce)", text)
 

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.optim.adamw import second_moment
 from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
@@ -48,7 +49,7 @@ def test_what_is_not_sent_is_owed(mesh, more, bits):
     def both(state, batch):
         def reduce(parts):
             grads, _ = nnx.split_state(parts[0], nnx.Param, Probe)
-            return jax.tree.map(lambda a: a.sum(0), grads), *exchange.sum(grads, state.errors)
+            return jax.tree.map(lambda a: a.sum(0), grads), *exchange.sum(grads, state.errors, second_moment(state.opt_state))
 
         return gradients(config, layout, state, batch, recipe, reduce)
 
