@@ -40,6 +40,7 @@ class _Block:
 
     file: Path
     offset: int
+    whole_shape: tuple[int, ...]  # of its array
     bounds: Bounds
     dtype: np.dtype
     sha256: str
@@ -96,7 +97,7 @@ class LocalCopy:
 
     def _used(self, name: str, template: jax.ShapeDtypeStruct) -> list[_Block] | None:
         """The blocks that this process needs of an array, which it shares with others of its host; None if some are missing."""
-        blocks = [b for b in self._blocks.get(name, []) if b.dtype == template.dtype and len(b.bounds) == len(template.shape)]
+        blocks = [b for b in self._blocks.get(name, []) if b.dtype == template.dtype and b.whole_shape == template.shape]
         regions = _needed_bounds(template)
         if any(sum(_size(_overlap(b.bounds, region)) for b in blocks) != _size(region) for region in regions):
             return None
@@ -118,7 +119,7 @@ class LocalCopy:
         return jax.make_array_from_callback(template.shape, template.sharding, region, template.dtype)
 
 
-type Snapshot = dict[tuple[str, Bounds], np.ndarray]  # a process's blocks by array and place
+type Snapshot = dict[tuple[str, tuple[int, ...], Bounds], np.ndarray]  # a process's blocks by array, its shape, and place
 
 
 def snapshot(arrays: Mapping[str, jax.Array], buffers: Snapshot) -> Snapshot:
@@ -132,7 +133,7 @@ def snapshot(arrays: Mapping[str, jax.Array], buffers: Snapshot) -> Snapshot:
         shard.data.copy_to_host_async()
     blocks: Snapshot = {}
     for name, shape, shard in shards:
-        key = name, _bounds(shard.index, shape)
+        key = name, shape, _bounds(shard.index, shape)
         if key in blocks:
             continue
         blocks[key] = np.asarray(shard.data)
@@ -163,9 +164,9 @@ class LocalCopies:
         index.unlink(missing_ok=True)  # of the same step, done again
         listing, offset = [], 0
         with open(data, "wb") as file:
-            for (name, bounds), block in taken.items():
+            for (name, shape, bounds), block in taken.items():
                 file.write(_bytes(block))
-                listing.append([name, bounds, block.dtype.name, offset, _sha256(block)])
+                listing.append([name, shape, bounds, block.dtype.name, offset, _sha256(block)])
                 offset += block.nbytes
         write_whole(index, json.dumps({"manifest": _digest(manifest), "blocks": listing}))
         for other in self._root.iterdir():
@@ -194,9 +195,10 @@ def _read_index(index: Path, manifest: str) -> Iterable[tuple[str, _Block]]:
         found = json.loads(index.read_text())
         if found["manifest"] != manifest:
             return []
+        data = index.with_suffix(".blocks")
         return [
-            (name, _Block(index.with_suffix(".blocks"), offset, tuple((a, b) for a, b in bounds), np.dtype(dtype), sha256))
-            for name, bounds, dtype, offset, sha256 in found["blocks"]
+            (name, _Block(data, offset, tuple(shape), tuple((a, b) for a, b in bounds), np.dtype(dtype), sha256))
+            for name, shape, bounds, dtype, offset, sha256 in found["blocks"]
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
+from dsv3_jax.checkpoint import owed
 from dsv3_jax.checkpoint.local import LocalCopies, LocalCopy, Snapshot, snapshot
 from dsv3_jax.checkpoint.manifest import MANIFEST, verify, write_manifest_together
 from dsv3_jax.config import CheckpointConfig
@@ -103,8 +104,10 @@ class _Save:
 
 
 class _Found(NamedTuple):
-    """What this process's host has of a checkpoint, and whether any process must read arrays from the shared files."""
+    """What to load of a checkpoint, what this process's host has of it, and whether any process must read the shared files."""
 
+    templates: dict[str, dict[str, Any]]
+    partial: bool  # the checkpoint has other arrays too
     copy: LocalCopy
     here: set[str]  # arrays
     shared: bool
@@ -247,14 +250,16 @@ class CheckpointManager:
     def restore(self, template: TrainState, say: Callable[[str], None] = print) -> tuple[TrainState, dict[str, Any]]:
         """The latest checkpoint that is undamaged, in the shapes and shardings of `template`, and its metadata.
 
-        It may have been written on another mesh by another number of processes. Damaged ones are set aside, and `say` is told.
-        What `checkpoint.local_dir` has of it is read from there. Raises `UserError` if all are damaged.
+        It may have been written on another mesh by another number of processes: what other replicas owed to their exchange is
+        folded into what these do (owed.py). Damaged ones are set aside, and `say` is told. What
+        `checkpoint.local_dir` has of it is read from there. Raises `UserError` if all are damaged.
         """
         trees = _parts(template)
         templates = {name: _flat(tree) for name, tree in trees.items()}
-        self.newest, found = self._latest_undamaged(_joined(templates), say)
+        self.newest, found = self._latest_undamaged(templates, say)
         directory = self._directory / str(self.newest)
-        loaded = self._load_from_both(directory, templates, found)
+        loaded = self._load_from_both(directory, found)
+        loaded["optimizer"] |= owed.by(template.errors, loaded["optimizer"])
         parts = {name: _unflat(tree, loaded[name]) for name, tree in trees.items()}
         optimizer, weights = parts["optimizer"], parts[WEIGHTS]
         state = replace(
@@ -269,16 +274,15 @@ class CheckpointManager:
         )
         return state, read_metadata(directory)
 
-    def _load_from_both(
-        self, directory: Path, templates: dict[str, dict[str, Any]], found: "_Found"
-    ) -> dict[str, dict[str, Any]]:
+    def _load_from_both(self, directory: Path, found: "_Found") -> dict[str, dict[str, Any]]:
         """Arrays by part and name: from this host those that it has, from the checkpoint the others."""
+        templates = found.templates
         elsewhere = {
             part: {name: leaf for name, leaf in leaves.items() if f"{part}/{name}" not in found.here}
             for part, leaves in templates.items()
         }
         elsewhere = {part: leaves for part, leaves in elsewhere.items() if leaves}
-        loaded = _load_flat(directory, elsewhere, partial=bool(found.here)) if found.shared else {}
+        loaded = _load_flat(directory, elsewhere, partial=bool(found.here) or found.partial) if found.shared else {}
         for part, leaves in templates.items():
             here = {name: leaf for name, leaf in leaves.items() if name not in loaded.get(part, {})}
             loaded[part] = loaded.get(part, {}) | {n: found.copy.load(f"{part}/{n}", leaf) for n, leaf in here.items()}
@@ -286,19 +290,23 @@ class CheckpointManager:
         self.read_locally = sum(everything[n].size for n in found.here) / sum(leaf.size for leaf in everything.values())
         return loaded
 
-    def _latest_undamaged(self, arrays: dict[str, Any], say: Callable[[str], None]) -> tuple[int, "_Found"]:
+    def _latest_undamaged(self, templates: dict[str, Any], say: Callable[[str], None]) -> tuple[int, "_Found"]:
         """Its step, the same for all processes; each reads a share of its files, without arrays if all have all of these."""
         damaged: dict[int, str] = {}
         while True:
             step = first_says(lambda: max(set(complete_steps(self._directory)) - set(damaged), default=-1))
             if step < 0:
                 raise UserError(f"no checkpoint in {self._directory} is undamaged: {'; '.join(damaged.values())}")
-            directory, found = self._directory / str(step), _Found(LocalCopy({}), set(), shared=True)
+            directory = self._directory / str(step)
+            stored = _stored_shapes(directory)
+            optimizer = owed.as_stored(templates["optimizer"], stored)
+            there, partial = templates | {"optimizer": optimizer}, bool(stored.keys() - optimizer.keys())
+            found = _Found(there, partial, LocalCopy({}), set(), shared=True)
             if self._local is not None:
-                copy = self._local.of(step, directory / MANIFEST)
+                arrays, copy = _joined(there), self._local.of(step, directory / MANIFEST)
                 here = copy.covered(arrays)
                 missing = first_complaint("" if len(here) == len(arrays) else "some of it")
-                found = _Found(copy, here - {_EVERYBODYS} if missing else here, shared=bool(missing))
+                found = _Found(there, partial, copy, here - {_EVERYBODYS} if missing else here, shared=bool(missing))
             complaint = ""
             try:
                 verify(directory, jax.process_index(), jax.process_count(), arrays=found.shared)
@@ -316,6 +324,15 @@ class CheckpointManager:
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(bad)).rename(aside)
             say(f"{complaint}; set aside as {aside.name}, going back to step {step}")
+
+
+def _stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Of the arrays beside the weights; of none, if the checkpoint is so damaged: `verify` finds that out."""
+    try:
+        stored = ocp.checkpointables_metadata(str(directory)).metadata["optimizer"]
+        return {name: tuple(array.shape) for name, array in stored.items()}
+    except Exception:  # Orbax raises what it likes
+        return {}
 
 
 def _held_out_loss(directory: Path) -> float | None:

@@ -122,8 +122,3 @@ class Exchange:
             return variable.replace(sums[name]) if name in sums else variable
 
         return jax.tree_util.tree_map_with_path(replaced, whole, is_leaf=is_variable), errors
-
-
-def folded(worker: jax.Array, replicas: int) -> jax.Array:
-    """What R replicas owe, [R, ...], as what another number of them owes: each the mean, so that the mean stays."""
-    return jnp.broadcast_to(worker.mean(0, keepdims=True), (replicas, *worker.shape[1:]))

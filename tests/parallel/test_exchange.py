@@ -1,17 +1,24 @@
 """Gradients in few bits across `data`, on every kind of mesh: nothing is lost, only owed."""
 
+import json
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.config import CheckpointConfig, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.optim.adamw import second_moment
 from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
+from dsv3_jax.train.loop import train
 from dsv3_jax.train.state import abstract_state, new_state
 from dsv3_jax.train.step import gradients, make_train_step, training_recipe
+from tests.conftest import ROOT
 from tests.parallel.cases import batch_of, config_of, state_on
 
 ACCUMULATED, AT_ONCE = ("precision.recipe=deepseek", "train.grad_accum_steps=2"), ("train.grad_accum_steps=1",)
@@ -90,6 +97,90 @@ def test_states_of_all_replicas_stay_equal_and_learn():
     fell = {bits: each[0] - each[-1] for bits, each in losses.items()}
     assert fell[0] > 1
     assert fell[2] > 0.8 * fell[0]
+
+
+def with_random_errors(state):
+    random = np.random.default_rng(0)
+    return replace(
+        state,
+        errors=jax.tree.map(lambda a: jax.device_put(random.standard_normal(a.shape, np.float32), a.sharding), state.errors),
+    )
+
+
+def owed(state) -> dict[str, np.ndarray]:
+    """By all replicas together."""
+    return {name: np.asarray(e.worker).sum(0) + len(e.worker) * np.asarray(e.server) for name, e in state.errors.items()}
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["shared", "local"])
+def test_what_is_owed_survives_a_change_of_replicas(tmp_path, local):
+    """Bit for bit on as many; to float32's rounding as a sum on others; nothing else is lost on any mesh."""
+    checkpoints = CheckpointConfig(local_dir=str(tmp_path / "local") if local else None)
+    config, layout = on("data=4 fsdp=2")
+    saved = with_random_errors(state_on(config, layout))
+    manager = CheckpointManager(tmp_path / "run", checkpoints)
+    manager.save(saved, {"config": {}})
+    manager.wait()
+    for mesh, bits in (
+        ("data=4 fsdp=2", 2),
+        ("data=4 tensor=2", 2),
+        ("data=2 fsdp=4", 2),
+        ("data=8", 2),
+        ("fsdp=8", 2),
+        ("data=4", 0),
+    ):
+        config, layout = on(mesh, bits=bits)
+        restored, _ = CheckpointManager(tmp_path / "run", checkpoints).restore(abstract_state(config, layout))
+        assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(
+            lambda a: a.sharding, abstract_state(config, layout)
+        )
+        for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(saved.params), strict=True):
+            np.testing.assert_array_equal(a, b)
+        before, after = owed(saved), owed(restored)
+        assert bool(after) == ("data" in mesh and bits > 0)
+        for name in after:
+            np.testing.assert_allclose(after[name], before[name] if name in before else 0, atol=1e-5)
+            if "data=4" in mesh and name in before:
+                for a, b in zip(restored.errors[name], saved.errors[name], strict=True):
+                    np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_of_whole_gradients_owes_nothing(tmp_path):
+    config, layout = on("data=4 fsdp=2", bits=0)
+    manager = CheckpointManager(tmp_path / "run", CheckpointConfig())
+    manager.save(state_on(config, layout), {"config": {}})
+    manager.wait()
+    config, layout = on("data=2")
+    restored, _ = CheckpointManager(tmp_path / "run", CheckpointConfig()).restore(abstract_state(config, layout))
+    assert restored.errors
+    assert not any(a.any() for a in jax.tree.leaves(restored.errors))
+
+
+def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_path):
+    """Two steps as they are, then few bits: cut off there and in the midst of them."""
+
+    def run(name: str, *more: str) -> list[float]:
+        options = [
+            "parallel.compress_bits=2",
+            "parallel.compress_after=2",
+            "data.batch_size=8",
+            "parallel.fsdp=2",
+            f"name={name}",
+        ]
+        train(load_config(ROOT / "configs" / "tiny.yaml", [*micro_overrides, *options, *more]), tmp_path)
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [row["loss"] for row in rows]
+
+    whole = run("whole", "parallel.data=4")
+    for steps in (2, 4):
+        run("parts", "parallel.data=4", f"train.steps={steps}")
+    assert run("parts", "parallel.data=4") == whole
+    run("fewer", "parallel.data=4", "train.steps=4")
+    fewer = run("fewer", "parallel.data=2")
+    assert fewer[:4] == whole[:4]
+    np.testing.assert_allclose(fewer[4:], whole[4:], rtol=2e-2)  # other roundings, of the same sums
+    with pytest.raises(UserError, match=r"compress_bits was 2, now 4"):
+        run("fewer", "parallel.data=2", "parallel.compress_bits=4", "train.steps=7")
 
 
 def test_without_replicas_there_is_nothing_to_exchange():
