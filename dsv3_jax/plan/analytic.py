@@ -14,6 +14,7 @@ import numpy as np
 from dsv3_jax.config import Config, ModelConfig, PrecisionConfig, RematConfig, divisors
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import training_flops_per_token
+from dsv3_jax.optim.compress import Codec
 from dsv3_jax.parallel.experts import SLACK
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
@@ -148,7 +149,7 @@ class Estimator:
             * self._seconds("all-to-all", sizes, ("expert",), rows),
             "activations over tensor": (4 + 2 * (again > 0)) * m.num_hidden_layers
             * self._seconds("all-gather", sizes, ("tensor",), tokens * m.hidden_size * 2),
-            "gradients of replicas": self._seconds("all-reduce", sizes, ("data",), stored * 4),
+            "gradients of replicas": self._exchange(config, sizes, stored),
             "stages' weights": self._seconds(
                 "all-gather", sizes, ("pipe",), (local + dense) / sizes["fsdp"] / sizes["pipe"] * 6
             ),
@@ -159,6 +160,17 @@ class Estimator:
             for what, seconds in communication.items()
         )
         return Candidate(config, sizes, memory, work, communication, occupancy, (work + exposed) / occupancy)
+
+    def _exchange(self, config: Config, sizes: dict[str, int], stored: float) -> float:
+        """Seconds of what crosses `data`: a sum in float32, or codes to those that sum them up, and from them."""
+        bits, across = config.parallel.compress_bits, ("data",)
+        if not bits:
+            return self._seconds("all-reduce", sizes, across, stored * 4)
+        codec = Codec(bits)  # type: ignore[arg-type]
+        codes = stored * codec.block_bytes / codec.block
+        return self._seconds("all-to-all", sizes, across, codes) + self._seconds(
+            "all-gather", sizes, across, codes / sizes["data"]
+        )
 
     def _work(self, config: Config, tokens: float, again: float) -> float:
         """Seconds of a device's products, with what goes on between them."""

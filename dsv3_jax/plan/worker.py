@@ -36,6 +36,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
         "parameters": local(state.params),
         "moments": local(state.opt_state),
         "moving average": local(state.ema),
+        "owed to the exchange": local(state.errors),
         "other state": local((state.step, state.router_bias, state.controller)),
     }
 

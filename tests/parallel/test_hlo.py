@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import load_config
+from dsv3_jax.config import Config, load_config
+from dsv3_jax.parallel.exchange import in_few_bits
 from dsv3_jax.parallel.layout import layout_for
+from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.plan.communication import groups_of
 from dsv3_jax.train.state import abstract_state
 from dsv3_jax.train.step import make_train_step
@@ -22,7 +24,10 @@ COLLECTIVE = re.compile(
 
 def compiled(overrides: list[str]) -> tuple[str, dict[str, int]]:
     """Text of the compiled training step, and the mesh's axis sizes."""
-    config = config_of(overrides)
+    return compiled_of(config_of(overrides))
+
+
+def compiled_of(config: Config) -> tuple[str, dict[str, int]]:
     layout = layout_for(config)
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -30,6 +35,18 @@ def compiled(overrides: list[str]) -> tuple[str, dict[str, int]]:
     text = step.lower(abstract_state(config, layout), {"tokens": tokens, "segments": tokens}).compile().as_text()
     text = re.sub(r"/\*.*?\*/", "", text)  # comments inside tuples
     return text, dict(layout.mesh.shape)
+
+
+def crossing_data(text: str, mesh: dict[str, int]) -> list[tuple[str, str]]:
+    """(kind, shapes of the results) of the collectives between replicas; `data` is the mesh's first axis."""
+    replicas = mesh["data"]
+    ids = np.arange(np.prod(list(mesh.values()))).reshape(list(mesh.values()))
+    replica = {int(i): r for r in range(replicas) for i in ids[r].reshape(-1)}
+    return [
+        (kind, shapes)
+        for shapes, kind, line in COLLECTIVE.findall(text)
+        if any(len({replica[i] for i in g}) > 1 for g in groups_of(line, ids.size))
+    ]
 
 
 def dimensions(shapes: str) -> list[list[int]]:
@@ -51,25 +68,42 @@ def test_weights_are_gathered_one_layer_at_a_time(remat):
     assert not re.search(r"f32\[7,40,2,56\]|f32\[7,4,5,40\]|f32\[7,8,40,2,24\]", text)
 
 
+def numbers_a_device(params, chosen=lambda variable: True) -> int:
+    """Of the chosen parameters."""
+    leaves = [v for v in jax.tree.leaves(params, is_leaf=is_variable) if chosen(v)]
+    return sum(int(np.prod(v.get_value().sharding.shard_shape(v.get_value().shape))) for v in leaves)
+
+
+METRICS = 2000  # numbers that cross `data` for them: loads of 6 layers, counts, rounds of the expert exchange
+
+
 def test_only_gradients_cross_data():
     """Once a step, as all-reduces of what the parameters are, and of scalars and loads for the metrics."""
-    text, mesh = compiled(["parallel.data=2", "parallel.fsdp=2", "parallel.expert=2"])
-    config = config_of(["parallel.data=2", "parallel.fsdp=2", "parallel.expert=2"])
-    ids = np.arange(8).reshape(list(mesh.values()))
-    replica = {int(i): r for r in range(2) for i in ids[r].reshape(-1)}
-    crossing = [
-        (kind, dims)
-        for shapes, kind, line in COLLECTIVE.findall(text)
-        if any(len({replica[i] for i in g}) > 1 for g in groups_of(line, ids.size))
-        for dims in dimensions(shapes)
-    ]
-    layout = layout_for(config)
-    parameters = sum(
-        int(np.prod(a.sharding.shard_shape(a.shape))) for a in jax.tree.leaves(abstract_state(config, layout).params)
-    )
-    moved = sum(int(np.prod(dims)) for _, dims in crossing)
+    overrides = ["parallel.data=2", "parallel.fsdp=2", "parallel.expert=2"]
+    crossing = crossing_data(*compiled(overrides))
+    config = config_of(overrides)
+    parameters = numbers_a_device(abstract_state(config, layout_for(config)).params)
+    moved = sum(int(np.prod(dims)) for _, shapes in crossing for dims in dimensions(shapes))
     assert {kind for kind, _ in crossing} == {"all-reduce"}
-    assert parameters <= moved <= parameters + 2000  # metrics, loads of 6 layers, counts, rounds of the expert exchange
+    assert parameters <= moved <= parameters + METRICS
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 1 / 7), (8, 0.52)])
+def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
+    """Of a model of real widths: a byte array there, one back, scales included, against bfloat16's all-reduce, which sends each
+    number twice; and all-reduces of vectors, router, embedding and metrics."""
+    mesh = ["parallel.data=4", "parallel.fsdp=2", f"parallel.compress_bits={bits}", "data.batch_size=8"]
+    config = load_config(ROOT / "configs" / "small.yaml", [*mesh, "model.num_hidden_layers=2", "data.seq_len=64"])
+    crossing = crossing_data(*compiled_of(config))
+    params = abstract_state(config, layout_for(config)).params
+    codes = [(kind, shapes) for kind, shapes in crossing if "u8[" in shapes]
+    assert sorted(kind for kind, _ in codes) == ["all-gather", "all-to-all"]
+    sent = sum(int(np.prod(dims)) for _, shapes in codes for dims in dimensions(shapes))
+    assert sent <= most * 4 * numbers_a_device(params, in_few_bits)
+    rest = [(kind, shapes) for kind, shapes in crossing if "u8[" not in shapes]
+    assert {kind for kind, _ in rest} == {"all-reduce"}
+    whole = numbers_a_device(params, lambda variable: not in_few_bits(variable))
+    assert whole <= sum(int(np.prod(dims)) for _, shapes in rest for dims in dimensions(shapes)) <= whole + METRICS
 
 
 def test_zero3_and_selective_remat_save_memory():
