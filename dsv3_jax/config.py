@@ -249,8 +249,9 @@ class ParallelConfig:
     expert_transport: Literal["auto", "flat", "two_level"] = "auto"
     expert_ranks_per_node: int | None = None  # None: as many neighbours along `expert` as share a host
     expert_parts: int = 1  # pieces of a device's tokens: one travels while another is computed
-    # of gradients between the replicas of `data`, where it has several: 0 as they are, or 1, 2, 4, 8, with error feedback
-    compress_bits: int = 0
+    # bits of gradients between the replicas of `data`, with error feedback (parallel/exchange.py); 0: float32, as they are;
+    # auto: 2, where that is expected to pay (plan/slow_axis.py)
+    compress: Literal[0, 1, 2, 4, 8, "auto"] = 0
     compress_after: int = 200  # steps as they are: few bits need the second moments that these leave
     max_state_gib: float | None = None  # weights and moments a device: a run that has lost hosts takes no mesh with more
 
@@ -262,8 +263,6 @@ class ParallelConfig:
         filled = [axis for axis in axes if getattr(self, axis) == -1]
         _require(len(filled) <= 1, f"parallel.{' and parallel.'.join(filled)} are all -1; only one axis can be filled up")
         _positive("parallel", self, "pipe_chunks", "expert_parts")
-        bits = self.compress_bits
-        _require(bits in (0, 1, 2, 4, 8), f"parallel.compress_bits={bits}: use 0 (as they are), 1, 2, 4 or 8")
         _not_negative("parallel", self, "compress_after")
         for name in ("expert_ranks_per_node", "max_state_gib"):
             if getattr(self, name) is not None:

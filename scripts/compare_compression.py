@@ -1,9 +1,9 @@
 """What few bits across `data` do to learning: configs/tiny.yaml on the default corpus, R replicas, several seeds.
 
 Each run is one device's: the gradients of the R shares of a batch, then what an exchange of their codes would give all
-replicas (tests/optim/test_compression_study.py holds it to `means_of_codes`). Variants, all in --bits:
+replicas (tests/optim/test_compress.py holds it to that). Variants, all in --bits:
 
-  shipped         what `parallel.compress_bits` does: ef, after --warmup steps in float32, in units of Adam's second moment
+  shipped         what `parallel.compress` does: ef, after --warmup steps in float32, in units of Adam's second moment
   ef              what is lost by rounding is sent with the next gradients, of both phases
   no_ef           it is lost: the control
   shipped_no_ef   as shipped, but lost

@@ -6,7 +6,7 @@ those that hold the same shard for other replicas, after everything inside a rep
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Exchange:
     """Of gradients of parameters over the replicas of a layout, in `bits`; 0 bits, or one replica, leave them as they are."""
 
     layout: Layout
-    bits: int
+    bits: Literal[0, 1, 2, 4, 8, "auto"]
 
     @property
     def replicas(self) -> int:
@@ -100,7 +100,8 @@ class Exchange:
         if not leaves:
             return whole, errors
         assert isinstance(self.layout, MeshLayout)
-        codec, replicas = Codec(self.bits), self.replicas  # type: ignore[arg-type]
+        assert self.bits not in (0, "auto"), "`auto` is decided before anything is made (plan/slow_axis.py)"
+        codec, replicas = Codec(self.bits), self.replicas
 
         def on_each(parts: dict, errors: dict[str, Errors[jax.Array]], moments: dict) -> tuple[dict, dict]:
             kept = {name: Errors(e.worker[0], e.server) for name, e in errors.items()}

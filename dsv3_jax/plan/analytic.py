@@ -45,6 +45,7 @@ class Hidden:
 
 # Of the schedules that XLA makes of this package's step by default, read from compiled programs (v5p:8x8x8, h100:128x8).
 COMPILED = {"tpu": Hidden(0.0, 0.17), "gpu": Hidden(0.03, 0.07)}
+GRADIENTS = "gradients of replicas"
 _OF_TOKENS = ("tokens to experts", "activations over tensor")
 
 
@@ -112,6 +113,10 @@ class Estimator:
         c = Collective("", kind, (tuple(map(int, group)),), axes, sent_bytes(kind, operand_bytes, size), "")
         return self._links.route(c).seconds / self._efficiency.link
 
+    def unhidden(self, what: str, seconds: float) -> float:
+        """Of seconds of communication, those that no work hides."""
+        return seconds * (1 - (self._hidden.tokens if what in _OF_TOKENS else self._hidden.weights))
+
     def estimate(self, config: Config, sizes: dict[str, int]) -> Candidate:
         m, devices, micro = config.model, math.prod(sizes.values()), config.train.grad_accum_steps
         counts = counts_of(m)
@@ -149,24 +154,22 @@ class Estimator:
             * self._seconds("all-to-all", sizes, ("expert",), rows),
             "activations over tensor": (4 + 2 * (again > 0)) * m.num_hidden_layers
             * self._seconds("all-gather", sizes, ("tensor",), tokens * m.hidden_size * 2),
-            "gradients of replicas": self._exchange(config, sizes, stored),
+            GRADIENTS: self._exchange(config, sizes, stored),
             "stages' weights": self._seconds(
                 "all-gather", sizes, ("pipe",), (local + dense) / sizes["fsdp"] / sizes["pipe"] * 6
             ),
         }  # fmt: skip
         occupancy = pipeline_occupancy(config, sizes)
-        exposed = sum(
-            seconds * (1 - (self._hidden.tokens if what in _OF_TOKENS else self._hidden.weights))
-            for what, seconds in communication.items()
-        )
+        exposed = sum(self.unhidden(what, seconds) for what, seconds in communication.items())
         return Candidate(config, sizes, memory, work, communication, occupancy, (work + exposed) / occupancy)
 
     def _exchange(self, config: Config, sizes: dict[str, int], stored: float) -> float:
         """Seconds of what crosses `data`: a sum in float32, or codes to those that sum them up, and from them."""
-        bits, across = config.parallel.compress_bits, ("data",)
+        bits, across = config.parallel.compress, ("data",)
+        assert bits != "auto", "slow_axis.decided comes first"
         if not bits:
             return self._seconds("all-reduce", sizes, across, stored * 4)
-        codec = Codec(bits)  # type: ignore[arg-type]
+        codec = Codec(bits)
         codes = stored * codec.block_bytes / codec.block
         return self._seconds("all-to-all", sizes, across, codes) + self._seconds(
             "all-gather", sizes, across, codes / sizes["data"]

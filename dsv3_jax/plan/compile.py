@@ -48,6 +48,7 @@ class Compiled:
     versions: dict[str, str]
     program: Program
     precision: str  # precision.recipe, with `auto` resolved
+    exchange: str  # why parallel.compress=auto is what it is; empty where it was not asked for
 
 
 def compilers() -> str:
@@ -75,7 +76,7 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     for package in ("dsv3_jax", "pallas_kernels"):
         for path in sorted((_PACKAGES / package).rglob("*.py")):
-            if "plan" not in path.parts or path.name == "worker.py":
+            if "plan" not in path.parts or path.name in ("worker.py", "slow_axis.py", "analytic.py"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -163,7 +163,8 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
 
 def _notes(compiled: Compiled, line: Timeline, unreached: list[str], uncounted: set[str], useful: float) -> list[str]:
     """What a reader must know: what is missing, and what is not as it should be."""
-    notes = [f"a collective that the schedule does not reach is missing: {name}" for name in unreached]
+    notes = [compiled.exchange] if compiled.exchange else []
+    notes += [f"a collective that the schedule does not reach is missing: {name}" for name in unreached]
     notes += [f"loop of unknown length, counted once, so that figures are too low: {name}" for name in line.refused]
     notes += [f"a kernel's FLOPs are not counted: {name}" for name in sorted(uncounted)]
     once = (line.work.flops.total() - line.recomputed) / useful

@@ -19,6 +19,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.layout import batch_sharding, make_layout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import check
+from dsv3_jax.plan.slow_axis import decided
 from dsv3_jax.plan.topologies import devices, parse_topology
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.train.state import TrainState, abstract_state
@@ -58,6 +59,7 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
             f"parallel: the mesh has {mesh.size} of {topology}'s {len(found)} devices; set an axis to -1 to fill up"
         )
     check(config, dict(mesh.shape))
+    config, exchange = decided(config, parse_topology(topology), dict(mesh.shape))
     layout = make_layout(config.parallel, mesh)
     state = abstract_state(config, layout)
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
@@ -76,6 +78,7 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
         "mesh": dict(mesh.shape),
         "places": [_place(d) for d in mesh.devices.flat],  # in the order of partitions
         "precision": config.precision.recipe,
+        "exchange": exchange,
         "seconds": {"tracing": traced, "compiling": seconds - traced},
         "memory": {
             name: getattr(memory, f"{name}_size_in_bytes")

@@ -20,8 +20,10 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
+from dsv3_jax.parallel.mesh import axis_sizes
 from dsv3_jax.parallel.processes import agree, is_first, on_first
 from dsv3_jax.parallel.rows import local_rows, place
+from dsv3_jax.plan.slow_axis import decided, topology_of
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
@@ -202,12 +204,15 @@ class _Outside:
             self.account.costs["saving"] = stall_s
 
 
-def _here(config: Config, elastic: bool) -> tuple[Config, Layout]:
-    """The configuration as it is run on the devices that there are."""
+def _here(config: Config, elastic: bool) -> tuple[Config, Layout, str]:
+    """The configuration as it is run on the devices that there are, and why gradients cross `data` as they do."""
     if elastic:
         config = on_mesh(config, jax.device_count())
     layout = layout_for(config)
-    return with_its_tokenizer(resolve(config, device_of(layout))), layout
+    config = resolve(config, device_of(layout))
+    devices = list(layout.mesh.devices.flat) if isinstance(layout, MeshLayout) else [device_of(layout)]
+    config, exchange = decided(config, topology_of(devices), axis_sizes(config.parallel, len(devices)))
+    return with_its_tokenizer(config), layout, exchange
 
 
 def _programs(config: Config, layout: Layout) -> ProgramStore:
@@ -217,7 +222,7 @@ def _programs(config: Config, layout: Layout) -> ProgramStore:
 
 def compile_only(config: Config, elastic: bool) -> None:
     """Compile a run's steps for the devices that there are, and keep them for a run on as many. Raises `UserError`."""
-    config, layout = _here(config, elastic)
+    config, layout, _ = _here(config, elastic)
     programs = _programs(config, layout)
     steps = ScheduledSteps(config, layout, programs)
     programs("init", init_program(config, layout))
@@ -242,7 +247,7 @@ def _train(config: Config, root: Path, elastic: bool, until_end: contextlib.Exit
     several = elastic or jax.process_count() > 1
     watchdog = until_end.enter_context(Watchdog(config.train.stuck_after_s, config.train.slow_after_s, enabled=several))
     asked = config.parallel
-    config, layout = _here(config, elastic)
+    config, layout, exchange = _here(config, elastic)
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
     # process 0 first: it may have to train a tokenizer, which the others then find in the cache
@@ -259,7 +264,7 @@ def _train(config: Config, root: Path, elastic: bool, until_end: contextlib.Exit
     state = _start(config, layout, manager, data, programs)
     done = int(state.step)
     with ProgressReporter(config.train.steps, done, quiet=not is_first()) as progress, _StopRequest() as stop:
-        for line in _about_mesh(config, layout):
+        for line in filter(None, [*_about_mesh(config, layout), exchange]):
             progress.say(line)
         if done:
             progress.say(f"resuming {run.path} at step {done}")

@@ -95,7 +95,7 @@ def init_state(config: Config) -> TrainState:
 
 def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing."""
-    exchange = Exchange(layout, config.parallel.compress_bits)
+    exchange = Exchange(layout, config.parallel.compress)
     state = jax.eval_shape(functools.partial(_init_on, config, exchange))
     if not isinstance(layout, MeshLayout):
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -115,7 +115,7 @@ def _init_on(config: Config, exchange: Exchange) -> TrainState:
 def init_program(config: Config, layout: Layout = ONE_DEVICE) -> Callable[[], TrainState]:
     """Jitted: a fresh state where the layout wants it."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    exchange = Exchange(layout, config.parallel.compress_bits)
+    exchange = Exchange(layout, config.parallel.compress)
     return jax.jit(functools.partial(_init_on, config, exchange), out_shardings=shardings)
 
 

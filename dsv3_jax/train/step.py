@@ -98,7 +98,7 @@ def exchanged_gradients(
     config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe
 ) -> tuple[nnx.State, Metrics, dict[str, Errors]]:
     """Those of `gradients` as they come out of the exchange over `data`, and what is owed to the next one."""
-    exchange = Exchange(layout, config.parallel.compress_bits)
+    exchange = Exchange(layout, config.parallel.compress)
     if exchange.replicas == 1:
         return *gradients(config, layout, state, batch, recipe), state.errors
 
@@ -196,7 +196,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted step, in the configuration's recipe if none is given; it takes over the state's buffers.
 
-    `whole`: gradients cross `data` as they are, whatever `parallel.compress_bits` says.
+    `whole`: gradients cross `data` as they are, whatever `parallel.compress` says.
     """
     products = recipe or training_recipe(config, layout)
 
@@ -225,7 +225,7 @@ class ScheduledSteps:
 
     def __init__(self, config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now):
         self._config, self._layout, self._programs, self._made = config, layout, programs, {}
-        self._exchanges = Exchange(layout, config.parallel.compress_bits).replicas > 1
+        self._exchanges = Exchange(layout, config.parallel.compress).replicas > 1
 
     def kind(self, step: int) -> StepKind:
         """Of step `step`, counted from 0. The precision controller comes with the second recipe."""

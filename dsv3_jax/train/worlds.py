@@ -35,7 +35,7 @@ def state_bytes(config: Config, sizes: dict[str, int]) -> float:
     recipe = config.precision.recipe
     of_recipe = RECIPES[recipe].moments if recipe in RECIPES else "float32"  # `auto` is resolved later
     short = config.optim.moment_dtype == "bfloat16" or of_recipe == "bfloat16"
-    owed = 4 + 4 / sizes["data"] if config.parallel.compress_bits and sizes["data"] > 1 else 0
+    owed = 4 + 4 / sizes["data"] if config.parallel.compress and sizes["data"] > 1 else 0
     return stored_parameters(config, sizes) * (4 + 2 * (2 if short else 4) + owed)
 
 

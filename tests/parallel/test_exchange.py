@@ -26,7 +26,7 @@ ACCUMULATED, AT_ONCE = ("precision.recipe=deepseek", "train.grad_accum_steps=2")
 
 
 def on(mesh: str, *more: str, bits: int = 2):
-    config = config_of([*(f"parallel.{part}" for part in mesh.split()), f"parallel.compress_bits={bits}", *more])
+    config = config_of([*(f"parallel.{part}" for part in mesh.split()), f"parallel.compress={bits}", *more])
     return config, layout_for(config)
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_whole_gradients_owes_nothing(tmp_path):
 def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_path):
     """Two steps as they are, then few bits: cut off there and in the midst of them."""
 
-    options = ["parallel.compress_bits=2", "parallel.compress_after=2", "data.batch_size=8", "parallel.fsdp=2"]
+    options = ["parallel.compress=2", "parallel.compress_after=2", "data.batch_size=8", "parallel.fsdp=2"]
 
     def run(name: str, *more: str) -> list[float]:
         config = load_config(ROOT / "configs" / "tiny.yaml", [*micro_overrides, *options, f"name={name}", *more])
@@ -169,8 +169,8 @@ def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_pa
     fewer = run("fewer", "parallel.data=2")
     assert fewer[:4] == whole[:4]
     np.testing.assert_allclose(fewer[4:], whole[4:], rtol=2e-2)  # other roundings, of the same sums
-    with pytest.raises(UserError, match=r"compress_bits was 2, now 4"):
-        run("fewer", "parallel.data=2", "parallel.compress_bits=4", "train.steps=7")
+    with pytest.raises(UserError, match=r"compress was 2, now 4"):
+        run("fewer", "parallel.data=2", "parallel.compress=4", "train.steps=7")
 
 
 def test_without_replicas_there_is_nothing_to_exchange():
@@ -181,5 +181,5 @@ def test_without_replicas_there_is_nothing_to_exchange():
 
 
 def test_bits_that_there_are_not():
-    with pytest.raises(UserError, match=r"parallel.compress_bits=3"):
+    with pytest.raises(UserError, match=r"parallel.compress=3"):
         on("data=8", bits=3)

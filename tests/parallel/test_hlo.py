@@ -92,7 +92,7 @@ def test_only_gradients_cross_data():
 def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
     """Of a model of real widths: a byte array there, one back, scales included, against bfloat16's all-reduce, which sends each
     number twice; and all-reduces of vectors, router, embedding and metrics."""
-    mesh = ["parallel.data=4", "parallel.fsdp=2", f"parallel.compress_bits={bits}", "data.batch_size=8"]
+    mesh = ["parallel.data=4", "parallel.fsdp=2", f"parallel.compress={bits}", "data.batch_size=8"]
     config = load_config(ROOT / "configs" / "small.yaml", [*mesh, "model.num_hidden_layers=2", "data.seq_len=64"])
     crossing = crossing_data(*compiled_of(config))
     params = abstract_state(config, layout_for(config)).params

@@ -1,0 +1,72 @@
+"""`parallel.compress=auto`: on where the slow axis would hold steps up, off elsewhere, and why."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from dsv3_jax.config import Config, load_config
+from dsv3_jax.parallel.mesh import axis_sizes
+from dsv3_jax.plan.slow_axis import decided, topology_of
+from dsv3_jax.plan.topologies import parse_topology
+from tests.conftest import ROOT
+
+
+def decision(model: str, topology: str, *overrides: str) -> tuple[Config, str]:
+    config = load_config(ROOT / "configs" / f"{model}.yaml", ["parallel.compress=auto", "train.grad_accum_steps=1", *overrides])
+    there = parse_topology(topology)
+    return decided(config, there, axis_sizes(config.parallel, there.size))
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "overrides", "bits"),
+    [
+        ("v3_671b", "2*v5p:8x8x8", ["data=2", "fsdp=8", "expert=64"], 2),  # between slices
+        ("v3_16b", "h100:8x8", ["data=8", "fsdp=8"], 2),  # between hosts
+        ("v3_16b", "v5p:4x4x4", ["data=4", "fsdp=16"], 0),  # inside a torus
+        ("v3_16b", "h100:1x8", ["data=2", "fsdp=4"], 0),  # inside a host
+    ],
+)
+def test_few_bits_where_links_are_slow_for_what_they_carry(model, topology, overrides, bits):
+    config, why = decision(model, topology, "data.batch_size=1024", *(f"parallel.{o}" for o in overrides))
+    assert config.parallel.compress == bits
+    assert ("2 bits, " if bits else "off, ") in why
+    assert topology in why
+
+
+def test_a_larger_batch_makes_it_less_worth_while():
+    small, large = (
+        decision("v3_16b", "h100:8x8", "parallel.data=8", "parallel.fsdp=8", f"data.batch_size={n}") for n in (64, 4096)
+    )
+    assert (small[0].parallel.compress, large[0].parallel.compress) == (2, 0)
+
+
+def test_nothing_is_decided_that_was_not_asked_for_or_is_not_known():
+    asked, why = decision(
+        "v3_16b", "h100:8x8", "parallel.data=8", "parallel.fsdp=8", "parallel.compress=4", "data.batch_size=64"
+    )
+    assert (asked.parallel.compress, why) == (4, "")
+    one, why = decision("v3_16b", "h100:8x8", "parallel.fsdp=64", "data.batch_size=64")
+    assert one.parallel.compress == 0
+    assert "one replica" in why
+    config = load_config(ROOT / "configs" / "tiny.yaml", ["parallel.compress=auto", "parallel.data=8"])
+    config, why = decided(config, topology_of(jax.devices()), axis_sizes(config.parallel, 8))
+    assert config.parallel.compress == 0
+    assert "nothing is known" in why
+
+
+def gpu(host: int, domain: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=host, slice_index=domain)
+
+
+def test_topologies_are_told_from_devices():
+    assert str(topology_of([gpu(host) for host in range(4) for _ in range(8)])) == "h100:4x8"
+    assert str(topology_of([gpu(i, i // 8) for i in range(16)])) == "h100:2x8"  # a process for each GPU
+    chips = [(x, y, z) for x in range(2) for y in range(2) for z in range(4)]
+    tpus = [
+        SimpleNamespace(platform="tpu", device_kind="TPU v5p", coords=chip, slice_index=s, process_index=0)
+        for s in range(2) for chip in chips
+    ]  # fmt: skip
+    assert str(topology_of(tpus)) == "2*v5p:2x2x4"
+    assert topology_of(tpus[:5]) is None
+    assert topology_of(jax.devices()) is None
