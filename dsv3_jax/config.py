@@ -253,7 +253,7 @@ class ParallelConfig:
     # auto: 2, where that is expected to pay (plan/slow_axis.py)
     compress: Literal[0, 1, 2, 4, 8, "auto"] = 0
     compress_after: int = 200  # steps as they are: few bits need the second moments that these leave
-    max_state_gib: float | None = None  # weights and moments a device: a run that has lost hosts takes no mesh with more
+    max_state_gib: float | None = None  # of state a device: a run that has lost hosts takes no mesh with more
 
     def __post_init__(self) -> None:
         axes = ("data", "pipe", "fsdp", "expert", "tensor")
