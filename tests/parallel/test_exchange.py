@@ -18,7 +18,7 @@ from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.state import abstract_state, new_state
-from dsv3_jax.train.step import gradients, make_train_step, training_recipe
+from dsv3_jax.train.step import ScheduledSteps, gradients, make_train_step, training_recipe
 from tests.conftest import ROOT
 from tests.parallel.cases import batch_of, config_of, state_on
 
@@ -171,6 +171,15 @@ def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_pa
     np.testing.assert_allclose(fewer[4:], whole[4:], rtol=2e-2)  # other roundings, of the same sums
     with pytest.raises(UserError, match=r"compress was 2, now 4"):
         run("fewer", "parallel.data=2", "parallel.compress=4", "train.steps=7")
+
+
+def test_each_kind_of_step_is_known_before_it_comes():
+    """Which is what an elastic start compiles ahead for."""
+    schedule = ["parallel.compress_after=5", "precision.recipe=deepseek", "precision.first_steps=3"]
+    assert ScheduledSteps(*on("data=8", *schedule)).first_of_kinds() == [0, 3, 5]
+    assert ScheduledSteps(*on("data=8", *schedule[1:], "parallel.compress_after=0")).first_of_kinds() == [0, 3]
+    assert ScheduledSteps(*on("fsdp=8", *schedule)).first_of_kinds() == [0, 3]
+    assert ScheduledSteps(*on("data=8", "parallel.compress_after=5")).first_of_kinds() == [0, 5]
 
 
 def test_without_replicas_there_is_nothing_to_exchange():
