@@ -17,10 +17,10 @@ ALLOWED = {
     "data": set(),
     "precision": set(),
     "model": {"precision"},
-    "parallel": {"model", "precision"},
+    "parallel": {"model", "precision", "optim"},
     "optim": {"model"},
     "train": {"data", "precision", "model", "parallel", "optim", "checkpoint", "serve"},
-    "checkpoint": {"train", "precision", "model", "parallel", "data"},
+    "checkpoint": {"train", "precision", "model", "parallel", "data", "optim"},
     "interop": {"data", "model", "precision", "parallel", "checkpoint"},
     "serve": {"model"},
 }

@@ -99,7 +99,7 @@ def trees(seed: int, replicas: int, shapes: list, scale: float, zero: bool) -> d
 )  # fmt: skip
 def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shapes, codec, scale, zero, in_units, seed):
     """Over six steps; and replicas hold the same bits. To float32's rounding of sums of numbers as large as any met here.
-    Units are of eight magnitudes within an array.
+    Units are of four magnitudes within an array, and stay: errors in others that keep changing would leave float32.
 
     The replicas' server errors, put together along the axis that was cut, are what the means owe."""
     transformation = compressed_mean(codec.bits, block=codec.block, levels=codec.levels)
@@ -110,7 +110,7 @@ def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shape
     largest = 0.0
     for step in range(6):
         gradients = trees(seed + step, replicas, shapes, scale, zero)
-        units = {name: 10.0 ** np.random.default_rng(step).uniform(-4, 4, a.shape) for name, a in asked.items()}
+        units = {name: 10.0 ** np.random.default_rng(seed).uniform(-2, 2, a.shape) for name, a in asked.items()}
         means, state = update(gradients, state, jax.tree.map(np.float32, units) if in_units else None)
         for name, mean in means.items():
             mean = np.asarray(mean)
