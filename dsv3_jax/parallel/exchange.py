@@ -6,7 +6,7 @@ those that hold the same shard for other replicas, after everything inside a rep
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +118,5 @@ class Exchange:
             on_each, mesh=self.layout.mesh, check_vma=False, in_specs=(of_replicas, specs, stored), out_specs=(stored, specs)
         )(_values(parts, leaves), errors, _values(second_moment, leaves))
 
-        def replaced(path: Any, variable: nnx.Variable) -> nnx.Variable:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return variable.replace(sums[name]) if name in sums else variable
-
-        return jax.tree_util.tree_map_with_path(replaced, whole, is_leaf=is_variable), errors
+        summed = [variable.replace(sums[name]) if name in sums else variable for name, variable in _named(whole).items()]
+        return jax.tree.unflatten(jax.tree.structure(whole, is_leaf=is_variable), summed), errors

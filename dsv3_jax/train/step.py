@@ -95,10 +95,9 @@ def gradients(
 
 
 def exchanged_gradients(
-    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe
+    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe, exchange: Exchange
 ) -> tuple[nnx.State, Metrics, dict[str, Errors]]:
     """Those of `gradients` as they come out of the exchange over `data`, and what is owed to the next one."""
-    exchange = Exchange(layout, config.parallel.compress)
     if exchange.replicas == 1:
         return *gradients(config, layout, state, batch, recipe), state.errors
 
@@ -198,13 +197,10 @@ def make_train_step(
 
     `whole`: gradients cross `data` as they are, whatever `parallel.compress` says.
     """
-    products = recipe or training_recipe(config, layout)
+    products, exchange = recipe or training_recipe(config, layout), Exchange(layout, 0 if whole else config.parallel.compress)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        if whole:
-            grads, metrics, errors = *gradients(config, layout, state, batch, products), state.errors
-        else:
-            grads, metrics, errors = exchanged_gradients(config, layout, state, batch, products)
+        grads, metrics, errors = exchanged_gradients(config, layout, state, batch, products, exchange)
         state, metrics = apply_gradients(config, replace(state, errors=errors), grads, metrics, products)
         return state, metrics._replace(batch_checksum=batch_checksum(batch))
 

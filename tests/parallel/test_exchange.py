@@ -150,7 +150,7 @@ def test_a_checkpoint_of_whole_gradients_owes_nothing(tmp_path):
 
 
 def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_path):
-    """Two steps as they are, then few bits: cut off there and in the midst of them."""
+    """Two steps as they are, then few bits; cut off in the midst of these."""
 
     options = ["parallel.compress=2", "parallel.compress_after=2", "data.batch_size=8", "parallel.fsdp=2"]
 
