@@ -48,7 +48,7 @@ from dsv3_jax.parallel.exchange import in_few_bits
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.train.evaluate import evaluate
 from dsv3_jax.train.state import ONE_DEVICE, TrainState, new_state
-from dsv3_jax.train.step import apply_gradients, make_eval_step, over_replicas, replica_gradients, training_recipe
+from dsv3_jax.train.step import apply_gradients, make_eval_step, replica_gradients, training_recipe
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LOCO_KEPT, _LOCO_FORGETS = 0.8, 512  # of the moving average
@@ -163,7 +163,9 @@ def make_step(run: Run, config: Config) -> Callable:
             grads, metrics = f(variables, batch)
             state, _ = apply_gradients(config, state, grads, metrics, recipe)
             return state, errors, metrics.cross_entropy
-        parts, metrics = over_replicas(f, run.replicas, lambda a: a)(variables, batch)
+        # one after another: vmapped products of the experts take 2.5 times longer on a CPU
+        shares = jax.tree.map(lambda a: a.reshape(run.replicas, -1, *a.shape[1:]), batch)
+        parts, metrics = lax.map(lambda share: f(variables, share), shares)
         v = second_moment(state.opt_state)
 
         def compressed() -> tuple[list, list]:

@@ -7,6 +7,8 @@ from types import ModuleType
 import jax
 import pytest
 
+from dsv3_jax.parallel.processes import give_threads
+
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -23,6 +25,7 @@ def load_script(name: str) -> ModuleType:
 
 def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 8)  # a test that wants one device says so by parallel.*, all 1 by default
+    give_threads()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.rootpath) / ".pytest_cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -61,6 +61,20 @@ def test_contradictions_are_named(environ, named):
         place_from(environ)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_virtual_devices_have_threads_to_wait_in():
+    program = """if 1:
+        from pathlib import Path
+        import jax
+        from dsv3_jax.parallel.processes import join
+        join()
+        jax.block_until_ready(jax.jit(lambda a: a + 1)(1))
+        print(sum("XLAEigen" in name.read_text() for name in Path("/proc/self/task").glob("*/comm")))"""
+    environ = {k: v for k, v in os.environ.items() if k != "NPROC"} | {"JAX_NUM_CPU_DEVICES": "3", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", program], env=environ, text=True, capture_output=True, check=True)
+    assert int(found.stdout) >= 3 * 8
+
+
 def test_a_missing_process_is_named_in_time():
     """Two of three come: both end within the timeout (and a start) and say that it is process 1 that is missing."""
     port, began = free_port(), time.monotonic()
