@@ -6,7 +6,7 @@ from typing import Any
 _OPERATIONS = (
     "quantize", "quantize_transposed", "rms_norm_quantize", "rms_norm_backward", "swiglu_quantize", "swiglu_backward",
     "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad", "causal_attention",
-    "logit_statistics",
+    "logit_statistics", "pack_codes", "mean_of_codes",
 )  # fmt: skip
 # operation -> name -> function with the arguments of the operation's api, without `implementation`
 _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {operation: {} for operation in _OPERATIONS}

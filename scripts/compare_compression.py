@@ -43,7 +43,7 @@ from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.optim.adamw import second_moment
-from dsv3_jax.optim.compress import Codec, Errors, second_moment_units, split_axis
+from dsv3_jax.optim.compress import Codec, Errors, Wire, second_moment_units, split_axis
 from dsv3_jax.parallel.exchange import in_few_bits
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.train.evaluate import evaluate
@@ -113,16 +113,12 @@ class Run:
     warmup: int
 
 
-def in_shares(codec: Codec, cut: int, replicas: int) -> Callable[[Array], Array]:
-    """Of [any, *shape], each rounded as its shares along axis `cut` of the shape are, one after another."""
+def in_blocks(wire: Wire) -> Callable[[Array], Array]:
+    """Of [any, *shape], each rounded as its shares are."""
 
     def of(x: Float[Array, "any ..."]) -> Array:
-        moved = jnp.moveaxis(x, cut + 1, 1)
-        rows = moved.reshape(x.shape[0], replicas, -1)
-        fitted = codec.fitted(rows.shape[-1])
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[-1] % fitted.block)))
-        out = fitted.rounded(rows)[..., : moved[0].size // replicas]
-        return jnp.moveaxis(out.reshape(moved.shape), 1, cut + 1)
+        rows = jax.vmap(wire.to_blocks)(x)
+        return jax.vmap(lambda a: wire.of_blocks(a, wire.replicas))(wire.codec.rounded(rows))
 
     return of
 
@@ -134,7 +130,7 @@ def averaged(
     replicas, cut = x.shape[0], split_axis(x.shape[1:], x.shape[0])
     assert cut is not None
     assert variant.rounds is not None
-    rounded = in_shares(codec, cut, replicas)
+    rounded = in_blocks(Wire.of(x.shape[1:], cut, replicas, codec))
     unit = second_moment_units(v) if variant.preconditioned else jnp.ones_like(v)
     mean, left = variant.rounds(x / unit, jax.tree.map(lambda e: e / unit, errors), rounded, step)
     return mean * unit, jax.tree.map(lambda e: e * unit, left)

@@ -1,7 +1,8 @@
 """Compile the low-precision kernels for accelerators that are not here; print what each target's compiler said.
 
 A target is v5p, v6e, tpu7x (libtpu) or h100 (CUDA's compilers): scripts/setup_aot.sh makes .venv-aot with all of them. For
-H100 also registers and spilled bytes, and the tensor cores' instruction. Nothing is run: these are no speed figures.
+H100 also registers and spilled bytes, and the tensor cores' instruction; for codes of gradients, which only memory bounds, the
+bytes moved by the kernel and by XLA's program for the same in plain JAX. Nothing is run: these are no speed figures.
 Example: .venv-aot/bin/python scripts/compile_kernels.py v5p tpu7x h100
 """
 
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dsv3_jax.plan.hlo import parse
 from dsv3_jax.plan.topologies import ENVIRONMENT, devices, parse_topology
 
 os.environ.update(ENVIRONMENT | {
@@ -29,7 +31,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.optim.compress import Codec
 from pallas_kernels.causal_attention.api import causal_attention
+from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
 from pallas_kernels.quantize.api import quantize, quantize_transposed
@@ -40,6 +44,7 @@ from pallas_kernels.swiglu_quantize.api import swiglu_backward, swiglu_quantize
 TARGETS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1", "h100": "h100:1x1"}
 TOKENS, EXPERTS = 4096, 4  # of a device
 WIDEST_FFN = 8192  # that a TPU's SwiGLU kernel takes
+CODE_BLOCKS, REPLICAS = 7168 * 8, 8  # of an expert's gate: 14.7 million numbers
 HIDDEN, FFN, KV_A, VOCABULARY = 7168, 2048, 576, 129280  # the released model's; KV_A is no multiple of 128
 
 
@@ -84,6 +89,15 @@ def cases() -> dict:
         f = functools.partial(grouped_scaled_wgrad, groups=EXPERTS)
         operands = _matrix(HIDDEN, TOKENS, format, 1), _matrix(2 * FFN, TOKENS, format, 1)
         found[f"grouped scaled_wgrad {format} {EXPERTS} experts"] = (f, (*operands, blocks))
+    numbers = (row((CODE_BLOCKS, 256)),) * 3
+    for bits in (1, 2, 4, 8):
+        table = Codec(bits).table
+        found[f"pack_codes {bits} bits"] = functools.partial(pack_codes, levels=table), numbers
+        codes = (
+            jax.ShapeDtypeStruct((REPLICAS, CODE_BLOCKS // REPLICAS, 32 * bits), jnp.uint8),
+            row((REPLICAS, CODE_BLOCKS // REPLICAS)),
+        )
+        found[f"mean_of_codes {bits} bits"] = functools.partial(mean_of_codes, levels=table), codes
     return found
 
 
@@ -142,19 +156,39 @@ def _resources() -> dict:
     }
 
 
-def compile_one(target: str, device, f, arguments) -> dict:
-    """{"compiled": True, ...}, or {"compiled": False, "reason": the compiler's first line}."""
+def _memory_bytes(hlo: str) -> int:
+    """Read from and written to the device's memory by a program without loops: the operands and results of what it runs."""
+    program = parse(hlo)
+    entry = program.computations[program.entry]
+    runs = [i for i in entry if i.opcode not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")]
+    arrays = [a for i in runs for a in (*i.arrays, *(a for name in i.operands for a in entry.instructions[name].arrays))]
+    return sum(a.bytes for a in arrays if a.space == 0)
+
+
+def compile_one(target: str, device, f, arguments, against_plain: bool = False) -> dict:
+    """{"compiled": True, ...}, or {"compiled": False, "reason": the compiler's first line}.
+
+    `against_plain` adds the bytes of memory that the kernel moves, and those that XLA's program for its definition does.
+    """
     mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
     gpu = target == "h100"
     place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
     arguments = jax.tree.map(lambda a: place(a.shape, a.dtype), arguments)
+
+    def compiled(implementation: str):
+        with jax.set_mesh(mesh) if gpu else contextlib.nullcontext():
+            return jax.jit(functools.partial(f, implementation=implementation)).lower(*arguments).compile()
+
     _resources()  # of what somebody compiled before
     try:
-        with jax.set_mesh(mesh) if gpu else contextlib.nullcontext():
-            jax.jit(functools.partial(f, implementation="hopper" if gpu else "tpu")).lower(*arguments).compile()
+        kernel = compiled("hopper" if gpu else "tpu")
     except Exception as error:  # whatever a compiler raises is the answer
         return {"compiled": False, "reason": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
-    return {"compiled": True} | (_resources() if gpu else {})
+    found = {"compiled": True} | (_resources() if gpu else {})
+    if against_plain:
+        moved, plain = (_memory_bytes(p.as_text() or "") for p in (kernel, compiled("reference")))
+        found |= {"bytes": moved, "plain_bytes": plain, "ratio": round(plain / moved, 1)}
+    return found
 
 
 def main() -> None:
@@ -174,7 +208,7 @@ def main() -> None:
         if target != "h100":
             tried["block larger than VMEM"] = (_too_large, (jax.ShapeDtypeStruct((8 * TOKENS, HIDDEN), jnp.float32),))
         for name, (f, arguments) in tried.items():
-            found = results[f"{target}: {name}"] = compile_one(target, device, f, arguments)
+            found = results[f"{target}: {name}"] = compile_one(target, device, f, arguments, "_codes" in name)
             print(f"{target:6s} {name:42s} {' '.join(f'{k}={v}' for k, v in found.items())}", flush=True)
     print(json.dumps(results))
 

@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
+from pallas_kernels.gradient_codes.reference import TINY, Levels, rounded
 
 _SCALE_BYTES = 4
-_TINY = 1e-30  # a block of smaller numbers is sent as zeros, whose error is kept: dividing by its scale would overflow
+_SMALLEST_BLOCK = 8  # whose codes of 1 bit are a byte
 _LLOYD_STEPS = 2000
 _UNIT_FLOOR = 0.01
 
@@ -45,11 +48,6 @@ def _gaussian_levels(bits: int) -> np.ndarray:
     return levels.astype(np.float32)
 
 
-def _ratio(x: Array, scale: Array) -> Array:
-    """x / scale. XLA may multiply by 1 / scale instead, which of the largest numbers is taken for zero."""
-    return (x * 2.0**-10) / (scale * 2.0**-10)
-
-
 @dataclass(frozen=True)
 class Codec:
     """Numbers as codes of `bits` and a float32 scale for each `block` of them.
@@ -65,7 +63,7 @@ class Codec:
     def __post_init__(self):
         if self.bits not in (1, 2, 4, 8):
             raise ValueError(f"bits={self.bits}: use 1, 2, 4 or 8")
-        if self.block < 8 or self.block % 8:
+        if self.block < _SMALLEST_BLOCK or self.block % 8:
             raise ValueError(f"block={self.block}: use a multiple of 8")
         if self.levels not in ("gaussian", "uniform"):
             raise ValueError(f"levels={self.levels!r}: use gaussian or uniform")
@@ -75,75 +73,20 @@ class Codec:
         return self.block * self.bits // 8 + _SCALE_BYTES
 
     @property
-    def _gaussian(self) -> bool:
-        return self.levels == "gaussian" and self.bits < 8
-
-    @property
-    def _table(self) -> np.ndarray:
-        """Levels in units of the scale, ascending, none of them zero."""
-        if self._gaussian:
-            return _gaussian_levels(self.bits)
-        return np.linspace(-1, 1, 2**self.bits, dtype=np.float32)
+    def table(self) -> Levels:
+        """What codes stand for; no level is zero."""
+        if self.levels == "gaussian" and self.bits < 8:
+            return Levels(tuple(_gaussian_levels(self.bits).tolist()), of_rms=True)
+        return Levels(tuple(np.linspace(-1, 1, 2**self.bits).tolist()), of_rms=False)
 
     def fitted(self, n: int) -> "Codec":
         """With blocks a little smaller, of which a whole number holds n numbers: filling up would make scales too small."""
         blocks = -(-n // self.block)
         return replace(self, block=-(-n // (8 * blocks)) * 8)
 
-    def _scaled(self, x: Float[Array, "*rows n"]) -> tuple[Float[Array, "*rows blocks block"], Float[Array, "*rows blocks 1"]]:
-        """(numbers in units of their block's scale, the scales)."""
-        x = x.reshape(*x.shape[:-1], -1, self.block)
-        largest = jnp.abs(x).max(-1, keepdims=True)
-        scale = largest
-        if self._gaussian:
-            # squares of numbers up to 1, whatever the numbers are
-            scale = largest * jnp.sqrt(jnp.mean(jnp.square(_ratio(x, jnp.maximum(largest, _TINY))), -1, keepdims=True))
-        scale = jnp.where(scale < _TINY, 0, scale)
-        return _ratio(x, jnp.where(scale == 0, 1, scale)), scale
-
-    def _code(self, unit: Array) -> UInt8[Array, "..."]:
-        if self._gaussian:
-            edges = (self._table[1:] + self._table[:-1]) / 2
-            return jnp.asarray(sum((unit > edge).astype(jnp.uint8) for edge in edges))
-        return jnp.clip(jnp.round((unit + 1) / 2 * (2**self.bits - 1)), 0, 2**self.bits - 1).astype(jnp.uint8)
-
-    def _level(self, code: UInt8[Array, "..."]) -> Float[Array, "..."]:
-        """By comparisons, which vectorise, unless there are many levels; a table look-up is ten times slower on CPUs."""
-        if self.bits == 8:
-            return jnp.asarray(self._table)[code]
-        level = jnp.full(code.shape, self._table[0])
-        for i, value in enumerate(self._table[1:], 1):
-            level = jnp.where(code >= i, value, level)
-        return level
-
-    def encode(self, x: Float[Array, "*rows n"]) -> UInt8[Array, "*rows blocks bytes"]:
-        """Of float32 numbers, n a multiple of `block`. A number that is not finite makes its block so."""
-        unit, scale = self._scaled(x)
-        scale_bytes = lax.bitcast_convert_type(scale, jnp.uint8).reshape(*scale.shape[:-1], _SCALE_BYTES)
-        return jnp.concatenate([self._pack(self._code(unit)), scale_bytes], -1)
-
-    def decode(self, sent: UInt8[Array, "*rows blocks bytes"]) -> Float[Array, "*rows n"]:
-        """float32."""
-        codes, scale_bytes = sent[..., :-_SCALE_BYTES], sent[..., -_SCALE_BYTES:]
-        scale = lax.bitcast_convert_type(scale_bytes, jnp.float32)[..., None]
-        return (self._level(self._unpack(codes)) * scale).reshape(*sent.shape[:-2], -1)
-
     def rounded(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-        """`decode` of `encode`, without the bytes between."""
-        unit, scale = self._scaled(x)
-        return (self._level(self._code(unit)) * scale).reshape(x.shape)
-
-    def _shifts(self) -> np.ndarray:
-        return np.arange(0, 8, self.bits, dtype=np.uint8)
-
-    def _pack(self, code: UInt8[Array, "*rows n"]) -> UInt8[Array, "*rows bytes"]:
-        """Byte i has numbers i, i + bytes, i + 2 bytes and so on: neighbours stay neighbours, which suits vector units."""
-        parts = code.reshape(*code.shape[:-1], 8 // self.bits, -1) << self._shifts()[:, None]
-        return parts.sum(-2, dtype=jnp.uint8)
-
-    def _unpack(self, packed: UInt8[Array, "*rows bytes"]) -> UInt8[Array, "*rows n"]:
-        parts = (packed[..., None, :] >> self._shifts()[:, None]) & jnp.uint8(2**self.bits - 1)
-        return parts.reshape(*packed.shape[:-1], -1)
+        """What the codes of x stand for, n being a multiple of `block`. A number that is not finite makes its block so."""
+        return rounded(x.reshape(*x.shape[:-1], -1, self.block), self.table).reshape(x.shape)
 
 
 class Errors[T](NamedTuple):
@@ -157,8 +100,12 @@ class Errors[T](NamedTuple):
 
 
 def split_axis(shape: tuple[int, ...], replicas: int) -> int | None:
-    """The first axis that can be cut into a share for each replica; None if there is none."""
-    return next((axis for axis, size in enumerate(shape) if size % replicas == 0 and size), None)
+    """The first axis that can be cut into a share for each replica, of runs that fill a block; None if there is none."""
+
+    def fits(axis: int) -> bool:
+        return shape[axis] % replicas == 0 and math.prod(shape[axis:]) // replicas >= _SMALLEST_BLOCK
+
+    return next(filter(fits, range(len(shape))), None)
 
 
 def no_errors(shape: tuple[int, ...], axis: int, replicas: int, dtype: jnp.dtype) -> Errors[Array]:
@@ -167,8 +114,11 @@ def no_errors(shape: tuple[int, ...], axis: int, replicas: int, dtype: jnp.dtype
 
 
 @dataclass(frozen=True)
-class _Wire:
-    """How an array of `shape` travels: in a share for each replica, cut along axis `cut`, of whole blocks of `codec`."""
+class Wire:
+    """How an array of `shape` travels: in a share for each replica, cut along axis `cut`.
+
+    Each run of a share's numbers that lie together in memory is whole blocks of `codec`, so that only codes ever move.
+    """
 
     shape: tuple[int, ...]
     cut: int
@@ -176,49 +126,79 @@ class _Wire:
     codec: Codec
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], cut: int, replicas: int, codec: Codec) -> "_Wire":
-        return cls(shape, cut, replicas, codec.fitted(math.prod(shape) // replicas))
+    def of(cls, shape: tuple[int, ...], cut: int, replicas: int, codec: Codec) -> "Wire":
+        return cls(shape, cut, replicas, codec.fitted(math.prod(shape[cut:]) // replicas))
 
     @property
-    def share_size(self) -> int:
-        return math.prod(self.shape) // self.replicas
+    def runs(self) -> int:
+        """Of a share."""
+        return math.prod(self.shape[: self.cut])
+
+    @property
+    def run(self) -> int:
+        """Numbers of one."""
+        return math.prod(self.shape[self.cut :]) // self.replicas
+
+    @property
+    def blocks(self) -> int:
+        """Of a run."""
+        return -(-self.run // self.codec.block)
 
     @property
     def share_bytes(self) -> int:
-        return -(-self.share_size // self.codec.block) * self.codec.block_bytes
+        return self.runs * self.blocks * self.codec.block_bytes
 
-    def encode(self, a: Float[Array, "..."]) -> UInt8[Array, "shares bytes"]:
-        """Of the array, or of one share of it."""
-        rows = jnp.moveaxis(a, self.cut, 0).reshape(-1, self.share_size)
-        rows = jnp.pad(rows, ((0, 0), (0, -self.share_size % self.codec.block)))
-        return self.codec.encode(rows).reshape(-1, self.share_bytes)
+    def to_blocks(self, a: Float[Array, "..."], fill: float = 0) -> Float[Array, "rows block"]:
+        """Of the array, or of one share of it; the last block of each run is filled up."""
+        rows = a.reshape(-1, self.run)
+        extra = self.blocks * self.codec.block - self.run
+        return jnp.pad(rows, ((0, 0), (0, extra)), constant_values=fill).reshape(-1, self.codec.block)
 
-    def decode_rows(self, sent: UInt8[Array, "shares bytes"]) -> Float[Array, "shares n"]:
-        sent = sent.reshape(sent.shape[0], -1, self.codec.block_bytes)
-        return self.codec.decode(sent)[:, : self.share_size]
+    def of_blocks(self, rows: Float[Array, "rows block"], shares: int) -> Float[Array, "..."]:
+        """The array, or one share of it: `shares` is the number of replicas, or 1."""
+        runs = rows.reshape(-1, self.blocks * self.codec.block)[:, : self.run]
+        return runs.reshape(
+            *self.shape[: self.cut], self.shape[self.cut] // self.replicas * shares, *self.shape[self.cut + 1 :]
+        )
 
-    def array_of(self, rows: Float[Array, "shares n"]) -> Float[Array, "..."]:
-        """The array, or one share of it."""
-        first = self.shape[self.cut] // self.replicas * rows.shape[0]
-        rest = self.shape[: self.cut] + self.shape[self.cut + 1 :]
-        return jnp.moveaxis(rows.reshape(first, *rest), 0, self.cut)
+    def message(self, codes: UInt8[Array, "rows bytes"], scales: Float[Array, " rows"]) -> UInt8[Array, "shares bytes"]:
+        """Of the array's blocks, or of one share's."""
+
+        def by_share(a: UInt8[Array, "rows _"]) -> UInt8[Array, "shares bytes"]:
+            of_runs = jnp.moveaxis(a.reshape(self.runs, -1, self.blocks * a.shape[1]), 1, 0)
+            return of_runs.reshape(of_runs.shape[0], -1)
+
+        return jnp.concatenate([by_share(codes), by_share(lax.bitcast_convert_type(scales, jnp.uint8))], 1)
+
+    def read(self, sent: UInt8[Array, "shares bytes"]) -> tuple[UInt8[Array, "shares rows bytes"], Float[Array, "shares rows"]]:
+        """(codes, scales), a share's blocks being rows."""
+        rows = self.runs * self.blocks
+        codes, scales = jnp.split(sent, [sent.shape[1] - rows * _SCALE_BYTES], 1)
+        shares = sent.shape[0]
+        scales = lax.bitcast_convert_type(scales.reshape(shares, rows, _SCALE_BYTES), jnp.float32)
+        return codes.reshape(shares, rows, -1), scales
+
+    def read_in_order(self, sent: UInt8[Array, "shares bytes"]) -> tuple[UInt8[Array, "1 all bytes"], Float[Array, "1 all"]]:
+        """As `read`, but the blocks of all shares as the array has them."""
+
+        def in_order(a: Shaped[Array, "shares rows ..."]) -> Shaped[Array, "1 all ..."]:
+            by_run = a.reshape(a.shape[0], self.runs, self.blocks, *a.shape[2:])
+            return jnp.moveaxis(by_run, 0, 1).reshape(1, -1, *a.shape[2:])
+
+        codes, scales = self.read(sent)
+        return in_order(codes), in_order(scales)
 
     def own_share(self, a: Float[Array, "..."], mesh_axis: str) -> Float[Array, "..."]:
-        """This replica's share of an array of the shape, or of a number."""
-        if not a.ndim:
-            return a
+        """This replica's share of an array of the shape."""
         size = self.shape[self.cut] // self.replicas
         return lax.dynamic_slice_in_dim(a, lax.axis_index(mesh_axis) * size, size, self.cut)
-
-    def decode(self, sent: UInt8[Array, "shares bytes"]) -> Float[Array, "..."]:
-        return self.array_of(self.decode_rows(sent))
 
 
 def _joined(parts: list[UInt8[Array, "shares _"]]) -> UInt8[Array, "shares bytes"]:
     return jnp.concatenate(parts, 1)
 
 
-def _parted(joined: UInt8[Array, "shares bytes"], wires: list[_Wire]) -> list[UInt8[Array, "shares _"]]:
+def _parted(joined: UInt8[Array, "shares bytes"], wires: list[Wire]) -> list[UInt8[Array, "shares _"]]:
     ends = np.cumsum([wire.share_bytes for wire in wires])[:-1].tolist()
     return jnp.split(joined, ends, 1)
 
@@ -232,36 +212,41 @@ class Part(NamedTuple):
     cut: int  # the axis of x along which shares are cut
 
 
-def means_of_codes(parts: list[Part], codec: Codec, mesh_axis: str) -> tuple[list[Float[Array, "..."]], list[Errors[Array]]]:
+def means_of_codes(
+    parts: list[Part], codec: Codec, mesh_axis: str, implementation: str = "auto"
+) -> tuple[list[Float[Array, "..."]], list[Errors[Array]]]:
     """(the means over `mesh_axis` as rounded, the same bits on every replica; the errors that are left). Where axes are manual.
 
     All travel in one message of each phase. Summed over steps, the means given are those of x less the mean of `worker` and
-    less `server`, to float rounding.
+    less `server`, to float rounding. `implementation` is whose kernels round and read codes (pallas_kernels/gradient_codes).
     """
     if not parts:
         return [], []
     replicas = lax.axis_size(mesh_axis)
-    wires = [_Wire.of(p.x.shape, p.cut, replicas, codec) for p in parts]
-    wanted = [p.x.astype(jnp.float32) + p.errors.worker.astype(jnp.float32) for p in parts]
-    sent = [wire.encode(w / p.unit) for wire, w, p in zip(wires, wanted, parts, strict=True)]
-    worker = [w - wire.decode(s) * p.unit for wire, w, s, p in zip(wires, wanted, sent, parts, strict=True)]
+    wires = [Wire.of(p.x.shape, p.cut, replicas, codec) for p in parts]
+    units = [jnp.broadcast_to(p.unit, p.x.shape) for p in parts]
 
+    def rounded_parts(xs: list[Array], owed: list[Array], units: list[Array]) -> tuple[list[Array], list[Array]]:
+        """(messages, what is owed then), of arrays or of a share of each."""
+        messages, left = [], []
+        for wire, x, e, unit in zip(wires, xs, owed, units, strict=True):
+            numbers, owing = wire.to_blocks(x.astype(jnp.float32)), wire.to_blocks(e.astype(jnp.float32))
+            codes, scales, remainder = pack_codes(numbers, owing, wire.to_blocks(unit, 1), wire.codec.table, implementation)
+            messages.append(wire.message(codes, scales))
+            left.append(wire.of_blocks(remainder, messages[-1].shape[0]).astype(e.dtype))
+        return messages, left
+
+    def meant(wire: Wire, codes_and_scales: tuple[Array, Array], shares: int) -> Array:
+        return wire.of_blocks(mean_of_codes(*codes_and_scales, wire.codec.table, implementation), shares)
+
+    sent, worker = rounded_parts([p.x for p in parts], [p.errors.worker for p in parts], units)
     received = _parted(lax.all_to_all(_joined(sent), mesh_axis, 0, 0), wires)
-    units = [wire.own_share(p.unit, mesh_axis) for wire, p in zip(wires, parts, strict=True)]
-    shares = [
-        wire.array_of(wire.decode_rows(r).mean(0, keepdims=True)) * unit + p.errors.server.astype(jnp.float32)
-        for wire, r, unit, p in zip(wires, received, units, parts, strict=True)
-    ]
-    codes = [wire.encode(share / unit) for wire, share, unit in zip(wires, shares, units, strict=True)]
-    server = [s - wire.decode(code) * unit for wire, s, code, unit in zip(wires, shares, codes, units, strict=True)]
-
-    gathered = _parted(lax.all_gather(_joined(codes), mesh_axis, tiled=True), wires)
-    means = [wire.decode(g) * p.unit for wire, g, p in zip(wires, gathered, parts, strict=True)]
-    left = [
-        Errors(w.astype(p.errors.worker.dtype), s.astype(p.errors.server.dtype))
-        for w, s, p in zip(worker, server, parts, strict=True)
-    ]
-    return means, left
+    own_units = [wire.own_share(unit, mesh_axis) for wire, unit in zip(wires, units, strict=True)]
+    shares = [meant(wire, wire.read(r), 1) * unit for wire, r, unit in zip(wires, received, own_units, strict=True)]
+    sent, server = rounded_parts(shares, [p.errors.server for p in parts], own_units)
+    gathered = _parted(lax.all_gather(_joined(sent), mesh_axis, tiled=True), wires)
+    means = [meant(wire, wire.read_in_order(g), replicas) * unit for wire, g, unit in zip(wires, gathered, units, strict=True)]
+    return means, [Errors(w, s) for w, s in zip(worker, server, strict=True)]
 
 
 def second_moment_units(v: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -270,7 +255,7 @@ def second_moment_units(v: Float[Array, "..."]) -> Float[Array, "..."]:
     A part of the array's own mean keeps numbers whose v is zero yet from drowning the others of their block.
     """
     v = v.astype(jnp.float32)
-    return jnp.sqrt(v) + _UNIT_FLOOR * jnp.sqrt(v.mean()) + _TINY
+    return jnp.sqrt(v) + _UNIT_FLOOR * jnp.sqrt(v.mean()) + TINY
 
 
 class CompressedMeanState(NamedTuple):

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.layout import Layout, is_float32
 from dsv3_jax.optim.compress import Codec, Errors, Part, means_of_codes, second_moment_units, split_axis
-from dsv3_jax.parallel.layout import MeshLayout
+from dsv3_jax.parallel.layout import MeshLayout, device_of
 from dsv3_jax.parallel.rules import is_variable, mesh_axes, stored_spec
+from dsv3_jax.precision.platforms import platform_of
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ class Exchange:
         assert isinstance(self.layout, MeshLayout)
         assert self.bits not in (0, "auto"), "`auto` is decided before anything is made (plan/slow_axis.py)"
         codec, replicas = Codec(self.bits), self.replicas
+        # no plug-in has kernels for codes
+        implementation = "auto" if platform_of(device_of(self.layout)).implementation == "auto" else "reference"
 
         def on_each(parts: dict, errors: dict[str, Errors[jax.Array]], moments: dict) -> tuple[dict, dict]:
             kept = {name: Errors(e.worker[0], e.server) for name, e in errors.items()}
             found = [
                 Part(parts[name][0], kept[name], second_moment_units(moments[name]), leaf.cut) for name, leaf in leaves.items()
             ]
-            means, left = means_of_codes(found, codec, "data")
+            means, left = means_of_codes(found, codec, "data", implementation)
             sums = {name: mean * replicas for name, mean in zip(leaves, means, strict=True)}
             return sums, {name: Errors(e.worker[None], e.server) for name, e in zip(leaves, left, strict=True)}
 

@@ -1,0 +1,130 @@
+"""Codes for NVIDIA Hopper (Mosaic GPU): a warpgroup for each 64 blocks, whose numbers are read once into shared memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gradient_codes import reference
+from pallas_kernels.gradient_codes.reference import TINY, Levels
+from pallas_kernels.hopper import ROW, ROWS, over_columns
+
+_NUMBERS = 64  # of a block at a time, in registers
+
+
+def _piece(smem, at: int, width: int) -> jax.Array:
+    return plgpu.load(smem.at[:, pl.ds(at, width)], layout=plgpu.Layout.WGMMA)
+
+
+def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpret: Any = None):
+    """See `api.pack_codes`."""
+    rows, block = x.shape
+    extra = -rows % ROWS
+    x, owed, unit = (jnp.pad(a, ((0, extra), (0, 0)), constant_values=c) for a, c in ((x, 0), (owed, 0), (unit, 1)))
+    width = block * levels.bits // 8
+    step = min(width, _NUMBERS)
+    pieces = range(0, block, step)
+    shape = (ROWS, step)
+
+    def body(x_gmem, owed_gmem, unit_gmem, *rest):
+        codes_gmem, scales_gmem, left_gmem, x_smem, owed_smem, unit_smem, codes_smem, scales_smem, barrier = rest
+        at = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
+        for gmem, smem in ((x_gmem, x_smem), (owed_gmem, owed_smem), (unit_gmem, unit_smem)):
+            plgpu.copy_gmem_to_smem(gmem.at[at], smem, barrier)
+        plgpu.barrier_wait(barrier)
+
+        def wanted(piece: int) -> jax.Array:
+            return _piece(x_smem, piece, step) + _piece(owed_smem, piece, step)
+
+        def numbers(piece: int) -> jax.Array:
+            return wanted(piece) / _piece(unit_smem, piece, step)
+
+        largest = jnp.max(jnp.abs(numbers(0)), axis=1)
+        for piece in pieces[1:]:
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(numbers(piece)), axis=1))
+        if levels.of_rms:
+            bound = over_columns(jnp.maximum(largest, TINY), shape)
+            squares = jnp.zeros_like(largest)
+            for piece in pieces:
+                squares += jnp.sum(jnp.square(reference.ratio(numbers(piece), bound)), axis=1)
+            scale = largest * jnp.sqrt(squares / block)
+        else:
+            scale = largest
+            for piece in pieces:
+                scale += jnp.sum(0 * numbers(piece), axis=1)
+        scale = jnp.where(scale < TINY, 0.0, scale)
+        divisor = over_columns(jnp.where(scale == 0, 1.0, scale), shape)
+        for column in range(0, width, step):
+            byte = jnp.zeros(shape, jnp.int32)
+            for place in range(8 // levels.bits):
+                piece = place * width + column
+                code = reference.code_of(reference.ratio(numbers(piece), divisor), levels)
+                byte |= code << (place * levels.bits)
+                sent = reference.level_of(code, levels) * over_columns(scale, shape)
+                left = wanted(piece) - sent * _piece(unit_smem, piece, step)
+                owed_smem[:, pl.ds(piece, step)] = left
+            codes_smem[:, pl.ds(column, step)] = byte.astype(jnp.uint8)
+        scales_smem[...] = scale
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(codes_smem, codes_gmem.at[at])
+        plgpu.copy_smem_to_gmem(scales_smem, scales_gmem.at[at])
+        plgpu.copy_smem_to_gmem(owed_smem, left_gmem.at[at])
+        plgpu.wait_smem_to_gmem(0)
+
+    whole = plgpu.SMEM((ROWS, block), jnp.float32)
+    codes, scales, left = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((rows + extra, width), jnp.uint8),
+            jax.ShapeDtypeStruct((rows + extra,), jnp.float32),
+            jax.ShapeDtypeStruct((rows + extra, block), jnp.float32),
+        ),
+        scratch_types=(
+            whole, whole, whole, plgpu.SMEM((ROWS, width), jnp.uint8), plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(num_arrivals=3),
+        ),
+        grid=((rows + extra) // ROWS,), grid_names=("rows",), interpret=interpret,
+    )(x, owed, unit)  # fmt: skip
+    return codes[:rows], scales[:rows], left[:rows]
+
+
+def mean(codes: jax.Array, scales: jax.Array, levels: Levels, interpret: Any = None) -> jax.Array:
+    """See `api.mean_of_codes`."""
+    replicas, rows, width = codes.shape
+    extra = -rows % ROWS
+    codes = jnp.pad(codes, ((0, 0), (0, extra), (0, 0)))
+    scales = jnp.pad(scales, ((0, 0), (0, extra)))
+    block, step = width * 8 // levels.bits, min(width, _NUMBERS)
+    shape = (ROWS, step)
+
+    def body(codes_gmem, scales_gmem, mean_gmem, codes_smem, scales_smem, mean_smem, barrier):
+        at = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
+        plgpu.copy_gmem_to_smem(codes_gmem.at[:, at], codes_smem, barrier)
+        plgpu.copy_gmem_to_smem(scales_gmem.at[:, at], scales_smem, barrier)
+        plgpu.barrier_wait(barrier)
+        for column in range(0, width, step):
+            for place in range(8 // levels.bits):
+                total = jnp.zeros(shape, jnp.float32)
+                for r in range(replicas):
+                    byte = plgpu.load(codes_smem.at[r, :, pl.ds(column, step)], layout=plgpu.Layout.WGMMA, optimized=False)
+                    code = (byte.astype(jnp.int32) >> (place * levels.bits)) & (2**levels.bits - 1)
+                    scale = plgpu.load(scales_smem.at[r], layout=ROW)
+                    total += reference.level_of(code, levels) * over_columns(scale, shape)
+                mean_smem[:, pl.ds(place * width + column, step)] = total * (1 / replicas)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mean_smem, mean_gmem.at[at])
+        plgpu.wait_smem_to_gmem(0)
+
+    found = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows + extra, block), jnp.float32),
+        scratch_types=(
+            plgpu.SMEM((replicas, ROWS, width), jnp.uint8), plgpu.SMEM((replicas, ROWS), jnp.float32),
+            plgpu.SMEM((ROWS, block), jnp.float32), plgpu.Barrier(num_arrivals=2),
+        ),
+        grid=((rows + extra) // ROWS,), grid_names=("rows",), interpret=interpret,
+    )(codes, scales)  # fmt: skip
+    return found[:rows]
