@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dsv3_jax.config import load_config
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.plan.analytic import Candidate, Estimator, Hidden
-from dsv3_jax.plan.figures import ASSUMED
+from dsv3_jax.plan.cost import ASSUMED
 from dsv3_jax.plan.topologies import parse_topology
 
 CONFIG = "configs/v3_671b.yaml"

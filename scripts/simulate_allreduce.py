@@ -19,7 +19,6 @@ NVLink's switch has none. No overlap with the backward pass is counted. No hardw
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +26,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dsv3_jax.plan.rings import Link, ring, tree
 from dsv3_jax.precision.platforms import HARDWARE
 
 HOST = 8  # GPUs
-
-
-@dataclass(frozen=True)
-class Link:
-    alpha: float  # seconds a message
-    beta: float  # bytes a second, one way, a GPU
 
 
 @dataclass(frozen=True)
@@ -57,16 +51,6 @@ def cluster_of(platform: str, hosts: int, contention: float) -> Cluster:
         Link(facts["links"][name]["latency_us"] * 1e-6, facts["links"][name]["gb_s"] * 1e9) for name in ("nvlink", "network")
     )
     return Cluster(hosts, inside, between, facts["memory_tb_s"] * 1e12, contention)
-
-
-def ring(size: float, ranks: int, link: Link) -> float:
-    """All-reduce of `size` bytes: each of 2 (ranks - 1) steps sends one part to the next."""
-    return 2 * (ranks - 1) * (link.alpha + size / ranks / link.beta)
-
-
-def tree(size: float, ranks: int, link: Link) -> float:
-    """Double binary tree: up and down, each half of the bytes in one of two trees, in pieces that follow each other."""
-    return 2 * math.ceil(math.log2(ranks)) * link.alpha + 2 * size / link.beta if ranks > 1 else 0.0
 
 
 def inside_host(size: float, cluster: Cluster) -> float:

@@ -1,6 +1,6 @@
 """A step's memory and time by arithmetic alone, for ranking thousands of meshes before a few are compiled.
 
-Coarse on purpose: formulas of the model's sizes, the efficiencies of `figures.ASSUMED`, no schedule. What it ranks first is
+Coarse on purpose: formulas of the model's sizes, the efficiencies of `cost.ASSUMED`, no schedule. What it ranks first is
 compiled afterwards, and those figures count.
 """
 
@@ -21,6 +21,7 @@ from dsv3_jax.parallel.rules import check
 from dsv3_jax.parallel.schedule import make_schedule
 from dsv3_jax.plan.communication import Collective, Links, Place, sent_bytes
 from dsv3_jax.plan.cost import Efficiency
+from dsv3_jax.plan.rings import ring, tree
 from dsv3_jax.plan.topologies import GIB, Topology, mesh_label
 from dsv3_jax.precision.platforms import HARDWARE
 from dsv3_jax.precision.recipes import RECIPES
@@ -92,6 +93,14 @@ def _places(topology: Topology) -> list[Place]:
     return [(s, 0, chip) for s in range(topology.slices) for chip in chips for _ in range(cores)]
 
 
+def _group(sizes: dict[str, int], axes: tuple[str, ...]) -> tuple[int, ...]:
+    """The first devices that differ along these axes only."""
+    ids = np.arange(math.prod(sizes.values())).reshape([sizes[a] for a in AXES])
+    rest = [i for i, a in enumerate(AXES) if a not in axes]
+    size = math.prod(sizes[a] for a in axes)
+    return tuple(ids.transpose(*rest, *(AXES.index(a) for a in axes)).reshape(-1, size)[0].tolist())
+
+
 class Estimator:
     """Of one topology. `estimate` is cheap. `zero3`: weights are gathered and gradients scattered for each microbatch, as this
     package does; without, once a step, which others do."""
@@ -107,10 +116,7 @@ class Estimator:
         size = math.prod(sizes[a] for a in axes)
         if size == 1 or not operand_bytes:
             return 0.0
-        ids = np.arange(math.prod(sizes.values())).reshape([sizes[a] for a in AXES])
-        rest = [i for i, a in enumerate(AXES) if a not in axes]
-        group = ids.transpose(*rest, *(AXES.index(a) for a in axes)).reshape(-1, size)[0]
-        c = Collective("", kind, (tuple(map(int, group)),), axes, sent_bytes(kind, operand_bytes, size), "")
+        c = Collective("", kind, (_group(sizes, axes),), axes, sent_bytes(kind, operand_bytes, size), "")
         return self._links.route(c).seconds / self._efficiency.link
 
     def unhidden(self, what: str, seconds: float) -> float:
@@ -154,7 +160,7 @@ class Estimator:
             * self._seconds("all-to-all", sizes, ("expert",), rows),
             "activations over tensor": (4 + 2 * (again > 0)) * m.num_hidden_layers
             * self._seconds("all-gather", sizes, ("tensor",), tokens * m.hidden_size * 2),
-            GRADIENTS: self._exchange(config, sizes, stored),
+            GRADIENTS: self.across_data(config, sizes),
             "stages' weights": self._seconds(
                 "all-gather", sizes, ("pipe",), (local + dense) / sizes["fsdp"] / sizes["pipe"] * 6
             ),
@@ -163,9 +169,9 @@ class Estimator:
         exposed = sum(self.unhidden(what, seconds) for what, seconds in communication.items())
         return Candidate(config, sizes, memory, work, communication, occupancy, (work + exposed) / occupancy)
 
-    def _exchange(self, config: Config, sizes: dict[str, int], stored: float) -> float:
+    def across_data(self, config: Config, sizes: dict[str, int]) -> float:
         """Seconds of what crosses `data`: a sum in float32, or codes to those that sum them up, and from them."""
-        bits, across = config.parallel.compress, ("data",)
+        bits, across, stored = config.parallel.compress, ("data",), stored_parameters(config, sizes)
         assert bits != "auto", "slow_axis.decided comes first"
         if not bits:
             return self._seconds("all-reduce", sizes, across, stored * 4)
@@ -174,6 +180,18 @@ class Estimator:
         return self._seconds("all-to-all", sizes, across, codes) + self._seconds(
             "all-gather", sizes, across, codes / sizes["data"]
         )
+
+    def replicas(self, sizes: dict[str, int]) -> tuple[int, int]:
+        """(slices or hosts that the replicas of a shard are on, replicas on each)."""
+        return self._links.spread(_group(sizes, ("data",)))
+
+    def flat(self, config: Config, sizes: dict[str, int]) -> dict[str, float]:
+        """Seconds of a sum in float32 over `data` by algorithms that see one kind of link, the slowest: GPUs', or slices'."""
+        apart, _ = self.replicas(sizes)
+        if apart == 1 and self._topology.is_tpu:
+            return {}
+        link = self._links.link("network" if apart > 1 else "nvlink", self._efficiency.link)
+        return {f.__name__: f(4.0 * stored_parameters(config, sizes), sizes["data"], link) for f in (ring, tree)}
 
     def _work(self, config: Config, tokens: float, again: float) -> float:
         """Seconds of a device's products, with what goes on between them."""

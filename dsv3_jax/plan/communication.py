@@ -7,11 +7,13 @@ permute its input. Bandwidth and latency are those of `hardware.yaml`.
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsv3_jax.plan.hlo import Computation, Instruction
+from dsv3_jax.plan.rings import Link
 from dsv3_jax.precision.platforms import HARDWARE
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -114,9 +116,8 @@ class Links:
         if c.kind == "collective-permute":
             return self._permute(c)
         group = [self._places[i] for i in c.groups[0]]  # all groups look alike
-        boundary = [p[0] if self._torus else p[1] for p in group]  # slices, or hosts
-        apart = len(set(boundary))
-        near = max(boundary.count(b) for b in set(boundary))
+        boundary = [p[0] if self._torus else p[1] for p in group]
+        apart, near = self.spread(c.groups[0])
         across, inside = self._split(c, apart, near)
         found: dict[str, float] = {}
         seconds = 0.0
@@ -130,6 +131,15 @@ class Links:
             rate = self._torus_rate(c.kind, members) if self._torus else self._facts["nvlink"]["gb_s"] * 1e9
             seconds = max(seconds, inside / rate + self._latency(fast, c, near))
         return Route(found, seconds, ("network",) if across and not inside else (fast + "+", fast + "-"))
+
+    def spread(self, group: tuple[int, ...]) -> tuple[int, int]:
+        """(slices or hosts that a group is on, members on the fullest of them)."""
+        boundary = Counter(self._places[i][0 if self._torus else 1] for i in group)
+        return len(boundary), max(boundary.values())
+
+    def link(self, name: str, efficiency: float) -> Link:
+        """As one rank sees it: of "nvlink" or "network"."""
+        return Link(self._facts[name]["latency_us"] * 1e-6, self._facts[name]["gb_s"] * 1e9 * efficiency)
 
     def across_slices(self, kind: str, operand_bytes: float) -> Route:
         """Of what a TPU's runtime sums or gathers between slices, each device with those in its place."""

@@ -23,7 +23,9 @@ FREE = {
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 _FORMATS = {"bf16": "bf16", "f16": "bf16", "f8e4m3fn": "e4m3", "f8e5m2": "e5m2", "s8": "int8", "f32": "float32"}
 _FACTORS = ("bf16", "f16", "f8e4m3fn", "f8e5m2", "s8")  # what kernels multiply
-_NO_PRODUCT = re.compile(r"swiglu_backward|swiglu_quantize|rms_norm|\bquantize")  # kernels of this package without any
+_NO_PRODUCT = re.compile(
+    r"swiglu_backward|swiglu_quantize|rms_norm|\bquantize|pack_codes|mean_of_codes"
+)  # kernels of this package without any
 _EXCHANGED = re.compile(rf"\bffn\)*/.*/({EXCHANGE}|{MORE_ROUNDS})/")
 _TPU_PASSES = {"highest": 6, "high": 3}  # of bfloat16 products, for one of float32 operands
 
@@ -35,6 +37,10 @@ class Efficiency:
     matmul: float = 1.0
     memory: float = 1.0
     link: float = 1.0
+
+
+# Not fitted to anything: what large products, streams of memory and rings of links reach.
+ASSUMED = Efficiency(matmul=0.75, memory=0.9, link=0.85)
 
 
 @dataclass

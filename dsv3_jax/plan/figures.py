@@ -11,21 +11,21 @@ from dsv3_jax.parallel.experts import SLACK
 from dsv3_jax.plan.analytic import pipeline_occupancy
 from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.compile import Compiled, Limits, compile_step
-from dsv3_jax.plan.cost import CostModel, Efficiency
+from dsv3_jax.plan.cost import ASSUMED, CostModel, Efficiency
 from dsv3_jax.plan.hlo import Program
 from dsv3_jax.plan.imbalance import BALANCED, Imbalance
 from dsv3_jax.plan.rounds import rounds_of
+from dsv3_jax.plan.slow_axis import ways
 from dsv3_jax.plan.timeline import Player, Timeline
 from dsv3_jax.precision.platforms import HARDWARE
 
-# Not fitted to anything: what large products, streams of memory and rings of links reach.
-ASSUMED = Efficiency(matmul=0.75, memory=0.9, link=0.85)
 SOURCES = {
     "memory": "compiler (memory_analysis); the split of temporaries is counted: gradients from their shards, activations from "
     "what the loops over layers stack",
     "flops": "count: products in the compiled program, loops times their rounds; kernels' from shapes or as they state",
     "useful_flops": "count from the configuration (model/counts.py)",
     "communication": "bytes and counts: the compiled program; seconds: model (hardware.yaml)",
+    "across_data": "model (hardware.yaml): messages' latency, and bytes over the slowest link; no schedule",
     "step": "model: the compiled schedule played through with rooflines (plan/timeline.py)",
 }
 
@@ -55,6 +55,7 @@ class Plan:
     useful_flops: float
     recomputed: float
     communication: list[dict[str, Any]]
+    across_data: list[dict[str, Any]]  # how gradients could cross `data`: algorithm, seconds, whether this step does it so
     step: dict[str, float]
     parts: dict[str, float]
     pipeline_occupancy: float | None
@@ -151,6 +152,7 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         batch={"sequences": config.data.batch_size, "length": config.data.seq_len, "microbatches": microbatches},
         memory=memory_of(compiled, kept_bytes(program)), flops=dict(line.work.flops), useful_flops=useful,
         recomputed=line.recomputed, communication=_communication(line), step=step,
+        across_data=[asdict(way) for way in ways(config, topology, mesh, assume.efficiency)],
         parts=dict(sorted(line.parts.items(), key=lambda item: -item[1])),
         pipeline_occupancy=pipeline_occupancy(config, mesh) if mesh["pipe"] > 1 else None,
         run=_run(config, line.seconds, devices, assume.price),

@@ -61,6 +61,13 @@ def show(plan: Plan, console: Console) -> None:
             )  # fmt: skip
     console.print(table)
 
+    if plan.across_data:
+        title = "gradients across data, once summed inside replicas"
+        table = _table(title, plan.sources["across_data"], "algorithm", "s", "taken")
+        for row in plan.across_data:
+            table.add_row(row["algorithm"], f"{row['seconds']:.3g}", "yes" if row["taken"] else "")
+        console.print(table)
+
     table = _table("a step", plan.sources["step"], "what", "s", "of the step")
     for name in ("seconds", "work", "products", "memory", "communication", "exposed"):
         table.add_row("step" if name == "seconds" else name, f"{step[name]:.3f}", _share(step[name], step["seconds"]))

@@ -1,17 +1,17 @@
-"""`parallel.compress=auto`: whether gradients should cross `data` in few bits, by the arithmetic behind `dsv3 plan --search`.
+"""How gradients cross `data`, and `parallel.compress=auto`: whether in few bits, by the arithmetic of `dsv3 plan --search`.
 
-They should where whole gradients would hold a step up for more than a twentieth of it: then the links of `data` are slow for
-what they carry. Elsewhere 2 bits save little and cost passes over memory, and rounding.
+In few bits they should where whole gradients would hold a step up for more than a twentieth of it: then the links of `data` are
+slow for what they carry. Elsewhere 2 bits save little and cost passes over memory, and rounding.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dsv3_jax.config import Config
 from dsv3_jax.plan.analytic import GRADIENTS, Estimator
-from dsv3_jax.plan.figures import ASSUMED
+from dsv3_jax.plan.cost import ASSUMED, Efficiency
 from dsv3_jax.plan.topologies import EXAMPLES, Topology
 from dsv3_jax.precision.platforms import platform_of
 
@@ -34,11 +34,15 @@ def topology_of(devices: Sequence[Any]) -> Topology | None:
     return found if found.size == len(devices) else None
 
 
+def _with(config: Config, bits: Literal[0, 1, 2, 4, 8]) -> Config:
+    return replace(config, parallel=replace(config.parallel, compress=bits))
+
+
 def decided(config: Config, topology: Topology | None, sizes: dict[str, int]) -> tuple[Config, str]:
     """(the configuration without `auto`, why; nothing where it was not asked for). `sizes` are those of the mesh's axes."""
     if config.parallel.compress != "auto":
         return config, ""
-    whole, few = (replace(config, parallel=replace(config.parallel, compress=bits)) for bits in (0, _BITS))
+    whole, few = (_with(config, bits) for bits in (0, _BITS))
     if sizes["data"] == 1:
         return whole, "parallel.compress=auto: off, data has one replica"
     if topology is None or topology.size != math.prod(sizes.values()):
@@ -51,3 +55,39 @@ def decided(config: Config, topology: Topology | None, sizes: dict[str, int]) ->
     if share <= _THRESHOLD or after >= before:
         return whole, f"parallel.compress=auto: off, {facts}, which is not worth it (more than {_THRESHOLD:.0%} is)"
     return few, f"parallel.compress=auto: {_BITS} bits, {facts}, {_BITS} bits for {after:.2g} s"
+
+
+@dataclass(frozen=True)
+class Way:
+    """In which gradients, once summed inside each replica, can cross `data`."""
+
+    algorithm: str
+    seconds: float
+    taken: bool  # by the step as configured; of sums, the one that takes least, which a library of collectives chooses
+
+
+def ways(config: Config, topology: Topology, sizes: dict[str, int], efficiency: Efficiency) -> list[Way]:
+    """Sums in float32 and an exchange of codes on this topology's links; none for one replica.
+
+    Where replicas share hosts (or slices), they can be summed there first: a sum does so by itself, an exchange of codes if the
+    axis is `fsdp`, whose sums are inside a replica.
+    """
+    if sizes["data"] == 1:
+        return []
+    config, _ = decided(config, topology, sizes)
+    estimator = Estimator(topology, efficiency)
+    apart, near = estimator.replicas(sizes)
+    bits = config.parallel.compress or _BITS
+    assert bits != "auto", "decided above"
+    sums = {f"{name}, float32": s for name, s in estimator.flat(_with(config, 0), sizes).items()}
+    if not sums or (near > 1 and apart > 1):
+        name = "two levels, float32" if sums else "rings of the torus, float32"
+        sums[name] = estimator.across_data(_with(config, 0), sizes)
+    few = {f"direct, {bits} bits": estimator.across_data(_with(config, bits), sizes)}
+    taken = next(iter(few)) if config.parallel.compress else min(sums, key=lambda name: sums[name])
+    if near > 1 and apart > 1:
+        first = estimator.across_data(_with(config, 0), sizes | {"data": near})
+        then = sizes | {"data": apart, "fsdp": sizes["fsdp"] * near}
+        name = f"two levels, {bits} bits (parallel.data={apart} parallel.fsdp={then['fsdp']})"
+        few[name] = first + estimator.across_data(_with(config, bits), then)
+    return [Way(name, seconds, name == taken) for name, seconds in (sums | few).items()]

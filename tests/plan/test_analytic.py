@@ -10,7 +10,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.plan.analytic import Candidate, Estimator, Hidden, candidates, explain, search
-from dsv3_jax.plan.figures import ASSUMED
+from dsv3_jax.plan.cost import ASSUMED
 from dsv3_jax.plan.topologies import GIB, parse_topology
 from tests.conftest import ROOT
 

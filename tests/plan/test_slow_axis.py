@@ -6,10 +6,14 @@ import jax
 import pytest
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.parallel.mesh import axis_sizes
-from dsv3_jax.plan.slow_axis import decided, topology_of
+from dsv3_jax.parallel.mesh import AXES, axis_sizes
+from dsv3_jax.plan.cost import ASSUMED
+from dsv3_jax.plan.slow_axis import decided, topology_of, ways
 from dsv3_jax.plan.topologies import parse_topology
+from dsv3_jax.train.worlds import stored_parameters
 from tests.conftest import ROOT
+
+ONE = dict.fromkeys(AXES, 1)
 
 
 def decision(model: str, topology: str, *overrides: str) -> tuple[Config, str]:
@@ -53,6 +57,34 @@ def test_nothing_is_decided_that_was_not_asked_for_or_is_not_known():
     config, why = decided(config, topology_of(jax.devices()), axis_sizes(config.parallel, 8))
     assert config.parallel.compress == 0
     assert "nothing is known" in why
+
+
+def found_ways(topology: str, *overrides: str) -> dict[str, tuple[float, bool]]:
+    config = load_config(ROOT / "configs" / "v3_16b.yaml", ["data.batch_size=64", *(f"parallel.{o}" for o in overrides)])
+    there = parse_topology(topology)
+    found = ways(config, there, axis_sizes(config.parallel, there.size), ASSUMED)
+    return {way.algorithm: (way.seconds, way.taken) for way in found}
+
+
+def test_ways_across_hosts_and_the_one_taken():
+    numbers = stored_parameters(load_config(ROOT / "configs" / "v3_16b.yaml", []), {**ONE, "data": 8, "fsdp": 8})
+    whole = found_ways("h100:8x8", "data=8", "fsdp=8")
+    assert list(whole) == ["ring, float32", "tree, float32", "direct, 2 bits"]
+    ring = 14 * (10e-6 + 4 * numbers / 8 / (50e9 * ASSUMED.link))  # 14 messages of an eighth, one after another
+    assert whole["ring, float32"] == (pytest.approx(ring), True)
+    few = found_ways("h100:8x8", "data=8", "fsdp=8", "compress=1")
+    assert [name for name, (_, taken) in few.items() if taken] == ["direct, 1 bits"]
+    assert few["direct, 1 bits"][0] < whole["direct, 2 bits"][0] < ring / 10
+
+
+def test_replicas_that_share_hosts_may_be_summed_there_first():
+    """Which pays for sums in float32, not for codes: NVLink's float32 takes longer than two bits on the network."""
+    found = found_ways("h100:8x8", "data=64", "compress=2")
+    inside = next(name for name in found if "parallel.data=8 parallel.fsdp=8" in name)
+    assert found["direct, 2 bits"][0] < found[inside][0] < found["two levels, float32"][0] + found["direct, 2 bits"][0]
+    assert found["two levels, float32"][0] < min(found[f"{name}, float32"][0] for name in ("ring", "tree"))
+    assert found_ways("h100:8x8", "fsdp=64") == {}
+    assert list(found_ways("v5p:4x4x4", "data=4", "fsdp=16")) == ["rings of the torus, float32", "direct, 2 bits"]
 
 
 def gpu(host: int, domain: int | None = None) -> SimpleNamespace:
