@@ -57,6 +57,15 @@ def _values(tree: nnx.State, names: Iterable[str]) -> dict[str, jax.Array]:
     return {name: named[name].get_value() for name in names}
 
 
+def _buckets(names: Iterable[str]) -> list[list[str]]:
+    """What is sent together: the head, a stack of layers. The backward pass is done with one after the other, so that a
+    compiler can send the codes of the first while it goes on; one message of all would wait for its end."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split("/")[0], []).append(name)
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Of gradients of parameters over the replicas of a layout, in `bits`; 0 bits, or one replica, leave them as they are."""
@@ -108,12 +117,13 @@ class Exchange:
 
         def on_each(parts: dict, errors: dict[str, Errors[jax.Array]], moments: dict) -> tuple[dict, dict]:
             kept = {name: Errors(e.worker[0], e.server) for name, e in errors.items()}
-            found = [
-                Part(parts[name][0], kept[name], second_moment_units(moments[name]), leaf.cut) for name, leaf in leaves.items()
-            ]
-            means, left = means_of_codes(found, codec, "data", implementation)
-            sums = {name: mean * replicas for name, mean in zip(leaves, means, strict=True)}
-            return sums, {name: Errors(e.worker[None], e.server) for name, e in zip(leaves, left, strict=True)}
+            sums, left = {}, {}
+            for names in _buckets(leaves):
+                found = [Part(parts[n][0], kept[n], second_moment_units(moments[n]), leaves[n].cut) for n in names]
+                means, owed = means_of_codes(found, codec, "data", implementation)
+                sums |= {name: mean * replicas for name, mean in zip(names, means, strict=True)}
+                left |= {name: Errors(e.worker[None], e.server) for name, e in zip(names, owed, strict=True)}
+            return sums, left
 
         specs = {name: leaf.specs for name, leaf in leaves.items()}
         of_replicas, stored = {name: e.worker for name, e in specs.items()}, {name: leaf.spec for name, leaf in leaves.items()}

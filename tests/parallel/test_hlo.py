@@ -90,14 +90,14 @@ def test_only_gradients_cross_data():
 
 @pytest.mark.parametrize(("bits", "most"), [(2, 1 / 7), (8, 0.52)])
 def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
-    """Of a model of real widths: a byte array there, one back, scales included, against bfloat16's all-reduce, which sends each
-    number twice; and all-reduces of vectors, router, embedding and metrics."""
+    """Of a model of real widths: byte arrays there and back, of head, dense and MoE layers each one, scales included, against
+    bfloat16's all-reduce, which sends each number twice; and all-reduces of vectors, router, embedding and metrics."""
     mesh = ["parallel.data=4", "parallel.fsdp=2", f"parallel.compress={bits}", "data.batch_size=8"]
     config = load_config(ROOT / "configs" / "small.yaml", [*mesh, "model.num_hidden_layers=2", "data.seq_len=64"])
     crossing = crossing_data(*compiled_of(config))
     params = abstract_state(config, layout_for(config)).params
     codes = [(kind, shapes) for kind, shapes in crossing if "u8[" in shapes]
-    assert sorted(kind for kind, _ in codes) == ["all-gather", "all-to-all"]
+    assert sorted(kind for kind, _ in codes) == ["all-gather"] * 3 + ["all-to-all"] * 3
     sent = sum(int(np.prod(dims)) for _, shapes in codes for dims in dimensions(shapes))
     assert sent <= most * 4 * numbers_a_device(params, in_few_bits)
     rest = [(kind, shapes) for kind, shapes in crossing if "u8[" not in shapes]
