@@ -23,6 +23,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BEGINS = re.compile(r"^(?:  (?:ROOT )?%?[\w.\-]+ = |(?:ENTRY )?%?[\w.\-]+ \(.*\{$|\}(?:$|,)|HloModule|$)")
+_MODULE = re.compile(r'\bmodule = "[^"]*"')  # a GPU kernel's own program, hundreds of kilobytes
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
@@ -138,7 +139,7 @@ def _parse_instruction(line: str) -> Instruction | None:
     head = _INSTRUCTION.match(line)
     if not head:
         return None
-    line = _COMMENT.sub("", line)
+    line = _COMMENT.sub("", _MODULE.sub("", line))
     begin = head.end()
     end = _closing(line, begin) + 1 if line[begin] == "(" else line.index(" ", begin)
     opcode = _OPCODE.match(line, end)

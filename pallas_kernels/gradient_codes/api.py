@@ -14,6 +14,7 @@ from pallas_kernels.gradient_codes.reference import Levels
 
 for _name, _module in (("reference", reference), ("tpu", tpu), ("hopper", hopper)):
     registry.register("pack_codes", _name, _module.pack)
+for _name, _module in (("reference", reference), ("tpu", tpu)):
     registry.register("mean_of_codes", _name, _module.mean)
 
 _BLOCK = 256  # what the kernels are laid out for
@@ -54,15 +55,14 @@ def mean_of_codes(
 ) -> Float[Array, "rows block"]:
     """The mean over replicas of what codes stand for, in float32 and in the units they were rounded in.
 
-    Otherwise as `pack_codes`. "auto" is plain JAX for more than 32 replicas: each then has so small a share to decode that it
-    costs nothing.
+    Otherwise as `pack_codes`. There is a kernel for TPUs only: on a GPU XLA's own program reads codes and writes means once.
+    "auto" is plain JAX for more than 32 replicas too: each then has so small a share to decode that it costs nothing.
     """
     replicas, _, width = codes.shape
     if implementation == "auto" and width * 8 // levels.bits == _BLOCK and replicas <= _REPLICAS:
         return jax.lax.platform_dependent(
             codes, scales,
             tpu=lambda codes, scales: tpu.mean(codes, scales, levels),
-            cuda=lambda codes, scales: hopper.mean(codes, scales, levels),
             default=lambda codes, scales: reference.mean(codes, scales, levels),
         )  # fmt: skip
     name = "reference" if implementation == "auto" else implementation

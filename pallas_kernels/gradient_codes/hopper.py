@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gradient_codes import reference
 from pallas_kernels.gradient_codes.reference import TINY, Levels
-from pallas_kernels.hopper import ROW, ROWS, over_columns
+from pallas_kernels.hopper import ROWS, over_columns
 
 _NUMBERS = 64  # of a block at a time, in registers
 
@@ -89,42 +89,3 @@ def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpr
         grid=((rows + extra) // ROWS,), grid_names=("rows",), interpret=interpret,
     )(x, owed, unit)  # fmt: skip
     return codes[:rows], scales[:rows], left[:rows]
-
-
-def mean(codes: jax.Array, scales: jax.Array, levels: Levels, interpret: Any = None) -> jax.Array:
-    """See `api.mean_of_codes`."""
-    replicas, rows, width = codes.shape
-    extra = -rows % ROWS
-    codes = jnp.pad(codes, ((0, 0), (0, extra), (0, 0)))
-    scales = jnp.pad(scales, ((0, 0), (0, extra)))
-    block, step = width * 8 // levels.bits, min(width, _NUMBERS)
-    shape = (ROWS, step)
-
-    def body(codes_gmem, scales_gmem, mean_gmem, codes_smem, scales_smem, mean_smem, barrier):
-        at = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(codes_gmem.at[:, at], codes_smem, barrier)
-        plgpu.copy_gmem_to_smem(scales_gmem.at[:, at], scales_smem, barrier)
-        plgpu.barrier_wait(barrier)
-        for column in range(0, width, step):
-            for place in range(8 // levels.bits):
-                total = jnp.zeros(shape, jnp.float32)
-                for r in range(replicas):
-                    byte = plgpu.load(codes_smem.at[r, :, pl.ds(column, step)], layout=plgpu.Layout.WGMMA, optimized=False)
-                    code = (byte.astype(jnp.int32) >> (place * levels.bits)) & (2**levels.bits - 1)
-                    scale = plgpu.load(scales_smem.at[r], layout=ROW)
-                    total += reference.level_of(code, levels) * over_columns(scale, shape)
-                mean_smem[:, pl.ds(place * width + column, step)] = total * (1 / replicas)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mean_smem, mean_gmem.at[at])
-        plgpu.wait_smem_to_gmem(0)
-
-    found = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((rows + extra, block), jnp.float32),
-        scratch_types=(
-            plgpu.SMEM((replicas, ROWS, width), jnp.uint8), plgpu.SMEM((replicas, ROWS), jnp.float32),
-            plgpu.SMEM((ROWS, block), jnp.float32), plgpu.Barrier(num_arrivals=2),
-        ),
-        grid=((rows + extra) // ROWS,), grid_names=("rows",), interpret=interpret,
-    )(codes, scales)  # fmt: skip
-    return found[:rows]

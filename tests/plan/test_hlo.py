@@ -101,3 +101,13 @@ def test_shapes():
 def test_what_is_no_program(text):
     with pytest.raises(ValueError, match="HLO"):
         parse(text)
+
+
+def test_a_kernels_own_program_is_passed_over():
+    """In which anything may stand, also what looks like attributes."""
+    config = '{module = "body=%loop.1\\00", x = 1}'
+    call = f'%k.1 = f32[8]{{0}} custom-call(%x.1), custom_call_target="mosaic_gpu_v2", backend_config={config}'
+    text = f"HloModule m\n\nENTRY %main (x.1: f32[8]) -> f32[8] {{\n  %x.1 = f32[8]{{0}} parameter(0)\n  ROOT {call}\n}}\n"
+    root = parse(text).computations["main"].root
+    assert (root.name, root.called("body")) == ("k.1", None)
+    assert "x = 1" in root.attributes
