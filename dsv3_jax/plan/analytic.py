@@ -191,7 +191,8 @@ class Estimator:
         if apart == 1 and self._topology.is_tpu:
             return {}
         link = self._links.link("network" if apart > 1 else "nvlink", self._efficiency.link)
-        return {f.__name__: f(4.0 * stored_parameters(config, sizes), sizes["data"], link) for f in (ring, tree)}
+        carried = 4.0 * stored_parameters(config, sizes), sizes["data"], link
+        return {"ring": ring(*carried), "tree": tree(*carried)}
 
     def _work(self, config: Config, tokens: float, again: float) -> float:
         """Seconds of a device's products, with what goes on between them."""
