@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # virtual devices, to try a mesh on; before JAX starts
+os.environ.setdefault("NPROC", "64")  # threads in which all of them can wait for each other
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import matplotlib.pyplot as plt
