@@ -116,7 +116,6 @@ class Links:
         if c.kind == "collective-permute":
             return self._permute(c)
         group = [self._places[i] for i in c.groups[0]]  # all groups look alike
-        boundary = [p[0] if self._torus else p[1] for p in group]
         apart, near = self.spread(c.groups[0])
         across, inside = self._split(c, apart, near)
         found: dict[str, float] = {}
@@ -127,15 +126,19 @@ class Links:
         fast = "ici" if self._torus else "nvlink"
         if inside:
             found[fast] = inside
-            members = [p for p in group if (p[0] if self._torus else p[1]) == boundary[0]]
+            members = [p for p in group if self._island(p) == self._island(group[0])]
             rate = self._torus_rate(c.kind, members) if self._torus else self._facts["nvlink"]["gb_s"] * 1e9
             seconds = max(seconds, inside / rate + self._latency(fast, c, near))
         return Route(found, seconds, ("network",) if across and not inside else (fast + "+", fast + "-"))
 
     def spread(self, group: tuple[int, ...]) -> tuple[int, int]:
         """(slices or hosts that a group is on, members on the fullest of them)."""
-        boundary = Counter(self._places[i][0 if self._torus else 1] for i in group)
-        return len(boundary), max(boundary.values())
+        islands = Counter(self._island(self._places[i]) for i in group)
+        return len(islands), max(islands.values())
+
+    def _island(self, place: Place) -> int:
+        """What only the network leaves: a slice, or a host."""
+        return place[0] if self._torus else place[1]
 
     def link(self, name: str, efficiency: float) -> Link:
         """As one rank sees it: of "nvlink" or "network"."""
@@ -184,7 +187,7 @@ class Links:
         if not pairs:
             return Route({}, 0.0, ())
         fast = "ici" if self._torus else "nvlink"
-        far = [a[0] != b[0] if self._torus else a[1] != b[1] for a, b in pairs]
+        far = [self._island(a) != self._island(b) for a, b in pairs]
         if any(far):
             facts = self._facts["network"]
             return Route({"network": c.bytes}, c.bytes / (facts["gb_s"] * 1e9) + facts["latency_us"] * 1e-6, ("network",))

@@ -68,6 +68,7 @@ def test_codes_stand_for_the_nearest_levels(codec):
     rows = jnp.asarray(x).reshape(40, 32)
     codes, scales, left = pack_codes(rows, jnp.zeros_like(rows), jnp.ones_like(rows), codec.table)
     assert codes.nbytes + scales.nbytes == 40 * codec.block_bytes
+    assert codes.dtype == jnp.uint8
     found, expected = np.asarray(mean_of_codes(codes[None], scales[None], codec.table)).reshape(-1), nearest_in_numpy(codec, x)
     np.testing.assert_allclose(codec.rounded(jnp.asarray(x)), found, rtol=1e-6)
     np.testing.assert_allclose(left, rows - found.reshape(40, 32), atol=1e-6 * np.abs(x).max())
