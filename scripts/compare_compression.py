@@ -43,7 +43,7 @@ from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.optim.adamw import second_moment
-from dsv3_jax.optim.compress import Codec, Errors, Wire, second_moment_units, split_axis
+from dsv3_jax.optim.compress import Codec, Errors, Wire, has_shares, second_moment_units
 from dsv3_jax.parallel.exchange import in_few_bits
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.train.evaluate import evaluate
@@ -127,10 +127,8 @@ def averaged(
     variant: Variant, codec: Codec, x: Float[Array, "R ..."], errors: Errors, v: Array, step: Array
 ) -> tuple[Array, Errors]:
     """(what all replicas get for the mean of x, errors), `v` being Adam's second moment."""
-    replicas, cut = x.shape[0], split_axis(x.shape[1:], x.shape[0])
-    assert cut is not None
     assert variant.rounds is not None
-    rounded = in_blocks(Wire.of(x.shape[1:], cut, replicas, codec))
+    rounded = in_blocks(Wire.of(x.shape[1:], x.shape[0], codec))
     unit = second_moment_units(v) if variant.preconditioned else jnp.ones_like(v)
     mean, left = variant.rounds(x / unit, jax.tree.map(lambda e: e / unit, errors), rounded, step)
     return mean * unit, jax.tree.map(lambda e: e * unit, left)
@@ -193,7 +191,7 @@ def make_step(run: Run, config: Config) -> Callable:
 def no_errors(run: Run, params: nnx.State) -> list[Errors | None]:
     def of(variable: nnx.Variable) -> Errors | None:
         shape = variable.get_value().shape
-        if VARIANTS[run.variant].rounds is None or not in_few_bits(variable) or split_axis(shape, run.replicas) is None:
+        if VARIANTS[run.variant].rounds is None or not in_few_bits(variable) or not has_shares(shape, run.replicas):
             return None
         return Errors(jnp.zeros((run.replicas, *shape)), jnp.zeros(shape))
 

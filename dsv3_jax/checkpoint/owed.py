@@ -5,7 +5,7 @@ that the sum over them is the same; what is owed to arrays that are not compress
 where one replica is left: it is about what a step's gradients are.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,47 +19,57 @@ type Struct = jax.ShapeDtypeStruct
 _ERRORS = "errors/"  # in flat names
 
 
-def _names(parameter: str) -> Errors[str]:
-    return Errors(f"{_ERRORS}{parameter}/worker", f"{_ERRORS}{parameter}/server")
+class _Names(NamedTuple):
+    worker: str
+    server: str
+
+    @classmethod
+    def of(cls, parameter: str) -> "_Names":
+        return cls(f"{_ERRORS}{parameter}/worker", f"{_ERRORS}{parameter}/server")
 
 
 def as_stored(templates: dict[str, Any], stored: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """What to load for these templates, by flat name, of a checkpoint with `stored` shapes: `by` makes of it what is wanted."""
     found = {name: leaf for name, leaf in templates.items() if not name.startswith(_ERRORS)}
-    for name in templates.keys() - found.keys():
+    for name in filter(templates.__contains__, stored):
         parameter, _, field = name.removeprefix(_ERRORS).rpartition("/")
-        names = _names(parameter)
-        if names.worker not in stored:
+        if not name.startswith(_ERRORS) or field != "worker":
             continue
-        replicas, server = stored[names.worker][0], templates[names.server]
-        other = field == "worker" and replicas != templates[name].shape[0]
-        found[name] = _of_replicas(server, replicas) if other else templates[name]
+        names = _Names.of(parameter)
+        wanted = Errors(templates[name], templates.get(names.server))
+        if stored[name] == wanted.worker.shape and (names.server in stored) == (wanted.server is not None):
+            found |= {n: templates[n] for n in names if n in templates}
+        else:
+            found |= {n: _near(wanted, stored[n]) for n in names if n in stored}
     return found
 
 
-def _of_replicas(server: Struct, replicas: int) -> Struct:
-    """All replicas' errors, of those places that this device's server has."""
-    assert isinstance(server.sharding, NamedSharding)
-    sharding = NamedSharding(server.sharding.mesh, P(None, *server.sharding.spec))
-    return jax.ShapeDtypeStruct((replicas, *server.shape), server.dtype, sharding=sharding)
+def _near(wanted: Errors[Struct], shape: tuple[int, ...]) -> Struct:
+    """An array of `shape`, all replicas' or the servers', of those places that this device will owe for."""
+    worker, server = wanted.worker.sharding, wanted.server and wanted.server.sharding
+    assert isinstance(worker, NamedSharding)
+    places = server.spec if isinstance(server, NamedSharding) else worker.spec[1:]
+    whole = [None] * (len(shape) - wanted.worker.ndim + 1)
+    return jax.ShapeDtypeStruct(shape, wanted.worker.dtype, sharding=NamedSharding(worker.mesh, P(*whole, *places)))
 
 
 def by(wanted: dict[str, Errors[Struct]], loaded: dict[str, Any]) -> dict[str, jax.Array]:
     """Errors by flat name, of those that were loaded; what was not there is nothing."""
     found = {}
     for parameter, errors in wanted.items():
-        names = _names(parameter)
+        names = _Names.of(parameter)
         if names.worker not in loaded:
             pair = _nothing(errors)
         else:
-            pair = Errors(*(loaded[name] for name in names))
-            pair = pair if pair.worker.shape == errors.worker.shape else _folded(pair, errors)
+            pair = Errors(loaded[names.worker], loaded.get(names.server))
+            same = jax.tree.map(jnp.shape, pair) == jax.tree.map(jnp.shape, errors)
+            pair = pair if same else _folded(pair, errors)
         found |= dict(zip(names, pair, strict=True))
     return found
 
 
 def _shardings(errors: Errors[Struct]) -> Errors[Any]:
-    return Errors(errors.worker.sharding, errors.server.sharding)
+    return jax.tree.map(lambda a: a.sharding, errors)
 
 
 def _nothing(wanted: Errors[Struct]) -> Errors[jax.Array]:
@@ -72,7 +82,10 @@ def _folded(stored: Errors[jax.Array], wanted: Errors[Struct]) -> Errors[jax.Arr
     before, after = stored.worker.shape[0], wanted.worker.shape[0]
 
     def fold(stored: Errors[jax.Array]) -> Errors[jax.Array]:
-        each = stored.worker.sum(0, keepdims=True) / after
-        return Errors(jnp.broadcast_to(each, wanted.worker.shape), stored.server * (before / after))
+        each, server = stored.worker.sum(0, keepdims=True) / after, stored.server
+        server = jnp.zeros(each.shape[1:], each.dtype) if server is None else server * (before / after)
+        if wanted.server is None:
+            each, server = each + server, None
+        return Errors(jnp.broadcast_to(each, wanted.worker.shape), server)
 
     return jax.jit(fold, out_shardings=_shardings(wanted))(stored)

@@ -96,7 +96,12 @@ class Errors[T](NamedTuple):
     """
 
     worker: T  # of this replica's gradients, in their shape
-    server: T  # of the mean of its share: the array cut along `split_axis`
+    server: T | None  # of the mean of its share: the array cut along `split_axis`; None if it has none, and `worker` has it
+
+
+def has_shares(shape: tuple[int, ...], replicas: int) -> bool:
+    """Whether each replica's share of an array would fill a block."""
+    return math.prod(shape) >= replicas * _SMALLEST_BLOCK
 
 
 def split_axis(shape: tuple[int, ...], replicas: int) -> int | None:
@@ -108,7 +113,10 @@ def split_axis(shape: tuple[int, ...], replicas: int) -> int | None:
     return next(filter(fits, range(len(shape))), None)
 
 
-def no_errors(shape: tuple[int, ...], axis: int, replicas: int, dtype: jnp.dtype) -> Errors[Array]:
+def no_errors(shape: tuple[int, ...], replicas: int, dtype: jnp.dtype) -> Errors[Array]:
+    axis = split_axis(shape, replicas)
+    if axis is None:
+        return Errors(jnp.zeros(shape, dtype), None)
     share = tuple(size // replicas if i == axis else size for i, size in enumerate(shape))
     return Errors(jnp.zeros(shape, dtype), jnp.zeros(share, dtype))
 
@@ -126,7 +134,9 @@ class Wire:
     codec: Codec
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], cut: int, replicas: int, codec: Codec) -> "Wire":
+    def of(cls, shape: tuple[int, ...], replicas: int, codec: Codec) -> "Wire":
+        cut = split_axis(shape, replicas)
+        assert cut is not None, f"{shape} has no axis to cut in {replicas}"
         return cls(shape, cut, replicas, codec.fitted(math.prod(shape[cut:]) // replicas))
 
     @property
@@ -209,7 +219,27 @@ class Part(NamedTuple):
     x: Float[Array, "..."]
     errors: Errors[Array]
     unit: Float[Array, "..."]  # positive, the same on all replicas, of the shape of x or a number: what x is rounded in
-    cut: int  # the axis of x along which shares are cut
+
+
+def _in_a_row(part: Part, replicas: int) -> Part:
+    """Of an array that replicas divide no axis of: its numbers, filled up so that they divide these."""
+    size = part.x.size
+    extra = -size % replicas
+
+    def row(a: Array, fill: float = 0) -> Array:
+        return jnp.pad(a.reshape(-1), (0, extra), constant_values=fill)
+
+    errors = Errors(row(part.errors.worker), jnp.zeros((size + extra) // replicas, part.errors.worker.dtype))
+    return Part(row(part.x), errors, row(jnp.broadcast_to(part.unit, part.x.shape), 1))
+
+
+def _without_server(errors: Errors[Array], mesh_axis: str) -> Errors[Array]:
+    """Of such a row: what a share's mean owes, its replica owes as one of all."""
+    assert errors.server is not None
+    size = errors.server.size
+    at = lax.axis_index(mesh_axis) * size
+    own = lax.dynamic_slice_in_dim(errors.worker, at, size) + lax.axis_size(mesh_axis) * errors.server
+    return Errors(lax.dynamic_update_slice_in_dim(errors.worker, own, at, 0), None)
 
 
 def means_of_codes(
@@ -220,10 +250,24 @@ def means_of_codes(
     All travel in one message of each phase. Summed over steps, the means given are those of x less the mean of `worker` and
     less `server`, to float rounding. `implementation` is whose kernels round and read codes (pallas_kernels/gradient_codes).
     """
+    replicas = lax.axis_size(mesh_axis)
+    rows = [p if p.errors.server is not None else _in_a_row(p, replicas) for p in parts]
+    means, left = _means_of_shares(rows, codec, mesh_axis, implementation)
+    for i, (part, row) in enumerate(zip(parts, rows, strict=True)):
+        if part is not row:
+            size, owed = part.x.size, _without_server(left[i], mesh_axis)
+            means[i] = means[i][:size].reshape(part.x.shape)
+            left[i] = Errors(owed.worker[:size].reshape(part.x.shape), None)
+    return means, left
+
+
+def _means_of_shares(
+    parts: list[Part], codec: Codec, mesh_axis: str, implementation: str
+) -> tuple[list[Float[Array, "..."]], list[Errors[Array]]]:
     if not parts:
         return [], []
     replicas = lax.axis_size(mesh_axis)
-    wires = [Wire.of(p.x.shape, p.cut, replicas, codec) for p in parts]
+    wires = [Wire.of(p.x.shape, replicas, codec) for p in parts]
     units = [jnp.broadcast_to(p.unit, p.x.shape) for p in parts]
 
     def rounded_parts(xs: list[Array], owed: list[Array], units: list[Array]) -> tuple[list[Array], list[Array]]:
@@ -243,7 +287,7 @@ def means_of_codes(
     received = _parted(lax.all_to_all(_joined(sent), mesh_axis, 0, 0), wires)
     own_units = [wire.own_share(unit, mesh_axis) for wire, unit in zip(wires, units, strict=True)]
     shares = [meant(wire, wire.read(r), 1) * unit for wire, r, unit in zip(wires, received, own_units, strict=True)]
-    sent, server = rounded_parts(shares, [p.errors.server for p in parts], own_units)
+    sent, server = rounded_parts(shares, [p.errors.server for p in parts if p.errors.server is not None], own_units)
     gathered = _parted(lax.all_gather(_joined(sent), mesh_axis, tiled=True), wires)
     means = [meant(wire, wire.read_in_order(g), replicas) * unit for wire, g, unit in zip(wires, gathered, units, strict=True)]
     return means, [Errors(w, s) for w, s in zip(worker, server, strict=True)]
@@ -276,8 +320,8 @@ def compressed_mean(
 
     For code in which `axis` is manual (`shard_map`): `init` and `update` see one device's shards, and the state is that
     device's. `mask`, a tree of booleans or a function of the parameters, says what is compressed (all if None); the rest, and
-    what has no axis that the replicas divide, is averaged in float32. `dtype` is what errors are kept in; in bfloat16 their own
-    rounding is lost. Without `error_feedback` there are none. Gradients that are not finite come back as such.
+    what has less than 8 numbers for each replica, is averaged in float32. `dtype` is what errors are kept in; in bfloat16 their
+    own rounding is lost. Without `error_feedback` there are none. Gradients that are not finite come back as such.
 
     `update` takes `units`, a tree of positive arrays, the same on all replicas: what small gradients are small by, such as
     `second_moment_units` of Adam's second moment. Gradients are rounded in them; in units of 1 if there are none.
@@ -285,13 +329,13 @@ def compressed_mean(
     codec = Codec(bits, block, levels)
 
     def chosen(tree: Any) -> Any:
-        """Where each leaf is cut into shares; None for what is averaged in float32."""
+        """Whether each leaf is compressed."""
         found = mask(tree) if callable(mask) else mask
         found = jax.tree.map(lambda _: True, tree) if found is None else found
-        return jax.tree.map(lambda leaf, yes: split_axis(leaf.shape, lax.axis_size(axis)) if yes else None, tree, found)
+        return jax.tree.map(lambda leaf, yes: bool(yes) and has_shares(leaf.shape, lax.axis_size(axis)), tree, found)
 
-    def none_yet(leaf: Array, cut: int | None) -> Any:
-        return optax.MaskedNode() if cut is None else no_errors(leaf.shape, cut, lax.axis_size(axis), dtype)
+    def none_yet(leaf: Array, few: bool) -> Any:
+        return no_errors(leaf.shape, lax.axis_size(axis), dtype) if few else optax.MaskedNode()
 
     def init(params: optax.Params) -> CompressedMeanState:
         if not error_feedback:
@@ -304,14 +348,14 @@ def compressed_mean(
         structure = jax.tree.structure(updates)
         gradients, errors = jax.tree.leaves(updates), structure.flatten_up_to(state.errors)
         scales = [jnp.ones(())] * len(gradients) if units is None else jax.tree.leaves(units)
-        cuts: list[int | None] = structure.flatten_up_to(chosen(updates))
+        few: list[bool] = jax.tree.leaves(chosen(updates))
         parts = {
-            i: Part(gradients[i], errors[i] if error_feedback else none_yet(gradients[i], cut), scales[i], cut)
-            for i, cut in enumerate(cuts)
-            if cut is not None
+            i: Part(gradients[i], errors[i] if error_feedback else none_yet(gradients[i], True), scales[i])
+            for i, yes in enumerate(few)
+            if yes
         }
         means, left = means_of_codes(list(parts.values()), codec, axis)
-        out = [lax.pmean(g.astype(jnp.float32), axis) if cut is None else g for g, cut in zip(gradients, cuts, strict=True)]
+        out = [g if yes else lax.pmean(g.astype(jnp.float32), axis) for g, yes in zip(gradients, few, strict=True)]
         for i, mean, owed in zip(parts, means, left, strict=True):
             out[i] = mean
             errors[i] = owed if error_feedback else errors[i]

@@ -4,6 +4,7 @@ Shards of `fsdp`, `expert`, `tensor` and `pipe` stay where they are: each device
 those that hold the same shard for other replicas, after everything inside a replica has been summed.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +12,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.layout import Layout, is_float32
-from dsv3_jax.optim.compress import Codec, Errors, Part, means_of_codes, second_moment_units, split_axis
+from dsv3_jax.optim.compress import Codec, Errors, Part, has_shares, means_of_codes, second_moment_units, split_axis
 from dsv3_jax.parallel.layout import MeshLayout, device_of
 from dsv3_jax.parallel.rules import is_variable, mesh_axes, stored_spec
 from dsv3_jax.precision.platforms import platform_of
@@ -23,17 +24,20 @@ from dsv3_jax.precision.platforms import platform_of
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A parameter whose gradients are sent in few bits: where it is stored, and the axis whose shares replicas sum up."""
+    """A parameter whose gradients are sent in few bits: where it is stored, and the axis whose shares replicas sum up; None
+    where they sum up rows of its numbers."""
 
     shape: tuple[int, ...]
     spec: P
-    cut: int
+    cut: int | None
 
     def errors(self, replicas: int) -> Errors[jax.Array]:
-        return Errors(jnp.zeros((replicas, *self.shape)), jnp.zeros(self.shape))
+        return Errors(jnp.zeros((replicas, *self.shape)), None if self.cut is None else jnp.zeros(self.shape))
 
     @property
     def specs(self) -> Errors[P]:
+        if self.cut is None:
+            return Errors(P("data", *self.spec), None)
         entries = [*self.spec, *[None] * (len(self.shape) - len(self.spec))]
         entries[self.cut] = (*mesh_axes(entries[self.cut]), "data")
         return Errors(P("data", *self.spec), P(*entries))
@@ -66,6 +70,28 @@ def _buckets(names: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
+def _leaves(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, _Leaf]:
+    """By name, those whose gradients are sent in few bits."""
+    found = {}
+    for name, variable in _named(params).items():
+        if not in_few_bits(variable):
+            continue
+        spec, shape, replicas = stored_spec(variable, mesh), variable.get_value().shape, mesh.shape["data"]
+        shard = NamedSharding(mesh, spec).shard_shape(shape)
+        if has_shares(shard, replicas):
+            found[name] = _Leaf(shape, spec, split_axis(shard, replicas))
+    return found
+
+
+def share_in_few_bits(params: nnx.State, mesh: Mesh | AbstractMesh) -> float:
+    """Of a device's numbers, those whose gradients can cross `data` in few bits; `params` may be abstract."""
+    leaves, of_device = _leaves(params, mesh), {}
+    for name, variable in _named(params).items():
+        sharding = NamedSharding(mesh, stored_spec(variable, mesh))
+        of_device[name] = math.prod(sharding.shard_shape(variable.get_value().shape))
+    return sum(of_device[name] for name in leaves) / sum(of_device.values())
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Of gradients of parameters over the replicas of a layout, in `bits`; 0 bits, or one replica, leave them as they are."""
@@ -78,19 +104,10 @@ class Exchange:
         return self.layout.mesh.shape["data"] if isinstance(self.layout, MeshLayout) and self.bits else 1
 
     def _leaves(self, params: nnx.State) -> dict[str, _Leaf]:
-        """Only those of which each replica can have a share."""
         if self.replicas == 1:
             return {}
         assert isinstance(self.layout, MeshLayout)
-        found = {}
-        for name, variable in _named(params).items():
-            if not in_few_bits(variable):
-                continue
-            spec, shape = stored_spec(variable, self.layout.mesh), variable.get_value().shape
-            cut = split_axis(NamedSharding(self.layout.mesh, spec).shard_shape(shape), self.replicas)
-            if cut is not None:
-                found[name] = _Leaf(shape, spec, cut)
-        return found
+        return _leaves(params, self.layout.mesh)
 
     def init(self, params: nnx.State) -> dict[str, Errors[jax.Array]]:
         """Nothing is owed: float32 [R, ...] of the replicas' gradients, and [...] of their mean, by parameter."""
@@ -101,7 +118,7 @@ class Exchange:
             return {}
         mesh = self.layout.mesh
         specs = {name: leaf.specs for name, leaf in self._leaves(params).items()}
-        return {name: Errors(NamedSharding(mesh, s.worker), NamedSharding(mesh, s.server)) for name, s in specs.items()}
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def sum(self, parts: nnx.State, errors: dict[str, Errors], second_moment: nnx.State) -> tuple[nnx.State, dict[str, Errors]]:
         """(the sum over the replicas of [R, ...] gradients, what is owed then), rounded in units of Adam's second moment."""
@@ -119,7 +136,7 @@ class Exchange:
             kept = {name: Errors(e.worker[0], e.server) for name, e in errors.items()}
             sums, left = {}, {}
             for names in _buckets(leaves):
-                found = [Part(parts[n][0], kept[n], second_moment_units(moments[n]), leaves[n].cut) for n in names]
+                found = [Part(parts[n][0], kept[n], second_moment_units(moments[n])) for n in names]
                 means, owed = means_of_codes(found, codec, "data", implementation)
                 sums |= {name: mean * replicas for name, mean in zip(names, means, strict=True)}
                 left |= {name: Errors(e.worker[None], e.server) for name, e in zip(names, owed, strict=True)}

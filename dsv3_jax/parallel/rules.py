@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import Config, divisors
@@ -58,7 +58,7 @@ SERVED: dict[str, Place | list[Place]] = {
 BATCH = ("data", "fsdp", "expert")  # rows of a batch
 
 
-def _place(axis: str | None, size: int, table: Mapping[str, Place | list[Place]], mesh: Mesh) -> Place:
+def _place(axis: str | None, size: int, table: Mapping[str, Place | list[Place]], mesh: Mesh | AbstractMesh) -> Place:
     """The mesh axes (of more than one device) over which one array axis is sharded."""
     places = table.get(axis, ()) if axis else ()
     places = places if isinstance(places, list) else [places]
@@ -66,7 +66,7 @@ def _place(axis: str | None, size: int, table: Mapping[str, Place | list[Place]]
     return next((p for p in used if size % math.prod(mesh.shape[a] for a in p) == 0), used[0])
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, mesh: Mesh) -> P:
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, mesh: Mesh | AbstractMesh) -> P:
     """The PartitionSpec of an array with these logical axes; leading axes beyond them (stacked layers) stay whole.
 
     Raises `UserError` if two of them want the same mesh axis, or if one is not divided by what it is sharded over.
@@ -91,7 +91,7 @@ def mesh_axes(entry: str | Place | None) -> Place:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def stored_spec(variable: nnx.Variable, mesh: Mesh) -> P:
+def stored_spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
     """Of a parameter, or of an optimiser's array beside it."""
     return spec(variable.get_metadata("logical_axes"), variable.get_value().shape, STORED, mesh)
 

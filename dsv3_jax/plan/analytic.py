@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import Config, ModelConfig, PrecisionConfig, RematConfig, divisors
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.counts import training_flops_per_token
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.compress import Codec
+from dsv3_jax.parallel.exchange import share_in_few_bits
 from dsv3_jax.parallel.experts import SLACK
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
@@ -73,6 +77,18 @@ class Candidate:
 @functools.cache
 def _useful(model: ModelConfig, seq_len: int) -> float:
     return training_flops_per_token(model, seq_len)
+
+
+@functools.cache
+def _abstract_parameters(model: ModelConfig) -> nnx.State:
+    transformer = nnx.eval_shape(lambda: Transformer(model, recipe=RECIPES["bf16"], rngs=nnx.Rngs(0)))
+    return nnx.state(transformer, nnx.Param)
+
+
+def few_bits_share(config: Config, sizes: dict[str, int]) -> float:
+    """Of a device's numbers, those whose gradients can cross `data` in few bits."""
+    mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+    return share_in_few_bits(_abstract_parameters(config.model), mesh)
 
 
 def pipeline_occupancy(config: Config, sizes: dict[str, int]) -> float:
@@ -170,15 +186,18 @@ class Estimator:
         return Candidate(config, sizes, memory, work, communication, occupancy, (work + exposed) / occupancy)
 
     def across_data(self, config: Config, sizes: dict[str, int]) -> float:
-        """Seconds of what crosses `data`: a sum in float32, or codes to those that sum them up, and from them."""
+        """Seconds of what crosses `data`: a sum in float32, or codes to those that sum them up, and from them, and a sum of
+        what stays in float32."""
         bits, across, stored = config.parallel.compress, ("data",), stored_parameters(config, sizes)
         assert bits != "auto", "slow_axis.decided comes first"
         if not bits:
             return self._seconds("all-reduce", sizes, across, stored * 4)
-        codec = Codec(bits)
-        codes = stored * codec.block_bytes / codec.block
-        return self._seconds("all-to-all", sizes, across, codes) + self._seconds(
-            "all-gather", sizes, across, codes / sizes["data"]
+        codec, share = Codec(bits), few_bits_share(config, sizes)
+        codes = share * stored * codec.block_bytes / codec.block
+        return (
+            self._seconds("all-to-all", sizes, across, codes)
+            + self._seconds("all-gather", sizes, across, codes / sizes["data"])
+            + self._seconds("all-reduce", sizes, across, (1 - share) * stored * 4)
         )
 
     def replicas(self, sizes: dict[str, int]) -> tuple[int, int]:

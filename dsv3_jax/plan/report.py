@@ -54,9 +54,9 @@ def show(plan: Plan, console: Console) -> None:
         "s", "exposed s",
     )  # fmt: skip
     for row in plan.communication:
-        if row["bytes"] >= 1e6:
+        if row["bytes"] >= 1e5:
             table.add_row(
-                row["kind"], " x ".join(row["axes"]), row["link"], f"{row['count']:,.0f}", f"{row['bytes'] / 1e9:.2f}",
+                row["kind"], " x ".join(row["axes"]), row["link"], f"{row['count']:,.0f}", f"{row['bytes'] / 1e9:.3g}",
                 f"{row['seconds']:.3f}", f"{row['exposed']:.3f}",
             )  # fmt: skip
     console.print(table)

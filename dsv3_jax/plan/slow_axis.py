@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dsv3_jax.config import Config
-from dsv3_jax.plan.analytic import GRADIENTS, Estimator
+from dsv3_jax.plan.analytic import GRADIENTS, Estimator, few_bits_share
 from dsv3_jax.plan.cost import ASSUMED, Efficiency
 from dsv3_jax.plan.topologies import EXAMPLES, Topology
 from dsv3_jax.precision.platforms import platform_of
@@ -39,9 +39,12 @@ def _with(config: Config, bits: Literal[0, 1, 2, 4, 8]) -> Config:
 
 
 def decided(config: Config, topology: Topology | None, sizes: dict[str, int]) -> tuple[Config, str]:
-    """(the configuration without `auto`, why; nothing where it was not asked for). `sizes` are those of the mesh's axes."""
+    """(the configuration without `auto`; why, and of how many gradients, or nothing where few bits were not asked for).
+
+    `sizes` are those of the mesh's axes.
+    """
     if config.parallel.compress != "auto":
-        return config, ""
+        return config, _told(config, sizes)
     whole, few = (_with(config, bits) for bits in (0, _BITS))
     if sizes["data"] == 1:
         return whole, "parallel.compress=auto: off, data has one replica"
@@ -54,7 +57,15 @@ def decided(config: Config, topology: Topology | None, sizes: dict[str, int]) ->
     facts = f"whole gradients would hold a step of {step.seconds:.3g} s up for {before:.2g} s ({share:.0%}) on {topology}"
     if share <= _THRESHOLD or after >= before:
         return whole, f"parallel.compress=auto: off, {facts}, which is not worth it (more than {_THRESHOLD:.0%} is)"
-    return few, f"parallel.compress=auto: {_BITS} bits, {facts}, {_BITS} bits for {after:.2g} s"
+    return few, f"parallel.compress=auto: {_BITS} bits, {facts}, {_BITS} bits for {after:.2g} s; {_told(few, sizes)}"
+
+
+def _told(config: Config, sizes: dict[str, int]) -> str:
+    """How many of a device's gradients few bits are for."""
+    if not config.parallel.compress or sizes["data"] == 1:
+        return ""
+    share = few_bits_share(config, sizes)
+    return f"{share:.1%} of a device's gradients cross `data` in {config.parallel.compress} bits, the rest in float32"
 
 
 @dataclass(frozen=True)
