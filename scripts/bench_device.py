@@ -30,10 +30,12 @@ from bench_precision import batch_of
 
 from dsv3_jax.config import load_config
 from dsv3_jax.model.counts import training_flops_per_token
+from dsv3_jax.optim.compress import Codec
 from dsv3_jax.precision.platforms import Platform, platform_of
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import make_train_step
 from pallas_kernels.causal_attention.api import causal_attention
+from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
 from pallas_kernels.quantize.api import quantize, quantize_transposed
@@ -75,6 +77,7 @@ class Case:
     moved: float = 0.0  # bytes
     plain: str = "reference"  # the implementation beside it
     bf16: tuple = ()  # the same product in 16 bits: a function and its arguments
+    compared: Callable = lambda results: results  # what of them must not differ
 
 
 def normal(seed: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -114,6 +117,28 @@ def quantising_cases(s: Sizes) -> dict[str, Case]:
             moved=nbytes((x, dy, x)),
         ),
     }  # fmt: skip
+
+
+def code_cases(s: Sizes) -> dict[str, Case]:
+    """A number midway between two levels may become either code: what is sent and what is owed make up for each other, and
+    what is owed is as much. To float32's rounding of sums and roots."""
+    shape = s.tokens * s.hidden // 256, 256
+    x, owed = normal(0, *shape, dtype=jnp.float32), normal(1, *shape, dtype=jnp.float32)
+    unit = jnp.exp(normal(2, *shape, dtype=jnp.float32))
+
+    def case(codec: Codec) -> Case:
+        def compared(results):
+            codes, scales, left = results
+            sent = mean_of_codes(codes[None], scales[None], codec.table, "reference")
+            return scales, sent * unit + left, jnp.sqrt(jnp.square(left / unit).mean(1))
+
+        moved = 4 * nbytes(x) + x.size // codec.block * codec.block_bytes
+        return Case(
+            lambda i, x, owed, unit: pack_codes(x, owed, unit, codec.table, i), (x, owed, unit), 1e-5, moved=moved,
+            compared=compared,
+        )  # fmt: skip
+
+    return {f"pack_codes {bits} bits": case(Codec(bits)) for bits in (1, 2, 4, 8)}
 
 
 def product_cases(s: Sizes) -> dict[str, Case]:
@@ -206,7 +231,7 @@ def measure(case: Case, kernels: str, repeat: int) -> dict[str, Any]:
         side: jax.jit(functools.partial(case.run, i)) for side, i in (("kernel", kernels), ("plain", case.plain))
     }
     results = {side: jax.block_until_ready(f(*case.arguments)) for side, f in sides.items()}
-    found: dict[str, Any] = {"difference": difference(results["kernel"], results["plain"])}
+    found: dict[str, Any] = {"difference": difference(*(case.compared(results[side]) for side in sides))}
     found["ok"] = found["difference"] <= case.tolerance
     calls = {side: functools.partial(f, *case.arguments) for side, f in sides.items()}
     if case.bf16:
@@ -233,7 +258,7 @@ def bench_kernels(platform: Platform, only: str, repeat: int) -> dict[str, Any]:
         f"{'':34s} {'kernel':>9s} {'plain JAX':>10s} {'ratio':>6s} {'bf16':>9s} {'ratio':>6s}  {'rate':12s} difference",
         flush=True,
     )
-    for make in (quantising_cases, product_cases, core_cases):
+    for make in (quantising_cases, code_cases, product_cases, core_cases):
         for name, case in make(sizes).items():
             if only not in name:
                 continue
