@@ -1,8 +1,8 @@
 """What an exchange of gradients owes (parallel/exchange.py), of a checkpoint that other replicas wrote, or none.
 
 With as many replicas it is loaded as it is. Else all that R replicas owe becomes an equal part for each of the new ones, so
-that the sum over them is the same; what is owed to arrays that are not compressed any more is dropped, such as everything
-where one replica is left: it is about what a step's gradients are.
+that the sum over them is the same; so does what servers owe where this mesh has none. What is owed to arrays that are not
+compressed any more is dropped, such as everything where one replica is left: it is about what a step's gradients are.
 """
 
 from typing import Any, NamedTuple

@@ -24,12 +24,11 @@ from dsv3_jax.precision.platforms import platform_of
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A parameter whose gradients are sent in few bits: where it is stored, and the axis whose shares replicas sum up; None
-    where they sum up rows of its numbers."""
+    """A parameter whose gradients are sent in few bits, and where it is stored."""
 
     shape: tuple[int, ...]
     spec: P
-    cut: int | None
+    cut: int | None  # the axis of which each replica sums up a share; None where that is a share of its numbers in a row
 
     def errors(self, replicas: int) -> Errors[jax.Array]:
         return Errors(jnp.zeros((replicas, *self.shape)), None if self.cut is None else jnp.zeros(self.shape))
@@ -110,7 +109,7 @@ class Exchange:
         return _leaves(params, self.layout.mesh)
 
     def init(self, params: nnx.State) -> dict[str, Errors[jax.Array]]:
-        """Nothing is owed: float32 [R, ...] of the replicas' gradients, and [...] of their mean, by parameter."""
+        """Nothing is owed: by parameter, float32 [R, ...] of the replicas' gradients, and [...] of their mean if it is cut."""
         return {name: leaf.errors(self.replicas) for name, leaf in self._leaves(params).items()}
 
     def shardings(self, params: nnx.State) -> dict[str, Errors[NamedSharding]]:
