@@ -270,7 +270,7 @@ def _mean_and_interval(values: list[float], form: str) -> str:
 
 def draw(found: dict[Run, dict[str, Any]], path: Path) -> None:
     """Held-out loss over steps; and its difference to `full` of the same seed, where curves could not be told apart."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     full = {run.seed: np.array(row["curve"]) for run, row in found.items() if run.variant == "full"}
     names = list(dict.fromkeys((run.variant, run.replicas) for run in found))
@@ -285,7 +285,7 @@ def draw(found: dict[Run, dict[str, Any]], path: Path) -> None:
     left.set(xlabel="step", ylabel="held-out loss, nats a token", ylim=(None, left.get_ylim()[0] + 2.5))
     right.set(xlabel="step", ylabel="against full precision, same seeds, %", ylim=(-1.5, 6))
     right.axhline(0, color="0.6", lw=0.8)
-    left.legend(title="(seeds)", fontsize=8)
+    figure.legend(title="(seeds)", fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
