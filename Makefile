@@ -2,7 +2,7 @@
 .PHONY: setup train test lint lock
 
 setup:
-	@scripts/setup.sh
+	@scripts/tools/setup.sh
 
 # Trains configs/tiny.yaml on the source text of Python's standard library; pass overrides as ARGS="train.steps=100".
 train: setup

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dsv3_jax.config import load_config
-from dsv3_jax.errors import FailedElsewhere, UserError
+from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FailedElsewhere, UserError
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 ConfigPath = Annotated[Path, tyro.conf.Positional]
@@ -30,8 +30,8 @@ def _use_huge_pages() -> None:
 
 
 def _join() -> None:
-    """Become one of a run's processes, where the environment says so (see parallel/processes.py)."""
-    from dsv3_jax.parallel.processes import join
+    """Become one of a run's processes, where the environment says so (see cluster/processes.py)."""
+    from dsv3_jax.cluster.processes import join
 
     join()
 
@@ -76,16 +76,16 @@ def train(
 
         leave_spares(checked, devices)
     _join()
+    from dsv3_jax.train.finish import finish
     from dsv3_jax.train.loop import compile_only
     from dsv3_jax.train.loop import train as run
-    from dsv3_jax.train.report import finish
 
     if rehearse:
         compile_only(checked, elastic=workers is not None)
         return
     result = run(checked, elastic=workers is not None)
     if result.interrupted:
-        raise SystemExit(130)
+        raise SystemExit(EXIT_STOPPED)
     finish(result)
 
 
@@ -103,12 +103,12 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
     checked = load_config(run / "config.yaml", [*overrides, f"name={run.name}"])
     _use_huge_pages()
     _join()
+    from dsv3_jax.train.finish import finish
     from dsv3_jax.train.loop import train as go_on
-    from dsv3_jax.train.report import finish
 
     result = go_on(checked, run.resolve().parent)
     if result.interrupted:
-        raise SystemExit(130)
+        raise SystemExit(EXIT_STOPPED)
     finish(result)
 
 
@@ -127,8 +127,8 @@ def evaluate(run: RunPath, data: str | None = None) -> None:
     import dataclasses
 
     from dsv3_jax.checkpoint.load import load_for_evaluation
+    from dsv3_jax.cluster.processes import is_first
     from dsv3_jax.data.store import load_corpus, read_documents
-    from dsv3_jax.parallel.processes import is_first
     from dsv3_jax.train.evaluate import evaluate as run_evaluation
     from dsv3_jax.train.step import make_eval_step
 
@@ -177,8 +177,8 @@ def generate(
     import numpy as np
 
     from dsv3_jax.checkpoint.load import load_with_config
+    from dsv3_jax.cluster.processes import is_first
     from dsv3_jax.data.tokenizer import special_ids
-    from dsv3_jax.parallel.processes import is_first
     from dsv3_jax.serve.generate import generate as run_generation
 
     loaded = load_with_config(run)
@@ -220,8 +220,8 @@ def import_(
     if ckpt_dir is None:
         raise UserError("import needs CKPT_DIR, where the checkpoint goes; or --plan")
     _join()
+    from dsv3_jax.cluster.processes import is_first
     from dsv3_jax.interop.hf_import import import_hf
-    from dsv3_jax.parallel.processes import is_first
 
     written = import_hf(hf_dir, ckpt_dir, overrides, dtype == "bfloat16")
     if is_first():
@@ -262,8 +262,8 @@ def report(run: RunPath) -> None:
     """
     from rich.console import Console
 
-    from dsv3_jax.train.goodput import show
-    from dsv3_jax.train.run import RunDirectory
+    from dsv3_jax.runs.directory import RunDirectory
+    from dsv3_jax.runs.goodput import show
 
     show(RunDirectory(run), Console(highlight=False, width=None if sys.stdout.isatty() else 150))
 
@@ -316,7 +316,7 @@ def plan(
 ) -> None:
     """Compile a configuration's training step for meshes that are not here: does it fit, what moves, how fast will it be?
 
-    Writes plan.json and plan.html into --out. Needs the targets' compilers, not their devices: scripts/setup_aot.sh makes
+    Writes plan.json and plan.html into --out. Needs the targets' compilers, not their devices: scripts/tools/setup_aot.sh makes
     .venv-aot with them. What was compiled is kept; the same plan again takes seconds.
 
     Example: dsv3 plan configs/v3_671b.yaml data.batch_size=512 train.grad_accum_steps=1 --topology v5p:8x8x8 tpu7x:4x4x8
@@ -394,7 +394,7 @@ def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes:
         processes: How many processes.
         devices: Virtual CPU devices of each process.
     """
-    from dsv3_jax.parallel.launch import launch as start
+    from dsv3_jax.cluster.launch import launch as start
 
     if not command or command[0] not in _VERBS or command[0] == "launch":
         raise UserError(f"launch {' '.join(command)}: give a verb to run, such as train or eval")
@@ -436,16 +436,16 @@ def main(args: list[str] | None = None) -> None:
             raise
         _fail(f"no space left on the device while writing {error.filename or 'the run'}; earlier checkpoints are intact")
     except FailedElsewhere:
-        raise SystemExit(2) from None
+        raise SystemExit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
         print("dsv3: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(EXIT_STOPPED) from None
 
 
 def _fail(message: str) -> None:
     with contextlib.suppress(OSError):  # the disk may be full on which standard error goes
         print(f"dsv3: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -249,8 +249,8 @@ class ParallelConfig:
     expert_transport: Literal["auto", "flat", "two_level"] = "auto"
     expert_ranks_per_node: int | None = None  # None: as many neighbours along `expert` as share a host
     expert_parts: int = 1  # pieces of a device's tokens: one travels while another is computed
-    # bits of gradients between the replicas of `data`, with error feedback (parallel/exchange.py); 0: float32, as they are;
-    # auto: 2, where that is expected to pay (plan/slow_axis.py)
+    # bits of gradients between the replicas of `data`, with error feedback (exchange/exchange.py); 0: float32, as they are;
+    # auto: 2, where that is expected to pay (cost/compression.py)
     compress: Literal[0, 1, 2, 4, 8, "auto"] = 0
     compress_after: int = 200  # steps as they are: few bits need the second moments that these leave
     max_state_gib: float | None = None  # of state a device: a run that has lost hosts takes no mesh with more

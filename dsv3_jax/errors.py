@@ -1,4 +1,8 @@
-"""The one exception that users are meant to see: the command line prints it as one line and exits with code 2."""
+"""The exceptions that the command line turns into one line and an exit code, and the exit codes with a meaning."""
+
+EXIT_BAD_INPUT = 2
+EXIT_NOT_JOINED = 75  # not all of a run's processes came: "try again" in sysexits.h
+EXIT_STOPPED = 130  # after a signal, with the state saved
 
 
 class UserError(Exception):

@@ -7,15 +7,15 @@ from types import ModuleType
 import jax
 import pytest
 
-from dsv3_jax.parallel.processes import give_threads
+from dsv3_jax.cluster.processes import give_threads
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def load_script(name: str) -> ModuleType:
-    """scripts/NAME.py, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    """scripts/NAME.py, e.g. of NAME studies/chaos, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -8,8 +8,8 @@ import pytest
 import dsv3_jax as dsv3
 from dsv3_jax.cli import _VERBS
 from dsv3_jax.config import load_config
+from dsv3_jax.cost.topologies import parse_topology
 from dsv3_jax.elastic.command import parse_workers
-from dsv3_jax.plan.topologies import parse_topology
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.checkpoint.manager import load_weights, read_metadata, resolve
 from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
@@ -17,8 +18,7 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.processes import on_first
-from dsv3_jax.train.state import abstract_state, serving_graph
+from dsv3_jax.state.train_state import abstract_state, serving_graph
 
 
 @dataclass(frozen=True)

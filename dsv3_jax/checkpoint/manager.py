@@ -26,10 +26,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from dsv3_jax.checkpoint import owed
 from dsv3_jax.checkpoint.local import LocalCopies, LocalCopy, Snapshot, snapshot
 from dsv3_jax.checkpoint.manifest import MANIFEST, verify, write_manifest_together
+from dsv3_jax.cluster.processes import first_complaint, first_says, is_first, on_first
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import first_complaint, first_says, is_first, on_first
-from dsv3_jax.train.state import TrainState
+from dsv3_jax.state.train_state import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
 _EVERYBODYS = "optimizer/step"  # an array that every process loads where any loads some: Orbax's processes meet

@@ -1,4 +1,4 @@
-"""What an exchange of gradients owes (parallel/exchange.py), of a checkpoint that other replicas wrote, or none.
+"""What an exchange of gradients owes (exchange/exchange.py), of a checkpoint that other replicas wrote, or none.
 
 With as many replicas it is loaded as it is. Else all that R replicas owe becomes an equal part for each of the new ones, so
 that the sum over them is the same; so does what servers owe where this mesh has none. What is owed to arrays that are not
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.optim.compress import Errors
+from dsv3_jax.exchange.compress import Errors
 
 type Struct = jax.ShapeDtypeStruct
 

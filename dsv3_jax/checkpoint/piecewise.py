@@ -22,7 +22,7 @@ from dsv3_jax.checkpoint.direct import ReadInto, write_past_cache
 from dsv3_jax.checkpoint.manager import WEIGHTS
 from dsv3_jax.checkpoint.manifest import write_manifest
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
-from dsv3_jax.parallel.processes import agree, on_first
+from dsv3_jax.cluster.processes import agree, on_first
 
 _CACHE_BYTES = 256 * 2**20  # of decoded chunks, for regions smaller than one
 

@@ -3,13 +3,13 @@
 import os
 import re
 
+from dsv3_jax.cluster.processes import place_from, seconds_from
 from dsv3_jax.config import Config
+from dsv3_jax.cost.feasible import largest_world, worlds
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import place_from, seconds_from
-from dsv3_jax.train.run import run_directory
-from dsv3_jax.train.worlds import largest_world, worlds
+from dsv3_jax.runs.directory import run_directory
 
 _HEARTBEAT_S = 15.0
 _JOIN_S = 60.0  # hosts have answered just before: their workers come within seconds, where all is well

@@ -1,13 +1,15 @@
 """A host of a supervised run: a process with everything imported, which forks workers, so that a new one starts in no time.
 
-Run by `python -m dsv3_jax.elastic.host`. Standard input takes one JSON object a line, {"start": {"args", "environ", "log"}} or
-{"signal": number}; standard output gives {"ready": pid}, {"pid": of the worker}, {"exit": code}. No device and no thread is
+Run by `python -m dsv3_jax.elastic.host`. Standard input takes one JSON object a line,
+{"start": {"entry", "args", "environ", "log"}} or {"signal": number}; standard output gives {"ready": pid}, {"pid": of the worker},
+{"exit": code}. No device and no thread is
 opened before the fork. The worker ends with the host, and the host with its standard input. Linux only.
 """
 
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import select
@@ -18,15 +20,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-NOT_JOINED = 75  # exit code of a worker whose peers did not all come: "try again" in sysexits.h
-STOPPED = 130  # after a signal, with the state saved
+from dsv3_jax.errors import EXIT_NOT_JOINED, EXIT_STOPPED, UserError
+
 _PR_SET_PDEATHSIG = 1
 
 
 def _import_all() -> None:
     """What a worker needs. Imports alone take some seconds, which nothing but the start of a host waits for."""
-    import dsv3_jax.train.loop
-    import dsv3_jax.train.report  # noqa: F401
 
     gc.collect()
     gc.freeze()  # so that a worker's collections leave the pages that it shares with its host
@@ -90,17 +90,18 @@ def _work(start: dict[str, Any]) -> int:
     os.dup2(log, 2)
     os.environ.update(start["environ"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from dsv3_jax import cli
-    from dsv3_jax.errors import UserError
-    from dsv3_jax.parallel.processes import join
+    from dsv3_jax.cluster.processes import join
+
+    module, _, function = start["entry"].partition(":")
+    main = getattr(importlib.import_module(module), function)
 
     try:
         join()
     except (UserError, OSError, RuntimeError) as error:  # JAX's own failures are RuntimeErrors
         traceback.print_exception(error)
-        return NOT_JOINED
+        return EXIT_NOT_JOINED
     try:
-        cli.main(start["args"])
+        main(start["args"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except Exception:
@@ -120,7 +121,7 @@ def main() -> None:
     try:
         code = _work(start)
     finally:
-        if code not in (0, STOPPED):
+        if code not in (0, EXIT_STOPPED):
             # at the interpreter's end JAX waits for the other processes, and they wait for this one's part in a collective
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):  # the log's disk may be full

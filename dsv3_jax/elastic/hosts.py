@@ -1,5 +1,6 @@
 """What a supervisor sees of a host, and an engine whose hosts are all on this machine."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsv3_jax.parallel.processes import free_port
+from dsv3_jax.cluster.processes import free_port
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Start:
     args: list[str]
     environ: dict[str, str]
     log: str
+    entry: str = "dsv3_jax.cli:main"  # module:function that takes `args`
 
 
 class Host(Protocol):
@@ -85,7 +87,7 @@ class HostProcess:
 
     def start(self, start: Start) -> None:
         self.code = None
-        self._tell({"start": {"args": start.args, "environ": start.environ, "log": start.log}})
+        self._tell({"start": dataclasses.asdict(start)})
 
     def signal(self, number: int) -> None:
         self._tell({"signal": number})

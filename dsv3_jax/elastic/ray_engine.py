@@ -15,9 +15,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.elastic.hosts import Host, HostProcess, Start, host_environment
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import free_port
 
 _ANSWER_S = 2.0  # within which a host that is well answers
 _ACCELERATORS = ("GPU", "TPU")

@@ -1,6 +1,6 @@
 """Keeps a run going: starts workers on the hosts that there are, notices when one fails, and starts again on what is left.
 
-A run is a sequence of attempts. Each has as many workers as its configuration has a legal mesh for (train/worlds.py), goes
+A run is a sequence of attempts. Each has as many workers as its configuration has a legal mesh for (cost/feasible.py), goes
 on from the latest undamaged checkpoint, and ends as a whole: JAX's processes cannot go on without one of theirs. What engine
 the hosts come from makes no difference here.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Config
-from dsv3_jax.elastic.host import NOT_JOINED, STOPPED
+from dsv3_jax.cost.feasible import largest_world, worlds
 from dsv3_jax.elastic.hosts import Engine, Host, Start
 from dsv3_jax.elastic.logs import Follower, says_stuck
-from dsv3_jax.train.events import EventLog
-from dsv3_jax.train.run import RunDirectory, last_row
-from dsv3_jax.train.worlds import largest_world, worlds
+from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_NOT_JOINED, EXIT_STOPPED
+from dsv3_jax.runs.directory import RunDirectory, last_row
+from dsv3_jax.runs.events import EventLog
 
 _POLL_S = 0.05
 _LOOK_S = 2.0  # between looks for more hosts, and at the deadline of process 0
@@ -27,7 +27,7 @@ _LATE_S = 10.0  # how much later than a worker the supervisor loses patience wit
 _GRACE_S = 120.0  # for a save after SIGTERM
 _WORDS_S = 1.0  # for the others to say what they have to say, once one has ended
 _ATTEMPTS_IN_VAIN = 6  # without a new step
-_BAD_ERRORS = (2,)  # exit codes that no other attempt would change: bad input, divergence, a full disk
+_BAD_ERRORS = (EXIT_BAD_INPUT,)  # exit codes that no other attempt would change: bad input, divergence, a full disk
 
 
 class End(Enum):
@@ -96,7 +96,7 @@ class Supervisor:
         while True:
             hosts = self._gather(patience_s)
             if hosts is None:
-                return STOPPED
+                return EXIT_STOPPED
             if self._job.rehearse and patience_s:
                 self._rehearse(hosts)
             patience_s = 0.0
@@ -195,12 +195,12 @@ class Supervisor:
                 if refusing != 0:
                     self._say(f"process {refusing} on {hosts[refusing].name} says why in a log of {self._job.run.logs}")
                 return Outcome(End.REFUSED)
-            bad = {i: code for i, code in codes.items() if code not in (0, STOPPED)}
+            bad = {i: code for i, code in codes.items() if code not in (0, EXIT_STOPPED)}
             if bad:
                 i, code = next(iter(bad.items()))
                 return Outcome(End.FAILED, f"process {i} on {hosts[i].name} {_ending(code)}", hosts[i].name)
             if len(codes) == len(hosts):
-                if STOPPED in codes.values():
+                if EXIT_STOPPED in codes.values():
                     return Outcome(End.RESIZE if resizing and not self._signals else End.STOPPED)
                 return Outcome(End.DONE)
             if codes and patience is None:
@@ -245,7 +245,7 @@ class Supervisor:
         _wait_for(hosts, _LATE_S)
 
 
-_CODES = {End.DONE: 0, End.REFUSED: 2, End.STOPPED: STOPPED}
+_CODES = {End.DONE: 0, End.REFUSED: EXIT_BAD_INPUT, End.STOPPED: EXIT_STOPPED}
 
 
 def _wait_for(hosts: list[Host], seconds: float) -> None:
@@ -256,7 +256,7 @@ def _wait_for(hosts: list[Host], seconds: float) -> None:
 
 
 def _ending(code: int) -> str:
-    if code == NOT_JOINED:
+    if code == EXIT_NOT_JOINED:
         return "could not join the others"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"

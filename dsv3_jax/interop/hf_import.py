@@ -19,13 +19,13 @@ import numpy as np
 from dsv3_jax.checkpoint.direct import ReadInto, array_reader
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
 from dsv3_jax.checkpoint.scratch import scratch_of
+from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_arrays, stored_name
 from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
 from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.interop.safetensors_file import DTYPES
-from dsv3_jax.parallel.processes import is_first, on_first
 from dsv3_jax.progress import BytesProgress
 
 # Files of a checkpoint that go along: an export needs them.

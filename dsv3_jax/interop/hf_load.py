@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
+from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.interop.arrays import array_names
 from dsv3_jax.interop.hf_files import TensorFiles, open_hf
@@ -18,7 +19,6 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.layout import MeshLayout, make_layout
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.processes import on_first
 from dsv3_jax.parallel.rules import stored_spec
 from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.precision.recipes import Recipe

@@ -14,16 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.cost.estimate import Candidate
+from dsv3_jax.cost.feasible import state_bytes, worlds
+from dsv3_jax.cost.topologies import EXAMPLES, GIB, mesh_label, name_of_platform, parse_topology
 from dsv3_jax.errors import UserError
-from dsv3_jax.plan.analytic import Candidate, explain, search
 from dsv3_jax.plan.compile import Limits
 from dsv3_jax.plan.figures import Assumptions, Plan, plan_step
 from dsv3_jax.plan.page import page
 from dsv3_jax.plan.report import compare, show
-from dsv3_jax.plan.topologies import EXAMPLES, GIB, mesh_label, name_of_platform, parse_topology
+from dsv3_jax.plan.search import explain, search
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
-from dsv3_jax.train.worlds import state_bytes, worlds
 
 _LINE_EVERY_S = 10.0
 

@@ -18,10 +18,10 @@ from threading import Thread
 from typing import Any
 
 from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.cost.topologies import ENVIRONMENT, Topology, parse_topology
 from dsv3_jax.data.store import cache_root, cached
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.hlo import Program, parse
-from dsv3_jax.plan.topologies import ENVIRONMENT, Topology, parse_topology
 
 _PACKAGES = Path(__file__).parents[2]
 _POLL_S = 0.25
@@ -66,8 +66,8 @@ def compilers() -> str:
     if beside.is_file():
         return str(beside)
     raise UserError(
-        "plan needs the compilers of TPU and NVIDIA GPUs: scripts/setup_aot.sh makes .venv-aot with them, or name a Python "
-        "that has libtpu and jax-cuda13-plugin as DSV3_PLAN_PYTHON"
+        "plan needs the compilers of TPU and NVIDIA GPUs: scripts/tools/setup_aot.sh makes .venv-aot with them, or name a "
+        "Python that has libtpu and jax-cuda13-plugin as DSV3_PLAN_PYTHON"
     )
 
 
@@ -76,7 +76,7 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     for package in ("dsv3_jax", "pallas_kernels"):
         for path in sorted((_PACKAGES / package).rglob("*.py")):
-            if "plan" not in path.parts or path.name in ("worker.py", "slow_axis.py", "analytic.py"):
+            if "plan" not in path.parts or path.name == "worker.py":
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dsv3_jax.config import Config
+from dsv3_jax.cost.compression import ways
+from dsv3_jax.cost.efficiency import ASSUMED, Efficiency
+from dsv3_jax.cost.estimate import pipeline_occupancy
+from dsv3_jax.cost.links import Links
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.parallel.experts import SLACK
-from dsv3_jax.plan.analytic import pipeline_occupancy
-from dsv3_jax.plan.communication import Links
 from dsv3_jax.plan.compile import Compiled, Limits, compile_step
-from dsv3_jax.plan.cost import ASSUMED, CostModel, Efficiency
 from dsv3_jax.plan.hlo import Program
 from dsv3_jax.plan.imbalance import BALANCED, Imbalance
+from dsv3_jax.plan.roofline import CostModel
 from dsv3_jax.plan.rounds import rounds_of
-from dsv3_jax.plan.slow_axis import ways
 from dsv3_jax.plan.timeline import Player, Timeline
 from dsv3_jax.precision.platforms import HARDWARE
 

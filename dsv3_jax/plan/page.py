@@ -8,9 +8,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from dsv3_jax.cost.topologies import GIB
 from dsv3_jax.plan.figures import Plan
 from dsv3_jax.plan.report import compare, show, verdict
-from dsv3_jax.plan.topologies import GIB
 
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{font-size:12px;overflow-x:auto}"
 

@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from dsv3_jax.cost.topologies import GIB, mesh_label
 from dsv3_jax.plan.figures import Plan
-from dsv3_jax.plan.topologies import GIB, mesh_label
 from dsv3_jax.progress import human
 
 

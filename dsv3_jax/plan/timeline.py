@@ -12,10 +12,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from dsv3_jax.cost.links import Collective, Links, Route
 from dsv3_jax.parallel.experts import EXCHANGE, MORE_ROUNDS
-from dsv3_jax.plan.communication import Collective, Links, Route, kind_of, read_collective
-from dsv3_jax.plan.cost import CostModel, Work
+from dsv3_jax.plan.communication import kind_of, read_collective
 from dsv3_jax.plan.hlo import Computation, Instruction, Program
+from dsv3_jax.plan.roofline import CostModel, Work
 
 PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
 # What jax.checkpoint does again, and the experts' forward pass within their own backward one (parallel/experts.py).

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import Config, config_from_dict
+from dsv3_jax.cost.compression import decided
+from dsv3_jax.cost.topologies import devices, parse_topology
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.layout import batch_sharding, make_layout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import check
-from dsv3_jax.plan.slow_axis import decided
-from dsv3_jax.plan.topologies import devices, parse_topology
 from dsv3_jax.precision.platforms import resolve
-from dsv3_jax.train.state import TrainState, abstract_state
+from dsv3_jax.state.train_state import TrainState, abstract_state
 from dsv3_jax.train.step import make_train_step
 
 

@@ -11,7 +11,7 @@ from dsv3_jax.data.batches import PackedWindows
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import place
-from dsv3_jax.train.state import ONE_DEVICE
+from dsv3_jax.state.train_state import ONE_DEVICE
 
 
 @dataclass(frozen=True)

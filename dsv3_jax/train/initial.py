@@ -11,7 +11,7 @@ from dsv3_jax.checkpoint.manager import load_weights
 from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.train.state import TrainState, abstract_state
+from dsv3_jax.state.train_state import TrainState, abstract_state
 
 
 def _check_same_model(config: Config, found: Checkpoint) -> None:

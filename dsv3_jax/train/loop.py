@@ -13,7 +13,10 @@ import jax
 import numpy as np
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.cluster.processes import agree, is_first, on_first
 from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.cost.compression import decided, topology_of
+from dsv3_jax.cost.feasible import on_mesh
 from dsv3_jax.data.batches import PackedWindows, batch_windows, train_batches
 from dsv3_jax.data.store import Corpus, load_corpus
 from dsv3_jax.errors import UserError
@@ -21,24 +24,21 @@ from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
 from dsv3_jax.parallel.mesh import axis_sizes
-from dsv3_jax.parallel.processes import agree, is_first, on_first
 from dsv3_jax.parallel.rows import local_rows, place
-from dsv3_jax.plan.slow_axis import decided, topology_of
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.progress import ProgressReporter
-from dsv3_jax.train.compiled import Programs, ProgramStore, compiled_dir, compiled_now
+from dsv3_jax.runs.directory import MetricsWriter, RunDirectory, run_directory
+from dsv3_jax.runs.events import EventLog
+from dsv3_jax.runs.goodput import RunningAccount
+from dsv3_jax.state.programs import Programs, ProgramStore, compiled_dir, compiled_now
+from dsv3_jax.state.train_state import TrainState, abstract_model, abstract_state, init_program, new_state
 from dsv3_jax.train.evaluate import evaluate
-from dsv3_jax.train.events import EventLog
-from dsv3_jax.train.goodput import RunningAccount
 from dsv3_jax.train.initial import with_its_tokenizer, with_weights
 from dsv3_jax.train.pipelined import schedule_of
-from dsv3_jax.train.run import MetricsWriter, RunDirectory, run_directory
-from dsv3_jax.train.state import TrainState, abstract_model, abstract_state, init_program, new_state
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 from dsv3_jax.train.watchdog import Watchdog
-from dsv3_jax.train.worlds import on_mesh
 
 _CLAIM_S = 60.0  # for processes of an attempt before this one, which are on their way out
 

@@ -15,8 +15,8 @@ from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
 from dsv3_jax.parallel.schedule import Schedule, make_schedule
 from dsv3_jax.precision.recipes import Recipe
+from dsv3_jax.state.train_state import make_model
 from dsv3_jax.train.objective import Batch, Metrics, Share, head_objective, inputs, sum_traffic
-from dsv3_jax.train.state import make_model
 
 
 def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:

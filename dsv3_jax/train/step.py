@@ -11,19 +11,19 @@ import optax
 from flax import nnx
 
 from dsv3_jax.config import Config
+from dsv3_jax.exchange.compress import Errors
+from dsv3_jax.exchange.exchange import Exchange
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.optim.adamw import learning_rate, second_moment
-from dsv3_jax.optim.compress import Errors
-from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, replicated
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import platform_of
 from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
-from dsv3_jax.train.compiled import Programs, compiled_now
+from dsv3_jax.state.programs import Programs, compiled_now
+from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, abstract_model, abstract_state, optimizer_of
 from dsv3_jax.train.objective import Batch, LossWeights, Metrics, Share, objective, target_counts
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
-from dsv3_jax.train.state import ONE_DEVICE, TrainState, abstract_model, abstract_state, optimizer_of
 
 _ODD = (np.uint32(2654435761), np.uint32(2246822519), np.uint32(3266489917))  # of well-mixed bits
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.train.state import TrainState
+from dsv3_jax.state.train_state import TrainState
 
 
 def numbers(step: int, size: int) -> np.ndarray:

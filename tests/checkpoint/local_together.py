@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.cluster.processes import agree, join
 from dsv3_jax.config import CheckpointConfig
-from dsv3_jax.parallel.processes import agree, join
 from tests.checkpoint.cases import state_of
 from tests.checkpoint.together import spread
 

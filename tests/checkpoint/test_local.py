@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.checkpoint.local import LocalCopies, snapshot
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import free_port
 from tests.checkpoint.cases import assert_is, state_of
 from tests.parallel.test_processes import start
 

@@ -14,9 +14,9 @@ import pytest
 from dsv3_jax.checkpoint import manager as module
 from dsv3_jax.checkpoint.manager import CheckpointManager, complete_steps
 from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import free_port
 from tests.checkpoint.cases import assert_is, state_of
 from tests.conftest import ROOT
 from tests.parallel.test_processes import start

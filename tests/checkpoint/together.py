@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import MANIFEST
+from dsv3_jax.cluster.processes import agree, is_first, join
 from dsv3_jax.config import CheckpointConfig
-from dsv3_jax.parallel.processes import agree, is_first, join
 from tests.checkpoint.cases import assert_is, state_of
 
 

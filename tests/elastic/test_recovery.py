@@ -13,7 +13,7 @@ import pytest
 from dsv3_jax.config import load_config
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
-from dsv3_jax.train.run import RunDirectory, last_row, read_rows
+from dsv3_jax.runs.directory import RunDirectory, last_row, read_rows
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def checksum_of(windows: list[dict]) -> int:
 
 
 def test_a_storm_leaves_no_trace(tmp_path):
-    """A kill, a stuck worker, a lost host that comes back: scripts/chaos.py holds it to an undisturbed run."""
+    """A kill, a stuck worker, a lost host that comes back: scripts/studies/chaos.py holds it to an undisturbed run."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--failures", "3", "--kinds", "kill", "spin", "lost",
          "--seed", "4", "--steps", "25", "--workers", "3:4",         "--out", str(tmp_path / "runs")],

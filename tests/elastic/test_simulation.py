@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import load_script
 
-simulation = load_script("simulate_failures")
+simulation = load_script("studies/simulate_failures")
 
 ELASTIC = simulation.DESIGNS["elastic"]
 YEAR = 365 * 86400.0

@@ -1,7 +1,7 @@
 """Another program, transformers on torch in an environment of its own, computes with our exports what we compute.
 
-scripts/check_export.py loads each there, compares logits (2e-4 in float32) and greedy tokens, wants no key missing and none
-unexpected but MTP's, and must notice damaged copies of it.
+scripts/tools/check_export.py loads each there, compares logits (2e-4 in float32) and greedy tokens, wants no key missing and
+none unexpected but MTP's, and must notice damaged copies of it.
 """
 
 import json

@@ -11,9 +11,9 @@ from jax.experimental import multihost_utils
 
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint.piecewise import PiecewiseWriter
+from dsv3_jax.cluster.processes import join
 from dsv3_jax.interop.hf_files import TensorFiles
 from dsv3_jax.interop.hf_import import import_hf
-from dsv3_jax.parallel.processes import join
 
 
 def main() -> None:

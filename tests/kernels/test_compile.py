@@ -16,7 +16,7 @@ REFUSED = {
 
 @pytest.mark.slow
 def test_kernels_compile_for_their_targets():
-    done = in_aot_environment("scripts/compile_kernels.py")
+    done = in_aot_environment("scripts/tools/compile_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.strip().splitlines()[-1])
     assert {name.split(":")[0] for name in results} == {"v5p", "v6e", "tpu7x", "h100"}

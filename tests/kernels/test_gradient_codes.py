@@ -1,4 +1,4 @@
-"""Codes of gradients: kernels (interpreted) against the definition, which tests/optim/test_compress.py holds to numpy."""
+"""Codes of gradients: kernels (interpreted) against the definition, which tests/exchange/test_compress.py holds to numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.optim.compress import Codec
+from dsv3_jax.exchange.compress import Codec
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 
 INTERPRET = {"tpu": True, "hopper": plgpu.InterpretGPUParams()}

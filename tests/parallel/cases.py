@@ -10,7 +10,7 @@ import numpy as np
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
-from dsv3_jax.train.state import TrainState, abstract_state, new_state
+from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
 from dsv3_jax.train.step import apply_gradients, gradients, training_recipe
 from tests.conftest import ROOT
 

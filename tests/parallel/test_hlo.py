@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.parallel.exchange import in_few_bits
+from dsv3_jax.exchange.exchange import in_few_bits
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.plan.communication import groups_of
-from dsv3_jax.train.state import abstract_state
+from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import make_train_step
 from tests.conftest import ROOT
 from tests.parallel.cases import config_of
@@ -107,7 +107,7 @@ def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
 
 
 def test_zero3_and_selective_remat_save_memory():
-    """Against replicas that recompute nothing: at least 40% less of a device's peak. scripts/bench_remat.py has real widths."""
+    """At least 40% below the peak of replicas that recompute nothing; scripts/bench/bench_remat.py has real widths."""
 
     def peak(overrides: list[str]) -> int:
         config = load_config(ROOT / "configs" / "small.yaml", ["model.num_hidden_layers=3", "data.batch_size=8", *overrides])

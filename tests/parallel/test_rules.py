@@ -10,7 +10,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import AXES, axis_sizes, make_mesh, ordered
 from dsv3_jax.parallel.rules import COMPUTED, STORED, spec
-from dsv3_jax.train.state import abstract_state
+from dsv3_jax.state.train_state import abstract_state
 from tests.conftest import ROOT
 from tests.parallel.cases import MESHES, config_of
 

@@ -13,7 +13,7 @@ import dsv3_jax as dsv3
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.serve import generate as serving
 from dsv3_jax.serve.cache import empty_cache
-from dsv3_jax.train.state import serving_graph
+from dsv3_jax.state.train_state import serving_graph
 from tests.parallel.cases import MESHES, config_of, initial_state, state_on
 
 SERVED = ["expert=8", "tensor=4", "fsdp=4 tensor=2", "fsdp=2 expert=4", "data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"]

@@ -8,10 +8,10 @@ import pytest
 
 from dsv3_jax.cli import main
 from dsv3_jax.config import load_config
+from dsv3_jax.cost.topologies import EXAMPLES, parse_topology
 from dsv3_jax.plan import compile as compiling
 from dsv3_jax.plan.compile import Limits, compile_step
 from dsv3_jax.plan.imbalance import read_imbalance
-from dsv3_jax.plan.topologies import EXAMPLES, parse_topology
 from dsv3_jax.precision.platforms import HARDWARE, platforms
 from tests.aot import set_up_aot_environment
 from tests.conftest import ROOT

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.plan.communication import Collective, Links, axes_of, groups_of, sent_bytes
-from dsv3_jax.plan.cost import CostModel, Efficiency
+from dsv3_jax.cost.efficiency import Efficiency
+from dsv3_jax.cost.links import Collective, Links, sent_bytes
+from dsv3_jax.plan.communication import axes_of, groups_of
 from dsv3_jax.plan.hlo import parse
+from dsv3_jax.plan.roofline import CostModel
 from dsv3_jax.plan.timeline import Player, Timeline
 
 AXES = {"data": 2, "fsdp": 4}

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import ParallelConfig
+from dsv3_jax.cost.efficiency import Efficiency
+from dsv3_jax.cost.links import Links
 from dsv3_jax.parallel.layout import make_layout
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.plan.communication import Links
-from dsv3_jax.plan.cost import CostModel, Efficiency
 from dsv3_jax.plan.hlo import parse
+from dsv3_jax.plan.roofline import CostModel
 from dsv3_jax.plan.rounds import rounds_of
 from dsv3_jax.plan.timeline import Player, Timeline
 from pallas_kernels import causal_attention, grouped_swiglu

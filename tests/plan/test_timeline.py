@@ -2,9 +2,10 @@
 
 import pytest
 
-from dsv3_jax.plan.communication import Links
-from dsv3_jax.plan.cost import CostModel, Efficiency
+from dsv3_jax.cost.efficiency import Efficiency
+from dsv3_jax.cost.links import Links
 from dsv3_jax.plan.hlo import parse
+from dsv3_jax.plan.roofline import CostModel
 from dsv3_jax.plan.timeline import AGAIN, Player, Timeline, part_of
 
 SIZE = 8192

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_jax.cli import main
+from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.processes import free_port
 from dsv3_jax.plan.trace import common, kind_of_event, length, overlaps, union
 from tests.parallel.test_processes import start
 

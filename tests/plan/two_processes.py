@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.parallel.processes import join
+from dsv3_jax.cluster.processes import join
 
 ROUNDS = 5
 

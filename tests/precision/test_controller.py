@@ -14,7 +14,7 @@ from dsv3_jax.precision import controller
 from dsv3_jax.precision.controller import CAUSES
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.precision.switch import OPERANDS, SLOTS, STATISTICS, statistics
-from dsv3_jax.train.state import abstract_model, abstract_state, new_state
+from dsv3_jax.state.train_state import abstract_model, abstract_state, new_state
 from dsv3_jax.train.step import make_train_step
 from pallas_kernels.scaled import Gemms
 from tests.parallel.cases import MESHES, batch_of, config_of

@@ -10,7 +10,7 @@ from flax import nnx
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.recipes import RECIPES, Recipe
-from dsv3_jax.train.state import abstract_state, new_state, serving_graph
+from dsv3_jax.state.train_state import abstract_state, new_state, serving_graph
 from dsv3_jax.train.step import gradients, make_train_step
 from tests.parallel.cases import MESHES, batch_of, config_of
 

@@ -17,9 +17,9 @@ import dsv3_jax as dsv3
 from dsv3_jax.checkpoint import manager
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.runs.directory import MetricsWriter, RunDirectory, read_rows
+from dsv3_jax.train.finish import finish
 from dsv3_jax.train.loop import train
-from dsv3_jax.train.report import finish
-from dsv3_jax.train.run import MetricsWriter, RunDirectory, read_rows
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 COMMAND = str(Path(sys.executable).with_name("dsv3"))

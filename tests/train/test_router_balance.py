@@ -1,4 +1,4 @@
-"""The ablation of scripts/ablate_router.py at half its tokens: bias balancing evens out held-out expert load."""
+"""The ablation of scripts/studies/ablate_router.py at half its tokens: bias balancing evens out held-out expert load."""
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import load_config
-from dsv3_jax.train.state import init_state
+from dsv3_jax.state.train_state import init_state
 from dsv3_jax.train.step import make_train_step, update_router_bias
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

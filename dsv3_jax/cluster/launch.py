@@ -1,0 +1,74 @@
+"""`dsv3 launch`: several processes of one run on this machine's CPU, for trying out what a cluster will do."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from dsv3_jax.cluster.processes import free_port
+from dsv3_jax.errors import UserError
+
+_GRACE_S = 10.0
+
+
+def launch(command: list[str], processes: int, devices: int) -> int:
+    """Run `dsv3 COMMAND` in `processes` processes with `devices` virtual CPU devices each; the first failure ends all.
+
+    Returns the exit code of the process that failed first, or 0. SIGINT and SIGTERM are passed on.
+    """
+    if processes < 1 or devices < 1:
+        raise UserError(f"--processes {processes} --devices {devices}: use 1 or more of each")
+    shared = os.environ | {
+        "DSV3_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "DSV3_PROCESSES": str(processes),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    program = [sys.executable, "-m", "dsv3_jax.cli", *command]
+    running = [
+        subprocess.Popen(
+            program, env=shared | {"DSV3_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL if i else subprocess.PIPE, text=True
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    # Gloo, which connects CPU processes, reports each connection on standard output
+    copier = threading.Thread(target=_copy_without_gloo, args=(running[0].stdout,), daemon=True)
+    copier.start()
+
+    def pass_on(number: int, _frame) -> None:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = _wait(running)
+        copier.join(_GRACE_S)
+        return code
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _copy_without_gloo(lines: IO[str]) -> None:
+    for line in lines:
+        if not line.startswith("[Gloo]"):
+            print(line, end="", flush=True)
+
+
+def _wait(running: list[subprocess.Popen]) -> int:
+    failed_at, code = None, 0
+    while any(process.poll() is None for process in running):
+        failures = [process.returncode for process in running if process.poll()]
+        if failures and failed_at is None:
+            failed_at, code = time.monotonic(), failures[0]
+        if failed_at is not None and time.monotonic() - failed_at > _GRACE_S:
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.1)
+    code = code or next((p.returncode for p in running if p.returncode), 0)
+    return code if code >= 0 else 128 - code  # as shells report a signal

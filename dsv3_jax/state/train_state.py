@@ -1,0 +1,124 @@
+"""What training carries from step to step, and how it is made."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsv3_jax.config import Config
+from dsv3_jax.exchange.compress import Errors
+from dsv3_jax.exchange.exchange import Exchange
+from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.optim.adamw import adamw
+from dsv3_jax.parallel.layout import MeshLayout
+from dsv3_jax.parallel.rules import state_shardings
+from dsv3_jax.parallel.serving import for_serving
+from dsv3_jax.precision import controller
+from dsv3_jax.precision.recipes import Recipe, recipe_of, unquantised
+from dsv3_jax.precision.switch import EightBit, Probe
+from dsv3_jax.state.programs import Programs, compiled_now
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """Everything a step reads and writes; a pytree of arrays.
+
+    Nothing in a step draws random numbers: initial weights and document order are functions of `train.seed` (and the
+    data's position), which the checkpoint keeps beside this.
+    """
+
+    step: jax.Array  # i32[]: steps done
+    params: nnx.State  # float32 master weights
+    router_bias: nnx.State  # f32[layers, E]
+    opt_state: optax.OptState
+    ema: nnx.State | None  # moving average of params, or None
+    controller: dict[str, controller.Memory]  # of the precision of each layer's products; empty without `precision.controller`
+    errors: dict[str, Errors] = field(default_factory=dict)  # owed to the next exchange: see exchange/exchange.py
+
+
+ONE_DEVICE = Layout()
+
+
+def make_model(config: Config, recipe: Recipe, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE) -> Transformer:
+    return Transformer(config.model, recipe=recipe, remat=config.remat.policy, layout=layout, rngs=rngs)
+
+
+class AbstractModel(NamedTuple):
+    """A model's graph definition, and the shapes of its variables of each kind."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    router_bias: nnx.State
+    eight_bit: nnx.State
+    probes: nnx.State
+
+
+def abstract_model(config: Config, recipe: Recipe, layout: Layout = ONE_DEVICE) -> AbstractModel:
+    """Allocates nothing."""
+    model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
+    return AbstractModel(*nnx.split(model, nnx.Param, RouterBias, EightBit, Probe))
+
+
+def serving_graph(config: Config, layout: Layout) -> nnx.GraphDef:
+    """Of the model that decodes with parameters stored for training with `layout`: in 16 or 32 bits, for any batch."""
+    recipe = unquantised(recipe_of(config.precision))
+    model = nnx.eval_shape(lambda: Transformer(config.model, recipe=recipe, layout=for_serving(layout), rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param, RouterBias)[0]
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    stored = config.optim.moment_dtype
+    return adamw(config.optim, recipe_of(config.precision).moments if stored == "recipe" else stored)
+
+
+def init_state(config: Config) -> TrainState:
+    """A fresh state from `train.seed`, the same on any mesh; see `new_state`."""
+    model = make_model(config, recipe_of(config.precision), nnx.Rngs(config.train.seed))
+    _, params, router_bias, eight_bit, _ = nnx.split(model, nnx.Param, RouterBias, EightBit, Probe)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        router_bias=router_bias,
+        opt_state=optimizer_of(config).init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
+        controller=controller.init(eight_bit),
+    )
+
+
+def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
+    """Shapes, dtypes and shardings of the state; allocates nothing."""
+    exchange = Exchange(layout, config.parallel.compress)
+    state = jax.eval_shape(functools.partial(_init_on, config, exchange))
+    if not isinstance(layout, MeshLayout):
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        state, replace(state_shardings(layout.mesh, state), errors=exchange.shardings(state.params)),
+    )  # fmt: skip
+
+
+def _init_on(config: Config, exchange: Exchange) -> TrainState:
+    """`init_state`, with what an exchange starts from: nothing that is owed."""
+    state = init_state(config)
+    return replace(state, errors=exchange.init(state.params))
+
+
+def init_program(config: Config, layout: Layout = ONE_DEVICE) -> Callable[[], TrainState]:
+    """Jitted: a fresh state where the layout wants it."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
+    exchange = Exchange(layout, config.parallel.compress)
+    return jax.jit(functools.partial(_init_on, config, exchange), out_shardings=shardings)
+
+
+def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now) -> TrainState:
+    """A fresh state where the layout wants it."""
+    return programs("init", init_program(config, layout))()

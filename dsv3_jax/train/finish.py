@@ -1,0 +1,106 @@
+"""The end of a run: held-out bits per byte beside general compressors, the loss curve, a sample."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+from dsv3_jax.cluster.processes import is_first
+from dsv3_jax.config import Config
+from dsv3_jax.data.corpus import documents, is_validation
+from dsv3_jax.data.store import TokenStore
+from dsv3_jax.data.tokenizer import special_ids
+from dsv3_jax.runs.directory import read_rows
+from dsv3_jax.serve.generate import generate
+from dsv3_jax.state.train_state import serving_graph
+from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.loop import TrainResult
+from dsv3_jax.train.step import make_eval_step
+
+_MAX_BYTES = 2**21  # of held-out text: enough for a stable figure, and seconds to evaluate
+_SAMPLE_TOKENS = 120
+
+
+def first_documents(store: TokenStore, max_bytes: int) -> TokenStore:
+    """The longest prefix of the store within `max_bytes` of text; at least one document."""
+    count = max(1, int(np.searchsorted(np.cumsum(store.text_bytes), max_bytes, side="right")))
+    end = int(store.offsets[count])
+    return TokenStore(store.tokens[:end], store.offsets[: count + 1], store.ids[:count], store.text_bytes[:count])
+
+
+def held_out_text(config: Config, count: int) -> bytes:
+    """The text of the first `count` validation documents, in the store's order."""
+    texts = (d.text for d in documents(config.data) if is_validation(d.text, config.data.validation_fraction))
+    return "".join(text for text, _ in zip(texts, range(count), strict=False)).encode()
+
+
+def compression(result: TrainResult) -> dict[str, float]:
+    """Bits per byte of the same held-out bytes: the model's, and those of `gzip -9` and `xz -9`."""
+    config = result.config
+    store = first_documents(result.corpus.validation, _MAX_BYTES)
+    text = held_out_text(config, len(store))
+    assert len(text) == int(store.text_bytes.sum()), "the corpus changed while the run was going on"
+    evaluation = evaluate(
+        make_eval_step(config, result.layout), result.state.params, result.state.router_bias, store, config.data.seq_len,
+        config.data.batch_size, layout=result.layout,
+    )  # fmt: skip
+    return {
+        "held_out_bytes": len(text),
+        "held_out_loss": evaluation.loss,
+        "held_out_accuracy": evaluation.accuracy,
+        "held_out_max_load": evaluation.max_load,
+        "bits_per_byte": evaluation.bits_per_byte(len(text)),
+        "gzip_9_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz_9_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
+def plot_loss(metrics_file: Path, png: Path, title: str) -> None:
+    """Training and held-out loss against tokens."""
+    matplotlib.use("Agg")
+    rows = read_rows(metrics_file)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens = np.array([row["tokens"] for row in rows]) / 1e6
+    axes.plot(tokens, [row["cross_entropy"] for row in rows], linewidth=0.8, alpha=0.7, label="training")
+    held_out = [(row["tokens"] / 1e6, row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", label="held out")
+    axes.set(xlabel="tokens (millions)", ylabel="cross-entropy (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(png, dpi=120)
+
+
+def sample(result: TrainResult) -> str:
+    """A continuation of the beginning of a held-out document."""
+    config = result.config
+    model = nnx.merge(serving_graph(config, result.layout), result.state.params, result.state.router_bias)
+    tokenizer, store = result.corpus.tokenizer, result.corpus.validation
+    room = config.model.max_position_embeddings - _SAMPLE_TOKENS
+    prompt = np.asarray(store.tokens[: min(32, int(store.offsets[1]) - 1, max(room, 1))])
+    new = min(_SAMPLE_TOKENS, config.model.max_position_embeddings - len(prompt))
+    ids = generate(
+        model, prompt[None], new, temperature=0.7, top_p=0.95, seed=config.train.seed, eos_id=special_ids(tokenizer)[1]
+    )
+    return tokenizer.decode(np.asarray(ids)[0].tolist())
+
+
+def finish(result: TrainResult) -> None:
+    """Write report.json, loss.png and sample.txt into the run, and print them (process 0)."""
+    run = result.run
+    figures, text = compression(result), sample(result)  # all processes' devices take part
+    if not is_first():
+        return
+    (run.path / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    plot_loss(run.metrics_file, run.path / "loss.png", f"{result.config.name}: step {int(result.state.step)}")
+    (run.path / "sample.txt").write_text(text + "\n")
+    print(f"held-out text, {figures['held_out_bytes']:,} bytes:")
+    for name, key in (("model", "bits_per_byte"), ("gzip -9", "gzip_9_bits_per_byte"), ("xz -9", "xz_9_bits_per_byte")):
+        print(f"  {name:8s} {figures[key]:.3f} bits per byte")
+    print(f"loss curve: {run.path / 'loss.png'}\nsample:\n{text}")

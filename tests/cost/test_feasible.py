@@ -1,0 +1,71 @@
+"""Which numbers of devices are legal, and which mesh is taken: against trying every mesh."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.config import divisors, load_config
+from dsv3_jax.cost.feasible import largest_world, mesh_over, on_mesh, worlds
+from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.mesh import AXES, meshes
+from dsv3_jax.parallel.rules import check
+from tests.conftest import ROOT
+
+TINY, HUGE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "v3_671b.yaml"
+sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
+
+
+def legal_meshes(config, devices):
+    for shape in meshes(devices):
+        try:
+            check(config, shape)
+        except UserError:
+            continue
+        yield shape
+
+
+@settings(deadline=None, max_examples=40)
+@given(devices=st.integers(1, 24), rows=st.sampled_from([8, 12, 24, 30]), fsdp=sizes, expert=sizes, tensor=sizes)
+def test_a_mesh_is_found_where_there_is_one(devices, rows, fsdp, expert, tensor):
+    config = load_config(
+        TINY, [f"data.batch_size={rows}", f"parallel.fsdp={fsdp}", f"parallel.expert={expert}", f"parallel.tensor={tensor}"]
+    )
+    found, possible = mesh_over(config, devices), list(legal_meshes(config, devices))
+    assert (found is None) == (not possible)
+    if found is None:
+        return
+    assert math.prod(found.values()) == devices
+    assert found in possible
+    asked = {axis: getattr(config.parallel, axis) for axis in AXES}
+    if asked in possible:
+        assert found == asked
+    # the axis inside a layer changes only where it has to
+    if any(shape["tensor"] == tensor for shape in possible):
+        assert found["tensor"] == tensor
+
+
+def test_the_released_model_keeps_its_experts_together():
+    config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1"])
+    legal = worlds(config, 8, range(60, 129))
+    assert list(legal) == [60, 64, 80, 96, 120, 128]
+    assert legal[128] == {"data": 1, "pipe": 1, "fsdp": 16, "expert": 64, "tensor": 1}
+    assert legal[96] == {"data": 3, "pipe": 1, "fsdp": 4, "expert": 64, "tensor": 1}
+    assert largest_world(config, 8, 127) == 120
+    # but on 120 hosts each device would have a 64th of the state, which no memory holds
+    config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1", "parallel.max_state_gib=40"])
+    assert largest_world(config, 8, 127) == 96
+    assert largest_world(config, 7, 2) == 0
+
+
+def test_what_cannot_be_is_said_with_what_can():
+    config = load_config(TINY, ["data.batch_size=8", "parallel.fsdp=8"])
+    assert on_mesh(config, 4).parallel.fsdp == 4
+    with pytest.raises(UserError, match=r"no mesh over 7 devices divides data.batch_size=8 .*: 2, 4, 8"):
+        on_mesh(config, 7)
+
+
+@given(st.integers(1, 5000))
+def test_divisors(n):
+    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
