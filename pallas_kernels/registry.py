@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 _OPERATIONS = (
-    "quantize", "quantize_transposed", "rms_norm_quantize", "rms_norm_backward", "swiglu_quantize", "swiglu_backward",
+    "quantize", "quantize_transposed", "swiglu_quantize", "swiglu_backward",
     "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad", "causal_attention",
     "logit_statistics", "pack_codes", "mean_of_codes",
 )  # fmt: skip

@@ -47,6 +47,12 @@ def tiles(size: int) -> int:
     return -(-size // TILE)
 
 
+def pad_to_tiles(x: Float[Array, "M K"], rows: int) -> Float[Array, "..."]:
+    """x with zeros after the end of both axes, up to whole tiles of `rows` x 128."""
+    M, K = x.shape
+    return jnp.pad(x, ((0, -M % rows), (0, -K % TILE))) if M % rows or K % TILE else x
+
+
 def bits(x: Scaled) -> Scaled:
     """The values as int8 bit patterns, to move and to keep: XLA:CPU widens whole stacks of float8 numbers to move some."""
     return x._replace(values=lax.bitcast_convert_type(x.values, jnp.int8))

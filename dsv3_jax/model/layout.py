@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import causal_attention, grouped_swiglu, linear_cross_entropy
 from pallas_kernels.scaled import Gemms
-from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
+from pallas_kernels.scaled_linear.api import scaled_linear, scaled_swiglu_linear
 
 
 class Traffic(NamedTuple):

@@ -23,7 +23,7 @@ from dsv3_jax.model.rope import rope_table
 from dsv3_jax.precision.recipes import RECIPES, Recipe
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
-from pallas_kernels.scaled_linear import RESIDUALS as SCALED_SWIGLU
+from pallas_kernels.scaled_linear.products import RESIDUALS as SCALED_SWIGLU
 
 MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
 # What `selective` keeps of a layer besides its input. Norms, rotations, MLA up-projections and SwiGLU are recomputed

@@ -14,8 +14,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import scaled_linear
 from pallas_kernels.scaled import Gemms, Scaled, bits, from_bits
+from pallas_kernels.scaled_linear import products
 
 Axes = tuple[str | None, ...]  # logical axes of a weight [K, ...]
 
@@ -65,7 +65,7 @@ def scaled(layout, gemms: Gemms, axes: Axes, x, w_KX):
 
 def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
     gated, plan = x.ndim == 4, _plan(layout, axes, w_KX.shape)
-    product = scaled_linear.swiglu_forward if gated else scaled_linear.forward
+    product = products.swiglu_forward if gated else products.forward
 
     def local(x, w_kx):
         b, L = x.shape[:2]
@@ -77,13 +77,13 @@ def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
 
     of_x, of_kept = _operand_specs(plan, gated)
     y, kept = layout.on_each_device(local, (of_x, plan.w), (plan.y, of_kept))(x, w_KX)
-    return y, (checkpoint_name(kept, scaled_linear.RESIDUALS) if gated else kept, w_KX)
+    return y, (checkpoint_name(kept, products.RESIDUALS) if gated else kept, w_KX)
 
 
 def _backward(layout, gemms: Gemms, axes: Axes, residuals, dy):
     kept, w_KX = residuals
     gated, plan = kept.values.shape[-1] != w_KX.shape[0], _plan(layout, axes, w_KX.shape)
-    product = scaled_linear.swiglu_backward if gated else scaled_linear.backward
+    product = products.swiglu_backward if gated else products.backward
 
     def local(kept, w_kx, dy):
         dy = lax.all_gather(dy, plan.summed, axis=1, tiled=True) if plan.summed else dy

@@ -16,7 +16,7 @@ from pallas_kernels.grouped_swiglu.blocked import RESIDUALS
 from pallas_kernels.grouped_swiglu.rows import Rows, rows_of_slots, sum_choices
 from pallas_kernels.quantize import reference
 from pallas_kernels.scaled import TILE, Format, Gemms, Scaled, bits, from_bits, tiles
-from pallas_kernels.scaled_linear import quantized, quantized_transposed, swiglu_quantized
+from pallas_kernels.scaled_linear.operands import quantized, quantized_transposed, swiglu_quantized
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad
 from pallas_kernels.swiglu_quantize.api import swiglu_backward
 

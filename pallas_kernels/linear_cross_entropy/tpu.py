@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_cross_entropy.statistics import NEG, LogitStatistics, over_blocks
-from pallas_kernels.quantize.tpu import columns
 from pallas_kernels.scaled import TILE
+from pallas_kernels.tpu import block_columns
 
 _M, _N, _K = 512, 512, 1024  # of a program's block: 9 MB of VMEM with double buffering
 
@@ -44,7 +44,7 @@ def logit_statistics(x_TD: jax.Array, w_DV: jax.Array, target_T, keep: bool, int
     if pad:
         x_TD, w_DV = jnp.pad(x_TD, ((0, 0), (0, pad))), jnp.pad(w_DV, ((0, pad), (0, 0)))
     (T, D), V = x_TD.shape, w_DV.shape[1]
-    width, block_n = columns(D, _K), min(_N, -(-V // TILE) * TILE)
+    width, block_n = block_columns(D, _K), min(_N, -(-V // TILE) * TILE)
     grid = (pl.cdiv(T, _M), pl.cdiv(V, block_n), D // width)
     row = pl.BlockSpec((1, 1, _M), lambda i, j, k: (j, 0, i))  # a number for each row, on lanes
     of_blocks = jax.ShapeDtypeStruct((grid[1], 1, T), jnp.float32)

@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantize.reference import encode, padded, scale_of
-from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
+from pallas_kernels.quantize.reference import encode, scale_of
+from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, pad_to_tiles
 
 _SQUARE = (TILE, TILE)
 
@@ -49,7 +49,7 @@ def _here() -> tuple:
 def quantize(x: jax.Array, rows: int, format: Format, power_of_two: bool, interpret: Any = None) -> Scaled:
     """See `api.quantize`."""
     M, K = x.shape
-    x = padded(x, TILE)
+    x = pad_to_tiles(x, TILE)
 
     def body(x_gmem, values_gmem, scales_gmem, x_smem, values_smem, scales_smem, barrier):
         at_row, at_column, _, k = _here()
@@ -81,7 +81,7 @@ def quantize_transposed(x: jax.Array | Scaled, format: Format, power_of_two: boo
 
 def _transposed(x: jax.Array, scales: jax.Array | None, format: Format, power_of_two: bool, interpret: Any) -> Scaled:
     M, K = x.shape
-    x = padded(x, TILE)
+    x = pad_to_tiles(x, TILE)
     inputs, smem = (x,), (plgpu.SMEM(_SQUARE, x.dtype),)
     if scales is not None:
         inputs += (jnp.pad(scales, ((0, 0), (0, x.shape[0] - M))),)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.scaled import DTYPES, LARGEST, TILE, Format, Scaled, dequantize, tiles
+from pallas_kernels.scaled import DTYPES, LARGEST, TILE, Format, Scaled, dequantize, pad_to_tiles, tiles
 
 SMALLEST = 1e-30  # of a tile's largest magnitude: a tile of zeros has a scale too
 
@@ -26,19 +26,13 @@ def encode(x, inverse, format: Format):
     return jnp.round(scaled).astype(jnp.int8) if format == "int8" else scaled.astype(DTYPES[format])
 
 
-def padded(x, rows: int):
-    """Zeros after the end, up to whole tiles of `rows` x 128."""
-    M, K = x.shape
-    return jnp.pad(x, ((0, -M % rows), (0, -K % TILE))) if M % rows or K % TILE else x
-
-
 def quantize(x, rows: int | None, format: Format, power_of_two: bool) -> Scaled:
     """See `api.quantize`; `rows` None: one scale for all of x."""
     if rows is None:
         scale = scale_of(jnp.max(jnp.abs(x.astype(jnp.float32))), format, power_of_two)
         return with_one_scale(encode(x.astype(jnp.float32), 1 / scale, format), scale)
     M, K = x.shape
-    x = padded(x.astype(jnp.float32), rows).reshape(-1, rows, tiles(K), TILE)
+    x = pad_to_tiles(x.astype(jnp.float32), rows).reshape(-1, rows, tiles(K), TILE)
     scale = scale_of(jnp.max(jnp.abs(x), axis=(1, 3)), format, power_of_two)
     values = encode(x, (1 / scale)[:, None, :, None], format)
     return Scaled(values.reshape(-1, tiles(K) * TILE)[:M, :K], scale.T)
@@ -57,7 +51,7 @@ def with_one_scale(values, scale) -> Scaled:
 def rounded(x: jax.Array, rows: int | None, format: Format, power_of_two: bool) -> jax.Array:
     """What quantisation makes of x, in float32: `dequantize(quantize(x))` without the detour over layouts."""
     (M, K), group = x.shape, rows or 1
-    x = padded(x.astype(jnp.float32), group).reshape(-1, group, tiles(K), TILE)
+    x = pad_to_tiles(x.astype(jnp.float32), group).reshape(-1, group, tiles(K), TILE)
     amax = jnp.max(jnp.abs(x), axis=(1, 3) if rows else None, keepdims=True)
     scale = scale_of(amax, format, power_of_two)
     return (encode(x, 1 / scale, format).astype(jnp.float32) * scale).reshape(-1, tiles(K) * TILE)[:M, :K]

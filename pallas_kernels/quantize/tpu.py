@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.quantize.reference import encode, padded, scale_of
-from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
+from pallas_kernels.quantize.reference import encode, scale_of
+from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, pad_to_tiles
+from pallas_kernels.tpu import block_columns
 
 _ROWS = 256  # of a program's block; both kinds of groups fit
 _COLUMNS = 1024
-
-
-def columns(K: int, most: int) -> int:
-    """The widest block of whole tiles that divides K."""
-    return max(c for c in range(TILE, min(K, most) + 1, TILE) if K % c == 0)
 
 
 def _kernel(x_ref, values_ref, scales_ref, *, rows: int, format: Format, power_of_two: bool):
@@ -34,8 +30,8 @@ def _kernel(x_ref, values_ref, scales_ref, *, rows: int, format: Format, power_o
 def quantize(x: jax.Array, rows: int, format: Format, power_of_two: bool, interpret: bool = False) -> Scaled:
     """See `api.quantize`."""
     M, K = x.shape
-    x = padded(x, rows)
-    width = columns(x.shape[1], _COLUMNS)
+    x = pad_to_tiles(x, rows)
+    width = block_columns(x.shape[1], _COLUMNS)
     values, scales = pl.pallas_call(
         functools.partial(_kernel, rows=rows, format=format, power_of_two=power_of_two),
         grid=(pl.cdiv(x.shape[0], _ROWS), x.shape[1] // width),
@@ -71,8 +67,8 @@ def quantize_transposed(x: jax.Array | Scaled, format: Format, power_of_two: boo
     """See `api.quantize_transposed`: 128 rows of x a program."""
     values = x.values if isinstance(x, Scaled) else x
     M, K = values.shape
-    values = padded(values, TILE)
-    width = columns(values.shape[1], _COLUMNS)
+    values = pad_to_tiles(values, TILE)
+    width = block_columns(values.shape[1], _COLUMNS)
     inputs, in_specs = [values], [pl.BlockSpec((TILE, width), lambda i, k: (i, k))]
     if isinstance(x, Scaled):
         inputs.append(jnp.pad(x.row_scales(), ((0, 0), (0, values.shape[0] - M)))[:, None])

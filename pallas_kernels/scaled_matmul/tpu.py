@@ -6,8 +6,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantize.tpu import columns
 from pallas_kernels.scaled import TILE, Scaled
+from pallas_kernels.tpu import block_columns
 
 _M, _N, _K = 512, 512, 1024  # of a program's block: 4 MB of VMEM with double buffering
 
@@ -39,7 +39,7 @@ def _run(a: Scaled, b: Scaled, group_b: jax.Array, blocks: tuple[int, int], N: i
     """Blocks of rows of a, each with the N rows of b that its group has."""
     (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
     (M, K), (block_m, block_n) = a_MK.shape, blocks
-    width, per_group = columns(K, _K), pl.cdiv(N, block_n)
+    width, per_group = block_columns(K, _K), pl.cdiv(N, block_n)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(pl.cdiv(M, block_m), per_group, K // width),
@@ -67,7 +67,7 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: bool = False) -> jax.A
 def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: bool = False) -> jax.Array:
     """See `api.grouped_scaled_matmul`."""
     there_b = jnp.minimum(group_b, b.values.shape[0] // N - 1)
-    return _run(a, b, there_b, (TILE, columns(N, _N)), N, dtype, interpret)
+    return _run(a, b, there_b, (TILE, block_columns(N, _N)), N, dtype, interpret)
 
 
 def _wgrad_kernel(group_ref, block_ref, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref, sum_ref):
@@ -101,7 +101,7 @@ def _visits(group_b: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
 def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, dtype, interpret: bool = False) -> jax.Array:
     """See `api.grouped_scaled_wgrad`."""
     A, B = a.values.shape[0], b.values.shape[0]
-    block_a, block_b = columns(A, _M), columns(B, _N)
+    block_a, block_b = block_columns(A, _M), block_columns(B, _N)
 
     def block(v, block_v):
         return jnp.maximum(block_v[v], 0)

@@ -37,7 +37,6 @@ from dsv3_jax.train.step import make_train_step
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
-from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
 from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.scaled import TILE, Scaled, dequantize
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad, scaled_matmul
@@ -90,10 +89,9 @@ def nbytes(tree: Any) -> int:
 
 def quantising_cases(s: Sizes) -> dict[str, Case]:
     s = replace(s, tokens=8 * s.tokens)  # as many as take longer than starting a kernel
-    x, dy, gate_up = normal(0, s.tokens, s.hidden), normal(1, s.tokens, s.hidden), normal(2, s.tokens, 2 * s.ffn)
-    dh, weight, scale = normal(3, s.tokens, s.ffn), jnp.ones(s.tokens), jnp.ones(s.hidden)
+    x, gate_up = normal(0, s.tokens, s.hidden), normal(2, s.tokens, 2 * s.ffn)
+    dh, weight = normal(3, s.tokens, s.ffn), jnp.ones(s.tokens)
     kept = quantize(gate_up, 1, implementation="reference")
-    inverse = rms_norm_quantize(x, scale, 1e-6, implementation="reference")[1]
     # a number may round to its neighbour in 8 bits, 1/16 of it, where a last bit of float32 differs
     neighbour = 0.07
     return {
@@ -108,13 +106,6 @@ def quantising_cases(s: Sizes) -> dict[str, Case]:
         "swiglu_backward": Case(
             lambda i, kept, dh, w: swiglu_backward(kept, dh, w, i), (kept, dh, weight), 1e-2,
             moved=nbytes((kept, dh, gate_up, dh)),
-        ),
-        "rms_norm_quantize": Case(
-            lambda i, x, w: rms_norm_quantize(x, w, 1e-6, implementation=i), (x, scale), neighbour, moved=1.5 * nbytes(x)
-        ),
-        "rms_norm_backward": Case(
-            lambda i, x, w, inverse, dy: rms_norm_backward(x, w, inverse, dy, i), (x, scale, inverse, dy), 1e-2,
-            moved=nbytes((x, dy, x)),
         ),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ One device's experts and the shared expert, forward and backward, `deepseek` aga
 * bytes kept for the backward pass: the residuals of the differentiated layer, without weights; of bf16 as the model runs it,
   which recomputes SwiGLU too, and as autodiff has it;
 * the products' roofline time, FLOPs over the peak of precision/platforms.py (a bound, no measurement);
-* RMSNorm and SwiGLU with quantisation: bytes of one fused kernel against the operation, then `quantize`;
+* SwiGLU with quantisation: bytes of one fused kernel against the operation, then `quantize`;
 * the head's logits up to their gradient: bytes with the kernel that sums them up, and of XLA alone;
 * which instruction multiplies: H100's from SASS (QGMMA.E4M3), a TPU's from the Mosaic kernel's dot.
 
@@ -39,10 +39,9 @@ from dsv3_jax.precision.platforms import platform_of
 from pallas_kernels import registry
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.grouped_swiglu.rows import rows_of_slots, sum_choices
-from pallas_kernels.norm_quantize.api import rms_norm_quantize
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.scaled import TILE, Gemms, bits
-from pallas_kernels.scaled_linear import scaled_linear, scaled_swiglu_linear
+from pallas_kernels.scaled_linear.api import scaled_linear, scaled_swiglu_linear
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize
 
 TOKENS, HIDDEN, FFN, CHOICES, EXPERTS = 4096, 7168, 2048, 8, 8  # of a device; its tokens go to all its experts
@@ -184,27 +183,21 @@ def roofline_ms(device) -> dict[str, float]:
     return {name: flops / (peak[name] * 1e12) * 1e3 for name in ("bf16", "e4m3") if name in peak}
 
 
-def fusion(device, kind: str) -> dict[str, int]:
-    """Bytes of RMSNorm or SwiGLU with quantisation: one kernel, and the operation followed by `quantize`'s kernel."""
+def fusion(device) -> dict[str, int]:
+    """Bytes of SwiGLU with quantisation: one kernel, and the operation followed by `quantize`'s kernel."""
     implementation = "tpu" if device.platform == "tpu" else "hopper"
-    x, scale = jax.ShapeDtypeStruct((TOKENS, HIDDEN), jnp.bfloat16), jax.ShapeDtypeStruct((HIDDEN,), jnp.float32)
     gate_up = jax.ShapeDtypeStruct((TOKENS * CHOICES, 2 * FFN), jnp.bfloat16)
 
-    def rms_norm(x, scale):
-        x = x.astype(jnp.float32)
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + 1e-6) * scale
-        return quantize(y.astype(jnp.bfloat16), 1, implementation=implementation)
-
-    def swiglu(x):
+    def apart(x):
         gate, up = jnp.split(x.astype(jnp.float32), 2, axis=1)
         h = (jax.nn.silu(gate) * up).astype(jnp.bfloat16)
         return quantize(h, 1, implementation=implementation), quantize(x, 1, implementation=implementation)
 
-    arguments, apart, fused = {
-        "rms_norm": ((x, scale), rms_norm, lambda x, s: rms_norm_quantize(x, s, 1e-6, implementation=implementation)),
-        "swiglu": ((gate_up,), swiglu, lambda x: swiglu_quantize(x, implementation=implementation)),
-    }[kind]
-    return {name: bytes_accessed(compiled(device, f, arguments).as_text()) for name, f in (("fused", fused), ("apart", apart))}
+    def fused(x):
+        return swiglu_quantize(x, implementation=implementation)
+
+    found = {"fused": fused, "apart": apart}
+    return {name: bytes_accessed(compiled(device, f, (gate_up,)).as_text()) for name, f in found.items()}
 
 
 def cross_entropy(device) -> dict[str, int]:
@@ -260,10 +253,9 @@ def main() -> None:
             print(f"{target}: {what}: {a / 1e9:.2f} -> {b / 1e9:.2f} GB ({b / a - 1:+.0%})", flush=True)
         found["roofline_ms"] = roofline_ms(device)
         print(f"{target}: products' roofline: " + ", ".join(f"{k} {v:.2f} ms" for k, v in found["roofline_ms"].items()))
-        for kind in ("rms_norm", "swiglu"):
-            found[kind] = fusion(device, kind)
-            a, b = found[kind]["apart"], found[kind]["fused"]
-            print(f"{target}: {kind} + quantise: {a / 1e6:.0f} -> {b / 1e6:.0f} MB fused ({b / a - 1:+.0%})", flush=True)
+        found["swiglu"] = fusion(device)
+        a, b = found["swiglu"]["apart"], found["swiglu"]["fused"]
+        print(f"{target}: swiglu + quantise: {a / 1e6:.0f} -> {b / 1e6:.0f} MB fused ({b / a - 1:+.0%})", flush=True)
         found["cross_entropy"] = cross_entropy(device)
         a, b = found["cross_entropy"]["apart"], found["cross_entropy"]["fused"]
         print(f"{target}: logits to their gradient: {a / 1e6:.0f} -> {b / 1e6:.0f} MB ({b / a - 1:+.0%})", flush=True)

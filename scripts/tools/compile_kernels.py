@@ -35,7 +35,6 @@ from dsv3_jax.exchange.compress import Codec
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
-from pallas_kernels.norm_quantize.api import rms_norm_backward, rms_norm_quantize
 from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, tiles
 from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad, scaled_matmul
@@ -65,13 +64,11 @@ def cases() -> dict:
         kept = _matrix(TOKENS, HIDDEN, format, 1)
         found[f"quantize_transposed {format} again"] = functools.partial(quantize_transposed, format=format), (kept,)
     row, bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), jnp.bfloat16
-    norm, rows, gate_up = row((HIDDEN,)), row((TOKENS,)), jax.ShapeDtypeStruct((TOKENS, 2 * FFN), bf16)
+    rows, gate_up = row((TOKENS,)), jax.ShapeDtypeStruct((TOKENS, 2 * FFN), bf16)
     for format in DTYPES:
-        found[f"rms_norm_quantize {format}"] = functools.partial(rms_norm_quantize, eps=1e-6, format=format), (x, norm)
         found[f"swiglu_quantize {format}"] = functools.partial(swiglu_quantize, format=format), (gate_up,)
         kept, dh = _matrix(TOKENS, 2 * FFN, format, 1), jax.ShapeDtypeStruct((TOKENS, FFN), bf16)
         found[f"swiglu_backward {format}"] = swiglu_backward, (kept, dh, rows)
-    found["rms_norm_backward"] = rms_norm_backward, (x, norm, rows, x)
     widest = jax.ShapeDtypeStruct((TOKENS, 2 * WIDEST_FFN), bf16)
     found["swiglu_quantize e4m3 widest"] = swiglu_quantize, (widest,)
     kept, dh = _matrix(TOKENS, 2 * WIDEST_FFN, "e4m3", 1), jax.ShapeDtypeStruct((TOKENS, WIDEST_FFN), bf16)
