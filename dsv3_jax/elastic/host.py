@@ -1,9 +1,9 @@
 """A host of a supervised run: a process with everything imported, which forks workers, so that a new one starts in no time.
 
 Run by `python -m dsv3_jax.elastic.host`. Standard input takes one JSON object a line,
-{"start": {"entry", "args", "environ", "log"}} or {"signal": number}; standard output gives {"ready": pid}, {"pid": of the worker},
-{"exit": code}. No device and no thread is
-opened before the fork. The worker ends with the host, and the host with its standard input. Linux only.
+{"start": {"entry", "args", "environ", "log"}} or {"signal": number}; standard output gives {"ready": pid},
+{"pid": of the worker}, {"exit": code}. No device and no thread is opened before the fork. The worker ends with the host, and
+the host with its standard input. Linux only.
 """
 
 import contextlib

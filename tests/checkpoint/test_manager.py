@@ -18,8 +18,8 @@ from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
 from tests.checkpoint.cases import assert_is, state_of
+from tests.cluster.test_processes import start
 from tests.conftest import ROOT
-from tests.parallel.test_processes import start
 
 KEEP_ALL = CheckpointConfig(keep=9)
 ABOUT = {"config": {}, "data": {}}

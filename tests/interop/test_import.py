@@ -254,7 +254,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
 def test_two_processes_import_and_load_only_what_they_need(tmp_path):
     """Each writes half of the tensors, and reads the experts that its devices hold; the checkpoint is that of one process."""
     from dsv3_jax.cluster.processes import free_port
-    from tests.parallel.test_processes import start
+    from tests.cluster.test_processes import start
 
     port, program = free_port(), ["tests/interop/two_processes.py", str(FIXTURES / "v3_tiny"), str(tmp_path)]
     running = [start(program, process, 2, port) for process in (0, 1)]

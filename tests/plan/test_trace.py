@@ -12,7 +12,7 @@ from dsv3_jax.cli import main
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.trace import common, kind_of_event, length, overlaps, union
-from tests.parallel.test_processes import start
+from tests.cluster.test_processes import start
 
 Event = tuple[str, int, int]  # name, begin and end in microseconds
 
