@@ -1,30 +1,102 @@
-"""Implementations of operations by name: those of this package, and those that a plug-in adds for its own platform."""
+"""Implementations of operations by name, and what `auto` takes. A name means the same in every operation:
+
+* `reference`: the definition, for reading and for tests;
+* `xla`: plain JAX, which runs on every platform and which XLA partitions over a mesh;
+* `tpu`, `hopper`: kernels for TPUs (Mosaic) and for NVIDIA GPUs of compute capability 9.x (Mosaic GPU). They take one device's
+  arrays, so on a mesh they are called inside `shard_map`;
+* another name: what a plug-in registered under it;
+* `auto`: on a TPU `tpu` and on a Hopper GPU `hopper`, where the operation has it and it takes these arguments, else `xla`.
+  The platform is the one that the program is lowered for, so that a program compiled on a machine without an accelerator is
+  right; which GPU it is, the mesh in context says, or the process's own device.
+
+Only `auto` falls back. Whoever names an implementation gets it, or `Unavailable`, which says what it does not take.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-_OPERATIONS = (
-    "quantize", "quantize_transposed", "swiglu_quantize", "swiglu_backward",
-    "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad", "causal_attention",
-    "logit_statistics", "pack_codes", "mean_of_codes",
+import jax
+import numpy as np
+
+from pallas_kernels import devices
+from pallas_kernels.errors import Unavailable
+
+# what a platform's plug-in brings: products in 8 bits, attention and the head in 16, routed experts in 16 or 32
+EIGHT_BIT = (
+    "quantize", "quantize_transposed", "swiglu_quantize", "swiglu_backward", "scaled_matmul", "grouped_scaled_matmul",
+    "grouped_scaled_wgrad",
 )  # fmt: skip
+CORE = ("causal_attention", "logit_statistics")
+EXPERTS = ("grouped_swiglu",)
+GRADIENTS = ("pack_codes", "mean_of_codes")
+OPERATIONS = (*EIGHT_BIT, *CORE, *EXPERTS, *GRADIENTS)
+PLAIN = ("reference", "xla")  # plain JAX, which XLA partitions
+
 # operation -> name -> function with the arguments of the operation's api, without `implementation`
-_IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {operation: {} for operation in _OPERATIONS}
+_IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {operation: {} for operation in OPERATIONS}
 
 
 def register(operation: str, name: str, function: Callable) -> None:
-    """Let `implementation=name`, and a recipe's `Gemms.implementation`, run `function`.
+    """Let `implementation=name` of an operation run `function`, which takes the arguments of the operation's api.
 
-    Raises `ValueError` for an operation that has no such choice.
+    A function for which a caller may set `interpret` takes that last. It raises `Unavailable` for arguments that it does not
+    take. Raises `ValueError` for an operation that there is none of, and for the name "auto".
     """
     if operation not in _IMPLEMENTATIONS:
         raise ValueError(f"no operation {operation!r} to register for; use one of {', '.join(_IMPLEMENTATIONS)}")
+    if name == "auto":
+        raise ValueError(f"{operation}: 'auto' chooses among implementations and is no name for one")
     _IMPLEMENTATIONS[operation][name] = function
 
 
-def run(operation: str, name: str, arguments: tuple, interpret: Any) -> Any:
-    """What `register`ed under that name. Raises `ValueError` if nothing is."""
+def implementations(operation: str) -> tuple[str, ...]:
+    """Names that are registered for an operation."""
+    return tuple(_IMPLEMENTATIONS[operation])
+
+
+def missing(operations: tuple[str, ...], name: str) -> list[str]:
+    """Those of the operations that have no implementation of that name."""
+    return [operation for operation in operations if name not in _IMPLEMENTATIONS[operation]]
+
+
+def run(operation: str, implementation: str, arguments: tuple, interpret: Any = None) -> Any:
+    """The operation's result by that implementation. `interpret` goes to the kernel.
+
+    Raises `ValueError` for an unknown implementation, and `Unavailable` where a named one cannot run.
+    """
+    if implementation == "auto":
+        if interpret is not None:
+            raise ValueError(f"{operation}: interpret={interpret!r} goes with a named kernel, not with auto")
+        return auto(operation, lambda name, *arguments: run(operation, name, arguments), arguments)
     found = _IMPLEMENTATIONS[operation]
-    if name not in found:
-        raise ValueError(f"{operation} has no implementation {name!r}; use auto or one of {', '.join(found)}")
-    return found[name](*arguments) if interpret is None else found[name](*arguments, interpret)
+    if implementation not in found:
+        raise ValueError(f"{operation} has no implementation {implementation!r}; use auto or one of {', '.join(found)}")
+    if interpret is not None:
+        return found[implementation](*arguments, interpret)
+    if implementation == "hopper":
+        devices.require_hopper(operation)
+    return found[implementation](*arguments)
+
+
+def auto(operation: str, call: Callable, arguments: tuple) -> Any:
+    """call(name, *arguments) with the name that `auto` takes: among kernels, those that are registered for `operation`."""
+    leaves, tree = jax.tree.flatten(arguments)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+
+    def by(name: str) -> Callable:
+        def branch(*arrays):
+            left = iter(arrays)
+            filled = tree.unflatten([next(left) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)])
+            try:
+                return call(name, *filled)
+            except Unavailable:
+                return call("xla", *filled)
+
+        return branch
+
+    found = _IMPLEMENTATIONS[operation]
+    kernels = {"tpu": by("tpu")} if "tpu" in found else {}
+    if "hopper" in found and devices.is_hopper(devices.target()):
+        kernels["cuda"] = by("hopper")
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return jax.lax.platform_dependent(*arrays, default=by("xla"), **kernels) if kernels else by("xla")(*arrays)

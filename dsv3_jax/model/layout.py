@@ -80,6 +80,7 @@ class Layout:
         expert_BLK: Int[Array, "B L K"],
         weight_BLK: Float[Array, "B L K"],
         gemms: Gemms | None,
+        implementation: str = "auto",
     ) -> tuple[Float[Array, "B L D"], Traffic]:
         """The routed experts' weighted sum, wherever they live (see `pallas_kernels.grouped_swiglu`); drops no token."""
         (B, L, D), K = x_BLD.shape, expert_BLK.shape[-1]
@@ -87,7 +88,7 @@ class Layout:
         axes = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
 
         def held(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
-            return grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms)
+            return grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms, implementation)
 
         tokens = x_BLD.reshape(B * L, D), expert_BLK.reshape(B * L, K), weight_BLK.reshape(B * L, K)
         return self.held_experts(held, weights, axes, *tokens).reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))

@@ -82,6 +82,7 @@ def sequence_balance_loss(score_BLE: Float[Array, "B L E"], top_BLK: Int[Array, 
 class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         self.config, self.layout, self.gemms = config, layout, recipe.experts
+        self.grouped_swiglu = recipe.grouped_swiglu
         self.switch = Switch("experts", recipe.experts) if recipe.controlled and recipe.experts else None
         D, E, M, std = (
             config.hidden_size,
@@ -108,7 +109,8 @@ class MoE(nnx.Module):
         """The routed experts' weighted sum, in the formats of the recipe or, by the switch, in x's dtype."""
 
         def experts(gemms, expert_BLK, x_BLD, w_gate_up_ED2M, w_down_EMD, weight_BLK):
-            return self.layout.experts(x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms)
+            implementation = "auto" if gemms else self.grouped_swiglu
+            return self.layout.experts(x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms, implementation)
 
         arrays = x_BLD, self.w_gate_up_ED2M[...], self.w_down_EMD[...], weight_BLK
         eight, sixteen = functools.partial(experts, self.gemms), functools.partial(experts, None)

@@ -340,10 +340,10 @@ def _flat(a):
     return a.reshape(-1, a.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def routed(layout, gemms: Gemms | None, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def routed(layout, gemms: Gemms | None, implementation: str, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK):
     """See `model.layout.Layout.experts`; `layout` is a `MeshLayout`."""
-    kernel = functools.partial(grouped_swiglu, gemms=gemms)
+    kernel = functools.partial(grouped_swiglu, gemms=gemms, implementation=implementation)
     s, experts = _setting(layout), w_down_EMD.shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight):
@@ -359,12 +359,12 @@ def routed(layout, gemms: Gemms | None, x_BLD, w_gate_up_ED2M, w_down_EMD, exper
     return layout.on_each_device(local, in_specs, (s.tokens, P()))(x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
 
-def _routed_fwd(layout, gemms, *args):
-    return routed(layout, gemms, *args), args
+def _routed_fwd(layout, gemms, implementation, *args):
+    return routed(layout, gemms, implementation, *args), args
 
 
-def _routed_bwd(layout, gemms, args, cotangents):
-    kernel = functools.partial(grouped_swiglu, gemms=gemms)
+def _routed_bwd(layout, gemms, implementation, args, cotangents):
+    kernel = functools.partial(grouped_swiglu, gemms=gemms, implementation=implementation)
     s, experts = _setting(layout), args[2].shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight, dy):

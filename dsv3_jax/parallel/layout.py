@@ -27,6 +27,7 @@ from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
 from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, mesh_axes, spec, stored_spec
 from pallas_kernels import causal_attention
 from pallas_kernels.linear_cross_entropy import chunked
+from pallas_kernels.registry import PLAIN
 
 
 def without_pipe(spec: P) -> P:
@@ -110,7 +111,7 @@ class MeshLayout(Layout):
 
     def attention(self, q_BLHX, k_BLHX, v_BLHU, segment_BL, scale, implementation):
         attend = functools.partial(causal_attention, scale=scale, implementation=implementation)
-        if implementation == "auto":  # plain JAX, which XLA partitions
+        if implementation in PLAIN:  # XLA partitions it
             return attend(q_BLHX, k_BLHX, v_BLHU, segment_BL)
         heads, tokens = self.spec("batch", None, "heads", None), self.spec("batch", None)
         on_each = jax.shard_map(
@@ -118,8 +119,8 @@ class MeshLayout(Layout):
         )
         return on_each(q_BLHX, k_BLHX, v_BLHU, segment_BL)
 
-    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms):
-        return experts.routed(self, gemms, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
+    def experts(self, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK, gemms, implementation="auto"):
+        return experts.routed(self, gemms, implementation, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
     def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL, implementation):
         return _cross_entropy(self, implementation, x_BLD, head_DV, target_BL, weight_BL)

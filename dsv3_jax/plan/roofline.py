@@ -25,7 +25,7 @@ _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMD
 _FORMATS = {"bf16": "bf16", "f16": "bf16", "f8e4m3fn": "e4m3", "f8e5m2": "e5m2", "s8": "int8", "f32": "float32"}
 _FACTORS = ("bf16", "f16", "f8e4m3fn", "f8e5m2", "s8")  # what kernels multiply
 _NO_PRODUCT = re.compile(
-    r"swiglu_backward|swiglu_quantize|rms_norm|\bquantize|pack_codes|mean_of_codes"
+    r"swiglu_backward|swiglu_quantize|\bquantize|pack_codes|mean_of_codes"
 )  # kernels of this package without any
 _EXCHANGED = re.compile(rf"\bffn\)*/.*/({EXCHANGE}|{MORE_ROUNDS})/")
 _TPU_PASSES = {"highest": 6, "high": 3}  # of bfloat16 products, for one of float32 operands

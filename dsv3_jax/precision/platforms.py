@@ -1,9 +1,9 @@
 """What each platform can multiply, how fast, and which recipe pays there.
 
-A plug-in for another platform (a PJRT backend of its own) registers a `Platform` here, and its operations with
-`pallas_kernels.register`: those in 8 bits under `implementation`, `causal_attention` and `logit_statistics` under `core`. It
-calls `register` itself, or is found by the packaging entry point `dsv3_jax.platforms`, whose object is called without arguments
-before the first look-up:
+A plug-in for another platform (a PJRT backend of its own) registers its operations with `pallas_kernels.register`, and then a
+`Platform` here that names them: those in 8 bits as `implementation`, `causal_attention` and `logit_statistics` as `core`,
+`grouped_swiglu` as `grouped_swiglu`. It calls `register` itself, or is found by the packaging entry point `dsv3_jax.platforms`,
+whose object is called without arguments before the first look-up:
 
     [project.entry-points."dsv3_jax.platforms"]
     ascend = "my_package:register_ascend"
@@ -36,14 +36,15 @@ class Platform:
     tera_ops: dict[str, float]  # dense peak, 10^12 operations a second, of formats that are native
     memory_gib: float = 0.0
     memory_tb_s: float = 0.0
-    # for products in 8 bits: "auto" where this package's kernels run, "reference" (plain JAX) or a plug-in's name where not
-    implementation: str = "auto"
-    core: str = "auto"  # for attention and the head's cross-entropy, in 16 bits: whose kernels; "auto" is plain JAX
+    # implementations by name (pallas_kernels/registry.py): a plug-in's own, or of this package "auto", or "xla", plain JAX
+    implementation: str = "auto"  # of products in 8 bits
+    core: str = "xla"  # of attention and the head's cross-entropy, in 16 bits
+    grouped_swiglu: str = "auto"  # of the routed experts in 16 bits
     note: str = ""
 
     def gain(self, format: str) -> float:
         """Times bf16's peak; 0 for what is not native or has no kernel."""
-        if self.formats.get(format) != "native" or self.implementation == "reference":
+        if self.formats.get(format) != "native" or self.implementation == "xla":
             return 0.0
         return self.tera_ops[format] / self.tera_ops["bf16"]
 
@@ -59,7 +60,7 @@ class Platform:
 
     def _state(self, format: str) -> str:
         support = self.formats.get(format, "refused")
-        if support == "native" and self.implementation == "reference":
+        if support == "native" and self.implementation == "xla":
             return "native, without a kernel here"
         return f"native at {self.gain(format):.1f} times bf16's peak" if support == "native" else support
 
@@ -89,7 +90,7 @@ _BUILT_IN = (
     _built_in("tpu7x", _TPU, r"TPU7x|7x", _formats("bf16 e4m3 e5m2", "float32 int8"), core="tpu"),
     _built_in(
         "a100", _CUDA, "A100", _formats("float32 bf16 int8", "e4m3 e5m2"),
-        implementation="reference", note="no kernel of this package is for Ampere: 8 bits run as plain JAX",
+        implementation="xla", note="no kernel of this package is for Ampere: 8 bits run as plain JAX",
     ),
     _built_in(
         "h100", _CUDA, "H100|H200|H800|GH200", _formats("float32 bf16 e4m3 e5m2", "int8"),
@@ -97,7 +98,7 @@ _BUILT_IN = (
     ),
     _built_in(
         "b200", _CUDA, "B200|B100|GB200", _formats("float32 bf16 e4m3 e5m2 int8"),
-        implementation="reference", note="the Hopper kernel's wgmma is not on Blackwell: 8 bits run as plain JAX",
+        implementation="xla", note="the Hopper kernel's wgmma is not on Blackwell: 8 bits run as plain JAX",
     ),
 )  # fmt: skip
 _registered: list[Platform] = []
@@ -107,7 +108,8 @@ _looked_for_plug_ins = False
 def register(platform: Platform) -> None:
     """Add a platform, or replace the one of its name; it goes before those that are built in when devices are looked up.
 
-    Raises `UserError` for a format or a support that there is none of, and a native one without its rate.
+    Raises `UserError` for a format or a support that there is none of, a native one without its rate, and implementations whose
+    operations nobody registered.
     """
     for format, support in platform.formats.items():
         if format not in FORMATS or support not in ("native", "emulated", "refused"):
@@ -118,7 +120,21 @@ def register(platform: Platform) -> None:
     missing = [f for f in ("bf16", "e4m3", "int8") if platform.formats.get(f) == "native" and f not in platform.tera_ops]
     if missing:
         raise UserError(f"platform {platform.name}: {missing[0]} is native, so tera_ops[{missing[0]!r}] must say how fast")
+    _require_operations(platform)
     _registered[:] = [platform, *(p for p in _registered if p.name != platform.name)]
+
+
+def _require_operations(platform: Platform) -> None:
+    from pallas_kernels import registry  # loads JAX, which describing platforms does without
+
+    operations = {"implementation": registry.EIGHT_BIT, "core": registry.CORE, "grouped_swiglu": registry.EXPERTS}
+    for field, needed in operations.items():
+        name = getattr(platform, field)
+        if name != "auto" and (missing := registry.missing(needed, name)):
+            raise UserError(
+                f"platform {platform.name}: {field}={name!r} has no {', '.join(missing)}; register each with "
+                f"pallas_kernels.register(operation, {name!r}, function) before the platform, or use 'auto' or 'xla'"
+            )
 
 
 def platforms() -> list[Platform]:
@@ -139,7 +155,7 @@ def platform_of(device: Any) -> Platform:
             return platform
     everything = _formats("bf16", "float32 e4m3 e5m2 int8")
     note = "unknown: 8 bits run as plain JAX; see dsv3_jax/precision/platforms.py to register it"
-    return Platform(device.device_kind, (device.platform,), "", everything, {}, implementation="reference", note=note)
+    return Platform(device.device_kind, (device.platform,), "", everything, {}, implementation="xla", note=note)
 
 
 def resolve(config: Config, device: Any) -> Config:

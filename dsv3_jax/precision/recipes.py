@@ -25,7 +25,10 @@ class Recipe:
     ffn: Gemms | None = None
     experts: Gemms | None = None
     controlled: bool = False  # every layer's products can go back to `dtype` (see controller.py)
-    core: str = "auto"  # implementation of attention and of the head's cross-entropy; set by `run_by`
+    # implementations (pallas_kernels/registry.py), set by `run_by`: of attention and the head's cross-entropy, and of routed
+    # experts that have no formats of their own
+    core: str = "xla"
+    grouped_swiglu: str = "auto"
 
 
 _E4M3 = Gemms()
@@ -50,16 +53,17 @@ def recipe_of(config: PrecisionConfig) -> Recipe:
     return replace(RECIPES[config.recipe], controlled=config.controller)
 
 
-def run_by(recipe: Recipe, implementation: str, core: str) -> Recipe:
-    """The recipe with its products in 8 bits, and its core in 16, run by these of `pallas_kernels`' implementations."""
+def run_by(recipe: Recipe, implementation: str, core: str, grouped_swiglu: str = "auto") -> Recipe:
+    """The recipe with its products in 8 bits, its core in 16, and its experts in 16 or 32 run by these implementations."""
 
     def by(gemms: Gemms | None) -> Gemms | None:
         return gemms and replace(gemms, implementation=implementation)
 
-    core = core if recipe.dtype == "bfloat16" else "auto"
-    return replace(recipe, attention=by(recipe.attention), ffn=by(recipe.ffn), experts=by(recipe.experts), core=core)
+    core = core if recipe.dtype == "bfloat16" else "xla"
+    formats = {name: by(getattr(recipe, name)) for name in ("attention", "ffn", "experts")}
+    return replace(recipe, **formats, core=core, grouped_swiglu=grouped_swiglu)
 
 
 def unquantised(recipe: Recipe) -> Recipe:
     """For evaluation and decoding: of the weights, in 16 or 32 bits."""
-    return Recipe(recipe.dtype, core=recipe.core)
+    return Recipe(recipe.dtype, core=recipe.core, grouped_swiglu=recipe.grouped_swiglu)

@@ -63,7 +63,7 @@ def over_replicas(f: Callable, replicas: int, reduce: Callable = _summed) -> Cal
 def training_recipe(config: Config, layout: Layout) -> Recipe:
     """The configuration's, with its products, attention and head run by what the layout's devices have kernels for."""
     platform = platform_of(device_of(layout))
-    return run_by(recipe_of(config.precision), platform.implementation, platform.core)
+    return run_by(recipe_of(config.precision), platform.implementation, platform.core, platform.grouped_swiglu)
 
 
 def replica_gradients(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import registry
 from pallas_kernels.causal_attention import blockwise, hopper, reference, splash
 
-for _name, _module in (("reference", reference), ("blockwise", blockwise), ("tpu", splash), ("hopper", hopper)):
+for _name, _module in (("reference", reference), ("xla", blockwise), ("tpu", splash), ("hopper", hopper)):
     registry.register("causal_attention", _name, _module.causal_attention)
 
 
@@ -22,10 +22,8 @@ def causal_attention(
 ) -> Float[Array, "B L H U"]:
     """softmax(scale * q k^T) v over keys at or before the query and in its segment. Differentiable in q, k, v.
 
-    Key and value head sizes may differ. `blockwise` (what "auto" takes) never holds more than one block of scores a head,
-    forward or backward, on every platform; being plain JAX, it is partitioned by XLA. For one device's heads there are
-    `tpu`, JAX's splash attention, and `hopper`, for bfloat16; `interpret` goes to them. What the backward pass needs of the
+    Key and value head sizes may differ. Implementations as in `registry`. `xla` never holds more than one block of scores a
+    head, forward or backward. `tpu` is JAX's splash attention; `hopper` takes bfloat16. What the backward pass needs of the
     result has the checkpoint_name `blockwise.RESIDUALS` in all of them.
     """
-    chosen = "blockwise" if implementation == "auto" else implementation
-    return registry.run("causal_attention", chosen, (q_BLHX, k_BLHX, v_BLHU, segment_BL, scale), interpret)
+    return registry.run("causal_attention", implementation, (q_BLHX, k_BLHX, v_BLHU, segment_BL, scale), interpret)

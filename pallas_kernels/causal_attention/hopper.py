@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_attention.blockwise import RESIDUALS
+from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import COLUMN, ROW, over_columns, summed, tiling
 
 _ROWS = 64  # of a warpgroup, which is what wgmma multiplies at once
@@ -282,9 +283,9 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 @functools.partial(jax.named_call, name="causal_attention_hopper")
 def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any = None):
-    """See `api.causal_attention`; lengths and head sizes are padded. Raises `NotImplementedError` unless in bfloat16."""
+    """See `api.causal_attention`; lengths and head sizes are padded. Raises `Unavailable` unless in bfloat16."""
     if q_BLHX.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"hopper attention takes bfloat16, not {q_BLHX.dtype}; use blockwise")
+        raise Unavailable(f"causal_attention: the hopper kernel takes bfloat16, not {q_BLHX.dtype}; use xla")
     L, U = q_BLHX.shape[1], v_BLHU.shape[-1]
 
     def padded(x_BLHX):

@@ -19,25 +19,26 @@ def _piece(smem, at: int, width: int) -> jax.Array:
     return plgpu.load(smem.at[:, pl.ds(at, width)], layout=plgpu.Layout.WGMMA)
 
 
-def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpret: Any = None):
-    """See `api.pack_codes`."""
+def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interpret: Any = None):
+    """See `api.pack_codes`. Raises `Unavailable` for blocks of another size than 256."""
     rows, block = x.shape
+    reference.require_block("pack_codes", "hopper", block)
     extra = -rows % ROWS
-    x, owed, unit = (jnp.pad(a, ((0, extra), (0, 0)), constant_values=c) for a, c in ((x, 0), (owed, 0), (unit, 1)))
+    x, error, unit = (jnp.pad(a, ((0, extra), (0, 0)), constant_values=c) for a, c in ((x, 0), (error, 0), (unit, 1)))
     width = block * levels.bits // 8
     step = min(width, _NUMBERS)
     pieces = range(0, block, step)
     shape = (ROWS, step)
 
-    def body(x_gmem, owed_gmem, unit_gmem, *rest):
-        codes_gmem, scales_gmem, left_gmem, x_smem, owed_smem, unit_smem, codes_smem, scales_smem, barrier = rest
+    def body(x_gmem, error_gmem, unit_gmem, *rest):
+        codes_gmem, scales_gmem, residual_gmem, x_smem, error_smem, unit_smem, codes_smem, scales_smem, barrier = rest
         at = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
-        for gmem, smem in ((x_gmem, x_smem), (owed_gmem, owed_smem), (unit_gmem, unit_smem)):
+        for gmem, smem in ((x_gmem, x_smem), (error_gmem, error_smem), (unit_gmem, unit_smem)):
             plgpu.copy_gmem_to_smem(gmem.at[at], smem, barrier)
         plgpu.barrier_wait(barrier)
 
         def wanted(piece: int) -> jax.Array:
-            return _piece(x_smem, piece, step) + _piece(owed_smem, piece, step)
+            return _piece(x_smem, piece, step) + _piece(error_smem, piece, step)
 
         def numbers(piece: int) -> jax.Array:
             return wanted(piece) / _piece(unit_smem, piece, step)
@@ -64,18 +65,18 @@ def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpr
                 code = reference.code_of(reference.ratio(numbers(piece), divisor), levels)
                 byte |= code << (place * levels.bits)
                 sent = reference.level_of(code, levels) * over_columns(scale, shape)
-                left = wanted(piece) - sent * _piece(unit_smem, piece, step)
-                owed_smem[:, pl.ds(piece, step)] = left
+                residual = wanted(piece) - sent * _piece(unit_smem, piece, step)
+                error_smem[:, pl.ds(piece, step)] = residual
             codes_smem[:, pl.ds(column, step)] = byte.astype(jnp.uint8)
         scales_smem[...] = scale
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(codes_smem, codes_gmem.at[at])
         plgpu.copy_smem_to_gmem(scales_smem, scales_gmem.at[at])
-        plgpu.copy_smem_to_gmem(owed_smem, left_gmem.at[at])
+        plgpu.copy_smem_to_gmem(error_smem, residual_gmem.at[at])
         plgpu.wait_smem_to_gmem(0)
 
     whole = plgpu.SMEM((ROWS, block), jnp.float32)
-    codes, scales, left = plgpu.kernel(
+    codes, scales, residual = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((rows + extra, width), jnp.uint8),
@@ -87,5 +88,5 @@ def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpr
             plgpu.Barrier(num_arrivals=3),
         ),
         grid=((rows + extra) // ROWS,), grid_names=("rows",), interpret=interpret,
-    )(x, owed, unit)  # fmt: skip
-    return codes[:rows], scales[:rows], left[:rows]
+    )(x, error, unit)  # fmt: skip
+    return codes[:rows], scales[:rows], residual[:rows]

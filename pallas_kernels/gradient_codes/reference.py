@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels.errors import Unavailable
+
+BLOCK = 256  # numbers of a block that the kernels are laid out for
 TINY = 1e-30  # a block of smaller numbers is sent as zeros: dividing by its scale would overflow
 
 
@@ -84,12 +87,18 @@ def unpacked(codes: UInt8[Array, "*rows bytes"], bits: int) -> Array:
     return jnp.concatenate([(wide >> (place * bits)) & (2**bits - 1) for place in range(8 // bits)], axis=-1)
 
 
-def pack(x: Float[Array, "rows block"], owed: Float[Array, "rows block"], unit: Float[Array, "rows block"], levels: Levels):
+def pack(x: Float[Array, "rows block"], error: Float[Array, "rows block"], unit: Float[Array, "rows block"], levels: Levels):
     """See `api.pack_codes`."""
-    wanted = x + owed
+    wanted = x + error
     numbers, scale = scaled(wanted / unit, levels)
     code = code_of(numbers, levels)
     return packed(code, levels.bits), scale[..., 0], wanted - level_of(code, levels) * scale * unit
+
+
+def require_block(operation: str, kernel: str, block: int) -> None:
+    """Raises `Unavailable` for blocks that the kernels are not laid out for."""
+    if block != BLOCK:
+        raise Unavailable(f"{operation}: the {kernel} kernel takes blocks of {BLOCK} numbers, not {block}; use xla")
 
 
 def mean(codes: UInt8[Array, "replicas rows bytes"], scales: Float[Array, "replicas rows"], levels: Levels):

@@ -1,4 +1,4 @@
-"""Codes for TPU (Mosaic): numbers are read once, and only codes, scales and what is owed are written."""
+"""Codes for TPU (Mosaic): numbers are read once, and only codes, scales and the residual are written."""
 
 import functools
 
@@ -6,25 +6,28 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.errors import Unavailable
 from pallas_kernels.gradient_codes import reference
 from pallas_kernels.gradient_codes.reference import Levels
 
-_ROWS = 128  # of a program
+_ROWS = 128  # blocks of numbers in a program
+_REPLICAS = 32  # most replicas whose codes a program holds at once
 
 
-def _pack_kernel(x_ref, owed_ref, unit_ref, codes_ref, scales_ref, left_ref, *, levels: Levels):
-    codes, scale, left = reference.pack(x_ref[...], owed_ref[...], unit_ref[...], levels)
+def _pack_kernel(x_ref, error_ref, unit_ref, codes_ref, scales_ref, residual_ref, *, levels: Levels):
+    codes, scale, residual = reference.pack(x_ref[...], error_ref[...], unit_ref[...], levels)
     codes_ref[...] = codes
     scales_ref[...] = scale[None]
-    left_ref[...] = left
+    residual_ref[...] = residual
 
 
-def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpret: bool = False):
-    """See `api.pack_codes`."""
+def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interpret: bool = False):
+    """See `api.pack_codes`. Raises `Unavailable` for blocks of another size than 256."""
     rows, block = x.shape
+    reference.require_block("pack_codes", "tpu", block)
     width = block * levels.bits // 8
     whole = pl.BlockSpec((_ROWS, block), lambda i: (i, 0))
-    codes, scales, left = pl.pallas_call(
+    codes, scales, residual = pl.pallas_call(
         functools.partial(_pack_kernel, levels=levels),
         grid=(pl.cdiv(rows, _ROWS),),
         in_specs=[whole] * 3,
@@ -36,8 +39,8 @@ def pack(x: jax.Array, owed: jax.Array, unit: jax.Array, levels: Levels, interpr
         ],
         interpret=interpret,
         name="pack_codes",
-    )(x, owed, unit)
-    return codes, scales[0], left
+    )(x, error, unit)
+    return codes, scales[0], residual
 
 
 def _mean_kernel(codes_ref, scales_ref, mean_ref, *, levels: Levels):
@@ -50,9 +53,12 @@ def _mean_kernel(codes_ref, scales_ref, mean_ref, *, levels: Levels):
 
 
 def mean(codes: jax.Array, scales: jax.Array, levels: Levels, interpret: bool = False) -> jax.Array:
-    """See `api.mean_of_codes`."""
+    """See `api.mean_of_codes`. Raises `Unavailable` for blocks of another size than 256, and more than 32 replicas."""
     replicas, rows, width = codes.shape
     block = width * 8 // levels.bits
+    reference.require_block("mean_of_codes", "tpu", block)
+    if replicas > _REPLICAS:
+        raise Unavailable(f"mean_of_codes: the tpu kernel takes at most {_REPLICAS} replicas, not {replicas}; use xla")
     return pl.pallas_call(
         functools.partial(_mean_kernel, levels=levels),
         grid=(pl.cdiv(rows, _ROWS),),

@@ -17,16 +17,17 @@ def _tiling(rows: int, contraction: int, columns: int) -> tuple[int, int, int]:
     return rows, contraction, columns
 
 
-def _product(x_PX, w_EXY, count_E, exists_P1):
+def _product(x_PX, w_EXY, count_E, exists_P1, interpret: bool):
     """Rows times their experts' matrices; zeros, and zero gradients, where there is no row: the kernels leave these as memory
     has them."""
     x_PX = jnp.where(exists_P1, x_PX, 0)
-    y_PY = gmm(x_PX, w_EXY, count_E, x_PX.dtype, _tiling(x_PX.shape[0], *w_EXY.shape[1:]))
+    tiling = _tiling(x_PX.shape[0], *w_EXY.shape[1:])
+    y_PY = gmm(x_PX, w_EXY, count_E, x_PX.dtype, tiling, interpret=interpret)
     return jnp.where(exists_P1, y_PY, 0)
 
 
 @functools.partial(jax.named_call, name="grouped_swiglu_megablox")
-def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK):
+def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, interpret: bool = False):
     """See `api.grouped_swiglu`. P slots t*K + k, sorted by expert; those without one come last, beyond all groups, and so do
     some that fill up the last tile."""
     T, K = expert_TK.shape
@@ -37,11 +38,11 @@ def grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK):
     count_E = jnp.bincount(expert_P, length=E).astype(jnp.int32)
     exists_P1 = (jnp.arange(expert_P.size) < count_E.sum())[:, None]
     token_P = jnp.minimum(order_P // K, T - 1)
-    gate_up_PX = _product(x_TD[token_P], w_gate_up_ED2M.reshape(E, D, 2 * M), count_E, exists_P1)
+    gate_up_PX = _product(x_TD[token_P], w_gate_up_ED2M.reshape(E, D, 2 * M), count_E, exists_P1, interpret)
     gate_PM, up_PM = jnp.split(gate_up_PX.astype(jnp.float32), 2, axis=-1)
     weight_P1 = weight_TK.reshape(-1).at[order_P].get(mode="fill", fill_value=0)[:, None]
     h_PM = (jax.nn.silu(gate_PM) * up_PM * weight_P1).astype(x_TD.dtype)
-    y_PD = _product(h_PM, w_down_EMD, count_E, exists_P1)
+    y_PD = _product(h_PM, w_down_EMD, count_E, exists_P1, interpret)
     if K == 1:
         return jnp.zeros_like(x_TD).at[order_P].set(y_PD, mode="drop", unique_indices=True)
     return jnp.zeros_like(x_TD).at[token_P].add(y_PD)

@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import registry
 from pallas_kernels.linear_cross_entropy import chunked, reference
 
 
@@ -19,10 +20,16 @@ def linear_cross_entropy(
 
     The first is differentiable in x and w; the second is a count. Logits and the softmax are float32 whatever x's dtype.
     All but `reference` go through the tokens in chunks and compute the gradients in the same pass, so that no logits are kept
-    or recomputed. A chunk's logits and what cross-entropy needs of them come from plain JAX ("auto"), or in one pass
-    from a kernel for TPU (`tpu`) or, in bfloat16, NVIDIA Hopper (`hopper`), to which `interpret` goes; both are
-    for one device's columns. A plug-in registers the operation `logit_statistics`.
+    or recomputed. Implementations as in `registry`, of the operation `logit_statistics`, which a plug-in registers: a chunk's
+    logits and what cross-entropy needs of them, by plain JAX or in one pass by a kernel (`hopper` in bfloat16).
     """
+    arguments = x_TD, w_DV, target_T, weight_T
     if implementation == "reference":
-        return reference.linear_cross_entropy(x_TD, w_DV, target_T, weight_T)
-    return chunked.linear_cross_entropy(x_TD, w_DV, target_T, weight_T, implementation, interpret)
+        return reference.linear_cross_entropy(*arguments)
+    if implementation == "auto":
+        return registry.auto(
+            "logit_statistics",
+            lambda by, x, w, target, weight: chunked.linear_cross_entropy(x, w, target, weight, by),
+            arguments,
+        )
+    return chunked.linear_cross_entropy(*arguments, implementation, interpret)

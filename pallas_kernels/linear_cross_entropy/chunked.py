@@ -19,8 +19,10 @@ from pallas_kernels.linear_cross_entropy.statistics import logit_statistics
 # CPU. On an accelerator dw's float32 sums go through memory once a chunk, which takes 2048 tokens' products to hide.
 _CHUNK, _CHUNK_OF_KERNELS = 512, 2048
 OPERATION = "logit_statistics"
-for _name, _function in (("auto", logit_statistics), ("tpu", tpu.logit_statistics), ("hopper", hopper.logit_statistics)):
-    registry.register(OPERATION, _name, _function)
+for _name in registry.PLAIN:
+    registry.register(OPERATION, _name, logit_statistics)
+registry.register(OPERATION, "tpu", tpu.logit_statistics)
+registry.register(OPERATION, "hopper", hopper.logit_statistics)
 
 
 class Setting(NamedTuple):
@@ -28,13 +30,13 @@ class Setting(NamedTuple):
     them, so that they may lie outside; called inside `shard_map`), and who computes a chunk's logits."""
 
     axes: tuple[str, ...] = ()
-    implementation: str = "auto"
+    implementation: str = "xla"
     interpret: Any = None
 
 
 def _chunks(x_TD, target_T, weight_T, setting: Setting):
     T = x_TD.shape[0]
-    chunk = min(_CHUNK if setting.implementation == "auto" else _CHUNK_OF_KERNELS, T)
+    chunk = min(_CHUNK if setting.implementation in ("auto", *registry.PLAIN) else _CHUNK_OF_KERNELS, T)
     pad = -T % chunk
 
     def cut(a):
@@ -103,6 +105,6 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 @functools.partial(jax.named_call, name="linear_cross_entropy_chunked")
-def linear_cross_entropy(x_TD, w_DV, target_T, weight_T, implementation: str = "auto", interpret: Any = None):
+def linear_cross_entropy(x_TD, w_DV, target_T, weight_T, implementation: str, interpret: Any = None):
     """See `api.linear_cross_entropy`."""
     return _loss(x_TD, w_DV, target_T, weight_T, Setting((), implementation, interpret))

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import BLOCK, ROW, ROWS, over_columns, summed, tiling
 from pallas_kernels.linear_cross_entropy.statistics import NEG, LogitStatistics, over_blocks
 from pallas_kernels.scaled import TILE, tiles
@@ -65,9 +66,9 @@ def _body(vocabulary: int, keep: bool, x_gmem, w_gmem, target_gmem, *rest):
 
 
 def logit_statistics(x_TD: jax.Array, w_DV: jax.Array, target_T, keep: bool, interpret: Any = None) -> LogitStatistics:
-    """See `statistics.logit_statistics`; axes are padded to whole tiles. Raises `NotImplementedError` unless in bfloat16."""
+    """See `statistics.logit_statistics`; axes are padded to whole tiles. Raises `Unavailable` unless in bfloat16."""
     if x_TD.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"hopper's logits take bfloat16, not {x_TD.dtype}; use chunked")
+        raise Unavailable(f"logit_statistics: the hopper kernel takes bfloat16, not {x_TD.dtype}; use xla")
     (T, D), V = x_TD.shape, w_DV.shape[1]
     x_TD = jnp.pad(x_TD, ((0, -T % TILE), (0, -D % _STEP)))
     w_DV = jnp.pad(w_DV, ((0, -D % _STEP), (0, -V % TILE)))

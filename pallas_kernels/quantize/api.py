@@ -2,14 +2,13 @@
 
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import registry
 from pallas_kernels.quantize import hopper, reference, tpu
 from pallas_kernels.scaled import Format, Scaled
 
-for _name, _module in (("reference", reference), ("tpu", tpu), ("hopper", hopper)):
+for _name, _module in (("reference", reference), ("xla", reference), ("tpu", tpu), ("hopper", hopper)):
     registry.register("quantize", _name, _module.quantize)
     registry.register("quantize_transposed", _name, _module.quantize_transposed)
 
@@ -25,17 +24,9 @@ def quantize(
     """x as 8-bit values and float32 scales, the largest magnitude of each `rows` x 128 numbers becoming the format's largest.
 
     Tiles at the edges may be smaller. `power_of_two` rounds scales up to powers of two, so that scaling is exact. An
-    infinity makes its tile NaN or saturated, never plausible numbers. `implementation`: "reference" (plain JAX), "tpu",
-    "hopper", one that a plug-in registered, or "auto": the kernels on TPU and CUDA (where only Hopper can compile it), plain
-    JAX elsewhere. `interpret` goes to the kernel that was asked for.
+    infinity makes its tile NaN or saturated, never plausible numbers. Implementations as in `registry`; `xla` is the
+    definition.
     """
-    if implementation == "auto":
-        return jax.lax.platform_dependent(
-            x_MK,
-            tpu=lambda x: tpu.quantize(x, rows, format, power_of_two),
-            cuda=lambda x: hopper.quantize(x, rows, format, power_of_two),
-            default=lambda x: reference.quantize(x, rows, format, power_of_two),
-        )
     return registry.run("quantize", implementation, (x_MK, rows, format, power_of_two), interpret)
 
 
@@ -50,11 +41,4 @@ def quantize_transposed(
 
     `x` may be 8 bits already, whose scales then change from 1 x 128 to 128 x 1 in one pass. Otherwise as `quantize`.
     """
-    if implementation == "auto":
-        return jax.lax.platform_dependent(
-            x,
-            tpu=lambda x: tpu.quantize_transposed(x, format, power_of_two),
-            cuda=lambda x: hopper.quantize_transposed(x, format, power_of_two),
-            default=lambda x: reference.quantize_transposed(x, format, power_of_two),
-        )
     return registry.run("quantize_transposed", implementation, (x, format, power_of_two), interpret)

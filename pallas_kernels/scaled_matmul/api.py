@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,7 +9,7 @@ from pallas_kernels import registry
 from pallas_kernels.scaled import TILE, Scaled
 from pallas_kernels.scaled_matmul import hopper, reference, tpu
 
-for _name, _module in (("reference", reference), ("tpu", tpu), ("hopper", hopper)):
+for _name, _module in (("reference", reference), ("xla", reference), ("tpu", tpu), ("hopper", hopper)):
     registry.register("scaled_matmul", _name, _module.scaled_matmul)
     registry.register("grouped_scaled_matmul", _name, _module.grouped_scaled_matmul)
     registry.register("grouped_scaled_wgrad", _name, _module.grouped_scaled_wgrad)
@@ -27,18 +26,10 @@ def scaled_matmul(
 
     Both operands have the sum's axis last, which is how tensor cores take 8-bit operands. The three products of a linear
     layer y = x w are: forward, tiles of x and blocks of w^T; dgrad, tiles of dy and blocks of w; wgrad, tiles of x^T and
-    of dy^T, which share a scale along tokens. int8 operands are summed in int32 within a tile. "auto" as in `quantize`; Hopper
-    has no kernel for int8.
+    of dy^T, which share a scale along tokens. int8 operands are summed in int32 within a tile. Implementations as in
+    `registry`; `xla` is the definition, and `hopper` does not take int8.
     """
     assert a.values.shape[1] == b.values.shape[1], f"{a.values.shape} and {b.values.shape} differ in what is summed over"
-    if implementation == "auto":
-        cuda = reference if a.values.dtype == jnp.int8 else hopper
-        return jax.lax.platform_dependent(
-            a, b,
-            tpu=lambda a, b: tpu.scaled_matmul(a, b, dtype),
-            cuda=lambda a, b: cuda.scaled_matmul(a, b, dtype),
-            default=lambda a, b: reference.scaled_matmul(a, b, dtype),
-        )  # fmt: skip
     return registry.run("scaled_matmul", implementation, (a, b, dtype), interpret)
 
 
@@ -59,14 +50,6 @@ def grouped_scaled_matmul(
     """
     assert a.values.shape == (TILE * group_b.size, b.values.shape[1]), f"{a.values.shape} for {group_b.size} blocks"
     assert N % TILE == 0, f"N={N} is no multiple of {TILE}"
-    if implementation == "auto":
-        cuda = reference if a.values.dtype == jnp.int8 else hopper
-        return jax.lax.platform_dependent(
-            a, b, group_b,
-            tpu=lambda a, b, group_b: tpu.grouped_scaled_matmul(a, b, group_b, N, dtype),
-            cuda=lambda a, b, group_b: cuda.grouped_scaled_matmul(a, b, group_b, N, dtype),
-            default=lambda a, b, group_b: reference.grouped_scaled_matmul(a, b, group_b, N, dtype),
-        )  # fmt: skip
     return registry.run("grouped_scaled_matmul", implementation, (a, b, group_b, N, dtype), interpret)
 
 
@@ -87,12 +70,4 @@ def grouped_scaled_wgrad(
     assert a.values.shape[1] == b.values.shape[1] == TILE * group_b.size, (
         f"{a.values.shape}, {b.values.shape}, {group_b.size} blocks"
     )
-    if implementation == "auto":
-        cuda = reference if a.values.dtype == jnp.int8 else hopper
-        return jax.lax.platform_dependent(
-            a, b, group_b,
-            tpu=lambda a, b, group_b: tpu.grouped_scaled_wgrad(a, b, group_b, groups, dtype),
-            cuda=lambda a, b, group_b: cuda.grouped_scaled_wgrad(a, b, group_b, groups, dtype),
-            default=lambda a, b, group_b: reference.grouped_scaled_wgrad(a, b, group_b, groups, dtype),
-        )  # fmt: skip
     return registry.run("grouped_scaled_wgrad", implementation, (a, b, group_b, groups, dtype), interpret)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import COLUMN, ROW, tiling
 from pallas_kernels.scaled import TILE, Scaled, tiles
 
@@ -93,7 +94,7 @@ def _kernel(body, out_type, grid: dict[str, int], interpret: Any):
 
 def _refuse_int8(x: Scaled) -> None:
     if x.values.dtype == jnp.int8:
-        raise NotImplementedError("scaled_matmul has no int8 kernel for Hopper; use e4m3")
+        raise Unavailable("scaled_matmul: no int8 kernel for Hopper, whose wgmma in Mosaic GPU takes none; use e4m3, or xla")
 
 
 def _run(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any) -> jax.Array:
@@ -106,19 +107,19 @@ def _run(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any
 
 
 def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Array:
-    """See `api.scaled_matmul`. Raises `NotImplementedError` for int8, which Mosaic GPU's wgmma does not take."""
+    """See `api.scaled_matmul`. Raises `Unavailable` for int8, which Mosaic GPU's wgmma does not take."""
     M, N = a.values.shape[0], b.values.shape[0]
     one_group = jnp.zeros(tiles(M), jnp.int32)
     return _run(a, b, one_group, tiles(N) * TILE, dtype, interpret)[:M, :N]
 
 
 def grouped_scaled_matmul(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any = None) -> jax.Array:
-    """See `api.grouped_scaled_matmul`. Raises `NotImplementedError` as `scaled_matmul`."""
+    """See `api.grouped_scaled_matmul`. Raises `Unavailable` as `scaled_matmul`."""
     return _run(a, b, jnp.minimum(group_b, b.values.shape[0] // N - 1), N, dtype, interpret)
 
 
 def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, dtype, interpret: Any = None) -> jax.Array:
-    """See `api.grouped_scaled_wgrad`. Raises `NotImplementedError` as `scaled_matmul`."""
+    """See `api.grouped_scaled_wgrad`. Raises `Unavailable` as `scaled_matmul`."""
     _refuse_int8(a)
     A, B = a.values.shape[0], b.values.shape[0]
     count_G = jnp.bincount(group_b, length=groups).astype(jnp.int32)

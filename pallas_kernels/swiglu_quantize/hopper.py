@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import BLOCK, ROWS, load, over_columns, pad_rows
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
@@ -22,9 +23,15 @@ def _fetch(pairs, barrier) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def _require_whole_tiles(operation: str, F: int) -> None:
+    if F % TILE:
+        raise Unavailable(f"{operation}: the hopper kernel takes a multiple of {TILE} columns, not {F}; use xla")
+
+
 def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, interpret: Any = None):
-    """See `api.swiglu_quantize`."""
+    """See `api.swiglu_quantize`. Raises `Unavailable` for columns that are no whole tiles."""
     T, X = gate_up_TX.shape
+    _require_whole_tiles("swiglu_quantize", X // 2)
     gate_up_TX, halves = pad_rows(gate_up_TX), X // (2 * TILE)
     padded = gate_up_TX.shape[0]
 
@@ -67,8 +74,12 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
 
 
 def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpret: Any = None):
-    """See `api.swiglu_backward`. Each tile's part of dweight is written; their sum is XLA's."""
+    """See `api.swiglu_backward`. Raises `Unavailable` as `swiglu_quantize`.
+
+    Each tile's part of dweight is written; their sum is XLA's.
+    """
     T, F = dh_TF.shape
+    _require_whole_tiles("swiglu_backward", F)
     values, dh_TF, halves = pad_rows(kept.values), pad_rows(dh_TF), F // TILE
     padded = dh_TF.shape[0]
     scales, weight_T = jnp.pad(kept.scales, ((0, 0), (0, padded - T))), jnp.pad(weight_T, (0, padded - T))

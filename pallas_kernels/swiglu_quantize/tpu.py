@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.errors import Unavailable
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
 from pallas_kernels.swiglu_quantize.reference import backward
@@ -46,9 +47,15 @@ def _scales(columns: int) -> pl.BlockSpec:
     return pl.BlockSpec((columns // TILE, 1, _ROWS), lambda i: (0, 0, i))
 
 
+def _require_whole_tiles(operation: str, F: int) -> None:
+    if F % TILE or F > LARGEST:
+        raise Unavailable(f"{operation}: the tpu kernel takes a multiple of {TILE} columns, up to {LARGEST}, not {F}; use xla")
+
+
 def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, interpret: bool = False):
-    """See `api.swiglu_quantize`."""
+    """See `api.swiglu_quantize`. Raises `Unavailable` for columns that are no whole tiles, or more than `LARGEST`."""
     T, X = gate_up_TX.shape
+    _require_whole_tiles("swiglu_quantize", X // 2)
     shapes = [
         [jax.ShapeDtypeStruct((T, C), DTYPES[format]), jax.ShapeDtypeStruct((C // TILE, 1, T), jnp.float32)]
         for C in (X // 2, X)
@@ -76,7 +83,8 @@ def _backward_kernel(kept_ref, scale_ref, dh_ref, weight_ref, d_ref, h_ref, dwei
 
 
 def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpret: bool = False):
-    """See `api.swiglu_backward`."""
+    """See `api.swiglu_backward`. Raises `Unavailable` as `swiglu_quantize`."""
+    _require_whole_tiles("swiglu_backward", dh_TF.shape[1])
     (T, F), row = dh_TF.shape, pl.BlockSpec((1, _ROWS), lambda i: (0, i))
     d, h, dweight = pl.pallas_call(
         _backward_kernel,

@@ -119,7 +119,7 @@ def bf16_layer(x, w_gate_up, w_down, shared_gate_up, shared_down, weight):
 def own_bf16_layer(x, w_gate_up, w_down, shared_gate_up, shared_down, weight):
     """As the model runs it on GPUs."""
     E, D, X = w_gate_up.shape
-    routed = grouped_swiglu(x, w_gate_up.reshape(E, D, 2, X // 2), w_down, to_all_experts(), weight, implementation="blocked")
+    routed = grouped_swiglu(x, w_gate_up.reshape(E, D, 2, X // 2), w_down, to_all_experts(), weight, implementation="xla")
 
     @jax.checkpoint
     def down(gate_up, w):
@@ -211,7 +211,7 @@ def cross_entropy(device) -> dict[str, int]:
         onehot = target[:, None] == jnp.arange(VOCABULARY)
         return lse - found.at_target_T, (jnp.exp(found.logits_TV - lse[:, None]) - onehot).astype(x.dtype)
 
-    by = {"fused": "tpu" if device.platform == "tpu" else "hopper", "apart": "auto"}
+    by = {"fused": "tpu" if device.platform == "tpu" else "hopper", "apart": "xla"}
     return {
         name: bytes_accessed(compiled(device, functools.partial(gradient, implementation), arguments).as_text())
         for name, implementation in by.items()

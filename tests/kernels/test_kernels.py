@@ -58,7 +58,7 @@ def test_grouped_swiglu_equals_its_reference(T, D, M, E, K, skew):
     def run(which):
         return lambda x, w1, w2, weight: grouped_swiglu(x, w1, w2, choice, weight, implementation=which)
 
-    assert_same(run("blocked"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
+    assert_same(run("xla"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_grouped_swiglu_for_tpu(T, D, M, E, K, skew):
         return lambda x, w1, w2, weight: grouped_swiglu(x, w1, w2, choice, weight, implementation=which)
 
     with pltpu.force_tpu_interpret_mode():
-        assert_same(run("megablox"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
-        dx, dweight = jax.jit(jax.grad(lambda *a: run("megablox")(*a).sum(), (0, 3)))(*args)
+        assert_same(run("tpu"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
+        dx, dweight = jax.jit(jax.grad(lambda *a: run("tpu")(*a).sum(), (0, 3)))(*args)
     assert not dx[nowhere_T].any()
     assert not dweight[nowhere_T].any()
 
@@ -92,12 +92,12 @@ def test_grouped_swiglu_with_blocks_of_all_sizes(T, E, K, skew):
     def run(which):
         return lambda x, w1, w2, weight: grouped_swiglu(x, w1, w2, choice, weight, implementation=which)
 
-    assert_same(run("blocked"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
+    assert_same(run("xla"), run("reference"), args, (0, 1, 2, 3), {"rtol": 1e-4, "atol": 1e-4})
 
 
 def test_grouped_swiglu_in_bfloat16():
     choice, args = experts_case(256, 16, 16, 4, 2, 0.0, seed=5, dtype=jnp.bfloat16)
-    ours = grouped_swiglu(*args[:3], choice, args[3], implementation="blocked")
+    ours = grouped_swiglu(*args[:3], choice, args[3], implementation="xla")
     wide = grouped_swiglu(*(a.astype(jnp.float32) for a in args[:3]), choice, args[3], implementation="reference")
     assert ours.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(ours, np.float32) - wide) / np.linalg.norm(wide)
@@ -132,7 +132,7 @@ def test_blockwise_attention_equals_its_reference(L, H, X, U, segments):
     def run(which):
         return lambda q, k, v: causal_attention(q, k, v, segment_BL, 0.2, implementation=which)
 
-    assert_same(run("blockwise"), run("reference"), (q, k, v), (0, 1, 2))
+    assert_same(run("xla"), run("reference"), (q, k, v), (0, 1, 2))
 
 
 def test_attention_never_holds_the_square_of_scores():
@@ -145,7 +145,7 @@ def test_attention_never_holds_the_square_of_scores():
             lambda q, k, v, s: causal_attention(q, k, v, s, 1.0, implementation=implementation).sum(), argnums=(0, 1, 2)
         )
 
-    text = jax.jit(loss("blockwise")).lower(shape, shape, shape, segment).compile().as_text()
+    text = jax.jit(loss("xla")).lower(shape, shape, shape, segment).compile().as_text()
     assert f"{L},{L}" not in text
     assert f"{L},{L}" in jax.jit(loss("reference")).lower(shape, shape, shape, segment).compile().as_text()
 

@@ -38,7 +38,7 @@ def test_attention_by_blocks(backward):
     batch, length, heads, key, value = 2, 640, 3, 48, 32
 
     def attend(q, k, v, segments, _dout):
-        return causal_attention(q, k, v, segments, scale=1.0, implementation="auto")
+        return causal_attention(q, k, v, segments, scale=1.0, implementation="xla")
 
     def gradients(q, k, v, segments, dout):
         return jax.vjp(lambda q, k, v: attend(q, k, v, segments, dout), q, k, v)[1](dout)
@@ -59,7 +59,7 @@ def test_experts_by_blocks(tokens, experts):
     which = array(tokens, choices, dtype=jnp.int32), array(tokens, choices)
 
     def f(x, w_gate_up, w_down, expert, weight):
-        return grouped_swiglu(x, w_gate_up, w_down, expert, weight, implementation="blocked")
+        return grouped_swiglu(x, w_gate_up, w_down, expert, weight, implementation="xla")
 
     line = played(f, array(tokens, width), *weights, *which, rows=tokens * choices)
     assert not line.refused

@@ -60,9 +60,9 @@ def test_every_device_finds_its_platform_and_recipe(pjrt, kind, name, recipe):
     assert config.precision.recipe == recipe
     # what has kernels of this package's own runs them; all else runs as plain JAX rather than fail when it is compiled
     assert (found.implementation == "auto") == (name in ("cpu", "v5e", "v5p", "v6e", "tpu7x", "h100"))
-    assert found.core == ("tpu" if pjrt == "tpu" else "hopper" if name == "h100" else "auto")
+    assert found.core == ("tpu" if pjrt == "tpu" else "hopper" if name == "h100" else "xla")
     assert run_by(RECIPES["bf16"], "auto", found.core).core == found.core
-    assert run_by(RECIPES["float32"], "auto", found.core).core == "auto"  # tensor cores take 16 bits
+    assert run_by(RECIPES["float32"], "auto", found.core).core == "xla"  # tensor cores take 16 bits
 
 
 def test_rates_are_those_of_jax_own_table():
