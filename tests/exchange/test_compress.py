@@ -193,6 +193,13 @@ def test_small_numbers_keep_their_size_in_units_of_their_second_moment():
     assert error[True] > 3
 
 
+def test_units_by_hand():
+    """The root of v, and a hundredth of the array's root mean square gradient: a number that saw none is rounded in that."""
+    np.testing.assert_allclose(
+        second_moment_units(jnp.asarray([0.0, 2.0, 4.0, 2.0])), [0.0141421, 1.4283557, 2.0141421, 1.4283557], rtol=1e-5
+    )
+
+
 def test_what_is_masked_crosses_in_full_precision():
     """Norms, here; by a tree and by a function of the parameters; errors in bfloat16 where asked for."""
     gradients = {"norm": trees(0, 2, [(34,)], 1.0, False)["w0"], "w": trees(1, 2, [(34,)], 1.0, False)["w0"]}

@@ -11,7 +11,7 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.model.moe import Router, sequence_balance_loss
+from dsv3_jax.model.moe import MoE, Router, sequence_balance_loss
 from dsv3_jax.model.transformer import Transformer, positions
 from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
@@ -84,6 +84,20 @@ def test_balance_loss_by_hand():
     assert float(sequence_balance_loss(even, jax.lax.top_k(even, K)[1])) == pytest.approx(1.0)
     hot = jnp.tile(jnp.asarray([[1.0, 1.0, 0.0, 0.0]]), (6, 1))[None]
     assert float(sequence_balance_loss(hot, jax.lax.top_k(hot, K)[1])) == pytest.approx(E / K)
+
+
+def test_the_balance_loss_is_over_choices_without_the_bias():
+    """One expert a token, of scores sigmoid(2, 1, 0, -1). The bias sends all to the last; the loss stays the first one's."""
+    config = dataclasses.replace(
+        MICRO, hidden_size=2, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=1, moe_intermediate_size=2
+    )
+    moe = MoE(config, Layout(), RECIPES["float32"], nnx.Rngs(0))
+    moe.router.w_DE[...] = jnp.asarray([[2.0, 1.0, 0.0, -1.0], [0.0] * 4])
+    moe.router.bias_E[...] = jnp.asarray([0.0, 0.0, 0.0, 10.0])
+    _, stats = moe(jnp.tile(jnp.asarray([1.0, 0.0]), (1, 3, 1)))
+    np.testing.assert_array_equal(stats.load_E, [0, 0, 0, 3])
+    score = [0.880797, 0.731059, 0.5, 0.268941]
+    assert float(stats.balance_loss) == pytest.approx(4 * score[0] / sum(score), rel=1e-5)
 
 
 def test_router_bias_gets_no_gradient_and_changes_no_weight():

@@ -29,6 +29,11 @@ def test_schedule():
     np.testing.assert_allclose(values[20:], 0.1, rtol=1e-6)
 
 
+def test_the_decay_is_a_cosine():
+    schedule = learning_rate(OptimConfig(lr=1.0, lr_final=0.0, warmup_steps=4, decay_start=10, decay_steps=12))
+    np.testing.assert_allclose([schedule(s) for s in (12, 14, 16, 18)], [0.9330127, 0.75, 0.5, 0.25], atol=1e-6)
+
+
 def test_only_matrices_decay():
     assert [bool(leaf) for leaf in jax.tree.leaves(is_matrix(params()))] == [False, True]
 

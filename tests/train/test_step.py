@@ -6,11 +6,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from dsv3_jax.config import load_config
-from dsv3_jax.state.train_state import init_state
-from dsv3_jax.train.step import make_train_step, update_router_bias
+from dsv3_jax.model.layout import Traffic
+from dsv3_jax.precision.recipes import recipe_of
+from dsv3_jax.state.train_state import TrainState, init_state, optimizer_of
+from dsv3_jax.train.objective import Metrics
+from dsv3_jax.train.step import apply_gradients, make_train_step, update_router_bias
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -65,6 +70,20 @@ def test_mtp_weight_switches_without_recompilation(micro_overrides):
 def test_options_learn_as_well(micro_overrides, extra):
     _, rows = run([*micro_overrides, "optim.lr=1e-2", extra], 40)
     assert float(rows[-1].objective.cross_entropy) < 3.5
+
+
+@pytest.mark.parametrize(("clip_norm", "clipped"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
+def test_gradients_are_clipped_to_the_norm(clip_norm, clipped):
+    """(3, 4) has norm 5; Adam's first moment is a tenth of what it is given."""
+    config = load_config(TINY, [f"optim.clip_norm={clip_norm}"])
+    params, grads = (nnx.State({"w": nnx.Param(jnp.asarray([a]), logical_axes=("a", "b"))}) for a in ([1.0, 1.0], [3.0, 4.0]))
+    state = TrainState(jnp.int32(0), params, nnx.State({}), optimizer_of(config).init(params), None, {})
+    zero = jnp.float32(0)
+    metrics = Metrics(zero, zero, zero, zero, zero, Traffic(zero, zero), ())
+    state, found = apply_gradients(config, state, grads, metrics, recipe_of(config.precision))
+    assert float(found.grad_norm) == 5
+    (first,) = jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+    np.testing.assert_allclose(first, [[0.1 * g for g in clipped]], rtol=1e-6)
 
 
 def test_ema_is_the_moving_average(micro_overrides):

@@ -1,0 +1,54 @@
+"""Evaluation: sums over whole documents, what is made of them, and loss and accuracy by hand."""
+
+import math
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.data.store import TokenStore
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.train.evaluate import Evaluation, evaluate
+from dsv3_jax.train.objective import LossWeights, Share, head_objective, target_counts
+
+
+def test_what_is_made_of_the_sums():
+    found = Evaluation(nll=6.0, correct=3.0, tokens=4.0, load=[np.array([[2.0, 2.0], [1.0, 3.0]]), np.array([4.0, 0.0])])
+    assert found.loss == 1.5
+    assert found.perplexity == pytest.approx(4.4816891)  # e^1.5
+    assert found.accuracy == 0.75
+    assert found.max_load == 2
+    assert found.bits_per_byte(8) == pytest.approx(6 / math.log(2) / 8)
+
+
+def test_every_target_of_every_document_counts_once():
+    """Documents of 4 and 5 tokens hold 3 and 4 targets; windows of 2 make 4, in batches of 3 of which the last is filled up."""
+    store = TokenStore(np.arange(9, dtype=np.int32), np.array([0, 4, 9]), ["a", "b"], np.array([4, 5]))
+    batches = []
+
+    def eval_step(_params, _router_bias, batch):
+        batches.append(batch)
+        count = float(target_counts(batch["segments"], 0)[0])
+        return 2 * count, count / 2, count, (np.array([count, 0.0]),)
+
+    found = evaluate(eval_step, None, None, store, seq_len=2, batch_size=3)
+    assert [batch["tokens"].shape for batch in batches] == [(3, 3), (3, 3)]
+    assert (found.nll, found.correct, found.tokens) == (14, 3.5, 7)
+    assert [a.tolist() for a in found.load] == [[7, 0]]
+    assert (found.loss, found.accuracy) == (2, 0.5)
+    assert evaluate(eval_step, None, None, store, seq_len=2, batch_size=3, limit=1).tokens == 5
+
+
+def test_cross_entropy_and_accuracy_by_hand():
+    """Probabilities of 3/4 and 1/4. Of four places two have a target in their document: one likely token, one unlikely."""
+    head_DV = jnp.asarray([[math.log(3), 0.0], [0.0, 0.0]])
+    model = SimpleNamespace(layout=Layout(), head_weight=lambda: head_DV, core="auto", mtp=[])
+    hidden_BLD = jnp.tile(jnp.asarray([1.0, 0.0]), (1, 4, 1))
+    batch = {"tokens": jnp.asarray([[1, 0, 1, 1, 0]]), "segments": jnp.asarray([[0, 0, 0, 1, -1]])}
+    share = Share(LossWeights(0.0, 0.0), target_counts(batch["segments"], 0), 1)
+    assert float(share.counts[0]) == 2
+    loss, metrics = head_objective(model, hidden_BLD, [], batch, share)
+    assert float(loss) == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+    assert float(metrics.cross_entropy) == pytest.approx(float(loss))
+    assert float(metrics.accuracy) == 0.5
