@@ -50,17 +50,17 @@ class RopeConfig:
     """Rotary embedding; the fields of Hugging Face's `rope_parameters`. YaRN is arXiv 2309.00071."""
 
     __pydantic_config__ = _STRICT
-    rope_theta: float = 10000.0
-    rope_type: Literal["default", "yarn"] = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    # None: derived from factor, mscale and mscale_all_dim (see model/rope.py)
+    rope_theta: float = 10000.0  # base of the rotation frequencies
+    rope_type: Literal["default", "yarn"] = "default"  # default: RoPE; yarn: stretched to longer contexts
+    factor: float = 1.0  # YaRN: how many times the original context
+    original_max_position_embeddings: int = 4096  # YaRN: the context of pre-training, in tokens
+    beta_fast: float = 32.0  # YaRN: dimensions that rotate more often than this in it stay as they are
+    beta_slow: float = 1.0  # YaRN: those that rotate less often are stretched by all of factor
+    mscale: float = 1.0  # YaRN: scales rotated queries and keys
+    mscale_all_dim: float = 0.0  # YaRN: scales the softmax, over all dimensions
+    # null: derived from factor, mscale and mscale_all_dim (see model/rope.py)
     attention_factor: float | None = None
-    truncate: bool = True
+    truncate: bool = True  # YaRN: round the bounds of the ramp to dimensions
 
     def __post_init__(self) -> None:
         _positive("model.rope_parameters", self, "rope_theta", "original_max_position_embeddings")
@@ -75,33 +75,33 @@ class ModelConfig:
     """Architecture (arXiv 2412.19437, section 2). Names and meanings are those of `DeepseekV3Config`."""
 
     __pydantic_config__ = _STRICT
-    vocab_size: int = 4096
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    moe_intermediate_size: int = 96
-    num_hidden_layers: int = 4
-    first_k_dense_replace: int = 1
-    num_nextn_predict_layers: int = 1
-    num_attention_heads: int = 4
-    q_lora_rank: int | None = 64
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
-    n_routed_experts: int = 16
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 4
-    n_group: int = 4
-    topk_group: int = 2
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    max_position_embeddings: int = 4096
-    rope_interleave: bool = True
+    vocab_size: int = 4096  # tokens of the tokenizer
+    hidden_size: int = 128  # width of the residual stream
+    intermediate_size: int = 384  # inner width of dense layers' feed-forward
+    moe_intermediate_size: int = 96  # inner width of an expert
+    num_hidden_layers: int = 4  # dense and MoE layers together
+    first_k_dense_replace: int = 1  # how many of them, from the first, are dense
+    num_nextn_predict_layers: int = 1  # multi-token-prediction modules; 0: none
+    num_attention_heads: int = 4  # heads of MLA
+    q_lora_rank: int | None = 64  # rank of the compressed queries; null: queries are not compressed
+    kv_lora_rank: int = 64  # rank of the latent that keys and values come from, and that a cache keeps
+    qk_nope_head_dim: int = 32  # per head: dimensions of queries and keys without rotation
+    qk_rope_head_dim: int = 16  # per head: rotated dimensions; one key for all heads
+    v_head_dim: int = 32  # per head: dimensions of values
+    n_routed_experts: int = 16  # experts of an MoE layer that the router chooses from
+    n_shared_experts: int = 1  # experts that every token goes through, as one of that many times the width
+    num_experts_per_tok: int = 4  # routed experts of a token
+    n_group: int = 4  # groups of experts for group-limited routing
+    topk_group: int = 2  # groups that a token may use
+    norm_topk_prob: bool = True  # weights of a token's experts add up to 1 before scaling
+    routed_scaling_factor: float = 2.5  # times the weights of a token's experts
+    rms_norm_eps: float = 1e-6  # added to the mean square
+    initializer_range: float = 0.02  # standard deviation of initial weights
+    max_position_embeddings: int = 4096  # the longest sequence, in tokens
+    rope_interleave: bool = True  # rotated pairs are neighbours (2i, 2i + 1), not halves
     rope_parameters: RopeConfig = field(default_factory=RopeConfig)
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    tie_word_embeddings: bool = False  # the head is the transposed embedding
+    attention_bias: bool = False  # biases in the attention's down-projections and output
 
     def __post_init__(self) -> None:
         _positive(
@@ -159,7 +159,7 @@ class DataConfig:
     path: str | None = None  # a file or glob of .txt, .jsonl or .parquet; several separated by commas
     text_field: str = "text"  # the field of .jsonl and the column of .parquet
     tokenizer: str | None = None  # a tokenizer.json; None trains a byte-level BPE of model.vocab_size once
-    seq_len: int = 256
+    seq_len: int = 256  # tokens of a sequence
     batch_size: int = 16  # global, in sequences
     validation_fraction: float = 0.05  # of documents, chosen by hash
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
@@ -177,16 +177,16 @@ class OptimConfig:
     """AdamW and its schedule (report, section 4.2). The schedule is in absolute steps, so that a run can be extended."""
 
     __pydantic_config__ = _STRICT
-    lr: float = 2e-3
-    lr_final: float = 2e-4
-    warmup_steps: int = 20
+    lr: float = 2e-3  # the learning rate after warm-up
+    lr_final: float = 2e-4  # after the decay
+    warmup_steps: int = 20  # linear from 0 to lr over these
     decay_start: int = 300  # constant until here
     decay_steps: int = 300  # cosine from lr to lr_final over these
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # on matrices only
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # the largest global norm of gradients
     moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"  # recipe: what precision.recipe stores them in
     ema_decay: float = 0.0  # 0: no moving average of the parameters
 
@@ -208,20 +208,20 @@ class TrainConfig:
     """Length, cadence and the loss terms of the report (sections 2.1.2, 2.2 and 4.2)."""
 
     __pydantic_config__ = _STRICT
-    steps: int = 600
+    steps: int = 600  # length of the run
     init_from: str | None = None  # a run or checkpoint whose weights a new run begins with, such as an imported one
-    seed: int = 0
-    grad_accum_steps: int = 1
-    eval_every: int = 100
-    eval_batches: int = 8
-    mtp_loss_weight: float = 0.3
-    mtp_loss_weight_final: float = 0.1
+    seed: int = 0  # of initial weights and the order of documents
+    grad_accum_steps: int = 1  # microbatches of a step, also a pipeline's
+    eval_every: int = 100  # steps between evaluations on held-out documents; the last step is evaluated too
+    eval_batches: int = 8  # batches of an evaluation during training
+    mtp_loss_weight: float = 0.3  # lambda of the multi-token-prediction loss (equation 25), until mtp_switch_step
+    mtp_loss_weight_final: float = 0.1  # and from there on
     mtp_switch_step: int = 400  # from mtp_loss_weight to mtp_loss_weight_final
     bias_update_speed: float = 0.001  # gamma of the auxiliary-loss-free balancing
     sequence_balance_alpha: float = 1e-4  # weight of the sequence-wise balance loss
-    # a process of several ends itself if no step ends within the larger of this and 10 median steps; and, where something
-    # slower goes on (compiling, restoring, evaluating, waiting for a save), within slow_after_s (see train/watchdog.py)
+    # seconds without the end of a step (or 10 median steps, if longer) after which a process of several ends itself
     stuck_after_s: float = 300.0
+    # the same while it compiles, restores, evaluates or waits for a save (train/watchdog.py)
     slow_after_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -237,11 +237,11 @@ class ParallelConfig:
     """Sizes of the mesh axes, from slow to fast links; one of them may be -1: all devices that are left."""
 
     __pydantic_config__ = _STRICT
-    data: int = 1
-    pipe: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = 1  # replicas; only gradients cross it
+    pipe: int = 1  # pipeline stages
+    fsdp: int = 1  # shards of parameters, gradients and moments (ZeRO-3); a layer is gathered while it runs
+    expert: int = 1  # shards of the routed experts; tokens travel to them
+    tensor: int = 1  # shards of heads, feed-forward and vocabulary; the sequence between blocks
 
     pipe_schedule: Literal["gpipe", "1f1b"] = "1f1b"  # see parallel/schedule.py; microbatches: train.grad_accum_steps
     pipe_chunks: int = 1  # pieces of the model a stage holds (interleaving); more shorten the pipeline's filling
@@ -253,7 +253,9 @@ class ParallelConfig:
     # auto: 2, where that is expected to pay (cost/compression.py)
     compress: Literal[0, 1, 2, 4, 8, "auto"] = 0
     compress_after: int = 200  # steps as they are: few bits need the second moments that these leave
-    max_state_gib: float | None = None  # of state a device: a run that has lost hosts takes no mesh with more
+    max_state_gib: float | None = (
+        None  # GiB of weights and moments per device; a run that has lost hosts takes no mesh with more
+    )
 
     def __post_init__(self) -> None:
         axes = ("data", "pipe", "fsdp", "expert", "tensor")
@@ -284,11 +286,11 @@ class PrecisionConfig:
     """
 
     __pydantic_config__ = _STRICT
-    recipe: Literal[RecipeName, "auto"] = "float32"
-    first_recipe: RecipeName = "bf16"
-    first_steps: int = 0
-    controller: bool = False
-    cooldown_steps: int = 50
+    recipe: Literal[RecipeName, "auto"] = "float32"  # see above
+    first_recipe: RecipeName = "bf16"  # the recipe of the first steps
+    first_steps: int = 0  # how many steps are in first_recipe
+    controller: bool = False  # layers leave 8 bits when their numbers stop fitting
+    cooldown_steps: int = 50  # calm steps until a layer returns to 8 bits
 
     def __post_init__(self) -> None:
         _not_negative("precision", self, "first_steps")
@@ -310,7 +312,7 @@ class RematConfig:
     """
 
     __pydantic_config__ = _STRICT
-    policy: Literal["none", "selective", "offload", "full", "sqrt"] = "selective"
+    policy: Literal["none", "selective", "offload", "full", "sqrt"] = "selective"  # see above
 
 
 @dataclass(frozen=True)
@@ -324,12 +326,12 @@ class CheckpointConfig:
     """
 
     __pydantic_config__ = _STRICT
-    every_minutes: float = 10.0
-    every_steps: int | None = None
-    keep: int = 3
-    keep_every: int | None = None
-    keep_best: int = 0
-    local_dir: str | None = None
+    every_minutes: float = 10.0  # time between checkpoints
+    every_steps: int | None = None  # steps between checkpoints; null: by time only
+    keep: int = 3  # how many of the latest are kept
+    keep_every: int | None = None  # also keep those of every so many steps
+    keep_best: int = 0  # also keep so many with the lowest held-out loss
+    local_dir: str | None = None  # a directory on each host for copies; null: none
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every_minutes", "keep")
@@ -342,7 +344,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class Config:
     __pydantic_config__ = _STRICT
-    name: str = "run"
+    name: str = "run"  # the run's folder under runs/
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
