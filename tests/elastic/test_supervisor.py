@@ -1,5 +1,6 @@
 """What a supervisor does when workers end, as hosts that play their parts; and bad requests."""
 
+import ast
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from dsv3_jax.elastic.hosts import Start
 from dsv3_jax.elastic.supervisor import Supervisor
 from dsv3_jax.errors import UserError
 from tests.conftest import ROOT
+from tests.test_package import imports
 
 TINY = ROOT / "configs" / "tiny.yaml"
 OVERRIDES = ["data.batch_size=24", "parallel.fsdp=4", "parallel.expert=2"]
@@ -228,3 +230,13 @@ def test_workers_beyond_a_legal_number_leave(monkeypatch, capsys):
     assert os.environ["DSV3_PROCESSES"] == "4"
     with pytest.raises(UserError, match="no mesh over 4 or fewer workers of 7 devices"):
         leave_spares(config, 7)
+
+
+def test_a_host_imports_what_training_does():
+    """Before it forks: a worker that still has to import starts seconds later."""
+    tree = ast.parse((ROOT / "dsv3_jax/cli.py").read_text())
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    used = {node.module for node in ast.walk(train) if isinstance(node, ast.ImportFrom)}
+    used = {module for module in used if module and module.startswith("dsv3_jax.train.")}
+    assert used
+    assert used <= imports(ROOT / "dsv3_jax/elastic/host.py")
