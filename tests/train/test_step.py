@@ -1,5 +1,6 @@
 """The training step: it learns, accumulates exactly, balances, and compiles once."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -73,15 +74,21 @@ def test_options_learn_as_well(micro_overrides, extra):
 
 
 @pytest.mark.parametrize(("clip_norm", "clipped"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
-def test_gradients_are_clipped_to_the_norm(clip_norm, clipped):
+def test_what_a_step_does_with_gradients_by_hand(clip_norm, clipped):
     """(3, 4) has norm 5; Adam's first moment is a tenth of what it is given."""
-    config = load_config(TINY, [f"optim.clip_norm={clip_norm}"])
+    config = load_config(TINY, [f"optim.clip_norm={clip_norm}", "optim.ema_decay=0.9", "optim.warmup_steps=10"])
     params, grads = (nnx.State({"w": nnx.Param(jnp.asarray([a]), logical_axes=("a", "b"))}) for a in ([1.0, 1.0], [3.0, 4.0]))
-    state = TrainState(jnp.int32(0), params, nnx.State({}), optimizer_of(config).init(params), None, {})
-    zero = jnp.float32(0)
-    metrics = Metrics(zero, zero, zero, zero, zero, Traffic(zero, zero), ())
-    state, found = apply_gradients(config, state, grads, metrics, recipe_of(config.precision))
+    before = TrainState(jnp.int32(4), params, nnx.State({}), optimizer_of(config).init(params), params, {})
+    zero, load = jnp.float32(0), (jnp.asarray([[1.0, 3.0], [2.0, 2.0]]),)
+    metrics = Metrics(zero, zero, zero, zero, zero, Traffic(zero, zero), load)
+    bias = nnx.State({"bias": nnx.Param(jnp.zeros((2, 2)))})
+    state, found = apply_gradients(config, replace(before, router_bias=bias), grads, metrics, recipe_of(config.precision))
     assert float(found.grad_norm) == 5
+    assert float(found.lr) == pytest.approx(config.optim.lr * 0.5)  # the fifth of ten steps of warm-up
+    assert float(found.max_load) == 1.5
+    assert int(state.step) == 5
+    (new,), (average,) = jax.tree.leaves(state.params), jax.tree.leaves(state.ema)
+    np.testing.assert_allclose(average, 0.9 + 0.1 * new, rtol=1e-6)
     (first,) = jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
     np.testing.assert_allclose(first, [[0.1 * g for g in clipped]], rtol=1e-6)
 
