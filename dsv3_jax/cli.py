@@ -13,6 +13,7 @@ import tyro
 
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FailedElsewhere, UserError
+from dsv3_jax.progress import make_console
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 ConfigPath = Annotated[Path, tyro.conf.Positional]
@@ -211,11 +212,9 @@ def import_(
         dtype: exact keeps every number (8 bits become float32); bfloat16 rounds matrices.
     """
     if plan:
-        from rich.console import Console
-
         from dsv3_jax.interop.hf_plan import plan_import, show_plan
 
-        show_plan(plan_import(hf_dir), Console(highlight=False, width=None if sys.stdout.isatty() else 180))
+        show_plan(plan_import(hf_dir), make_console())
         return
     if ckpt_dir is None:
         raise UserError("import needs CKPT_DIR, where the checkpoint goes; or --plan")
@@ -260,12 +259,10 @@ def report(run: RunPath) -> None:
     Args:
         run: The run's directory.
     """
-    from rich.console import Console
-
     from dsv3_jax.runs.directory import RunDirectory
-    from dsv3_jax.runs.goodput import show
+    from dsv3_jax.runs.report import show
 
-    show(RunDirectory(run), Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    show(RunDirectory(run), make_console())
 
 
 def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
@@ -278,11 +275,9 @@ def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
         overrides: key=value, e.g. model.num_hidden_layers=30.
     """
     checked = load_config(config, overrides)
-    from rich.console import Console
-
     from dsv3_jax.describe import describe as show
 
-    show(checked, Console(highlight=False))
+    show(checked, make_console())
 
 
 def platforms() -> None:
@@ -291,11 +286,10 @@ def platforms() -> None:
     Example: dsv3 platforms
     """
     import jax
-    from rich.console import Console
 
     from dsv3_jax.describe import describe_platforms
 
-    describe_platforms(jax.devices()[0], Console(highlight=False))
+    describe_platforms(jax.devices()[0], make_console())
 
 
 def plan(
@@ -337,15 +331,13 @@ def plan(
         workers: MIN:MAX; only print which numbers of workers are legal for the configuration, and with which mesh.
         devices: Of a worker, for --workers.
     """
-    from rich.console import Console
-
     from dsv3_jax.elastic.command import parse_workers
     from dsv3_jax.plan.command import Request, list_topologies, list_worlds, run_plan, run_search
     from dsv3_jax.plan.compile import Limits
     from dsv3_jax.plan.figures import Assumptions
     from dsv3_jax.plan.imbalance import read_imbalance
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console = make_console()
     if list_:
         list_topologies(console)
         return
@@ -375,11 +367,9 @@ def overlap(trace: Annotated[Path, tyro.conf.Positional], plan: Path | None = No
         trace: The directory that was given to jax.profiler, or one .xplane.pb.
         plan: A plan.json, to stand beside.
     """
-    from rich.console import Console
-
     from dsv3_jax.plan.command import show_overlap
 
-    show_overlap(trace, plan, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    show_overlap(trace, plan, make_console())
 
 
 def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of work that takes time: a live bar on a terminal, plain lines in a pipe."""
+"""What a person sees: consoles for tables and text, a live bar on a terminal, plain lines in a pipe."""
 
 import sys
 import time
@@ -10,6 +10,13 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
 _LINE_EVERY_S = 5.0
+_UNWRAPPED = 10_000  # columns: more than any table or line has
+
+
+def make_console(file: IO[str] | None = None, quiet: bool = False) -> Console:
+    """A rich console on `file` (standard output if None): as wide as a terminal, and in a pipe or file never wrapped."""
+    out = sys.stdout if file is None else file
+    return Console(file=out, highlight=False, quiet=quiet, width=None if out.isatty() else _UNWRAPPED)
 
 
 def human(x: float, unit: str = "") -> str:
@@ -21,10 +28,10 @@ def human(x: float, unit: str = "") -> str:
 
 
 class _Reporter:
-    """A bar of these columns, or lines. Use as a context manager. `quiet` shows nothing."""
+    """A bar with the columns `shown` on a terminal, lines elsewhere. A context manager. `quiet` shows nothing."""
 
     def __init__(self, file: IO[str], what: str, shown: tuple[ProgressColumn, ...], total: int, done: int, quiet: bool):
-        self._console = Console(file=file, highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = make_console(file, quiet)
         self._live: Progress | None = None
         self._last_line = 0.0
         if self._console.is_terminal and not quiet:
@@ -45,10 +52,10 @@ class _Reporter:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def _is_time(self) -> bool:
-        """Whether the last line is some seconds ago."""
+        """Whether the next line of a pipe is due."""
         now = time.monotonic()
         due = now - self._last_line >= _LINE_EVERY_S
         if due:
@@ -57,7 +64,7 @@ class _Reporter:
 
 
 class ProgressReporter(_Reporter):
-    """Of training, on standard output: `update` after every step, `say` for everything else."""
+    """Progress of training, on standard output: `update` after every step, `say` for everything else."""
 
     def __init__(self, steps: int, done: int, quiet: bool = False):
         self._steps = steps
@@ -65,6 +72,7 @@ class ProgressReporter(_Reporter):
         super().__init__(sys.stdout, "train", shown, steps, done, quiet)
 
     def update(self, step: int, row: dict[str, float], flops_per_s: float) -> None:
+        """Show a step's row of metrics.jsonl."""
         status = (
             f"loss {row['loss']:.4f}  {human(row['tokens_per_s'])} tokens/s  {human(flops_per_s, 'FLOP/s')}  "
             f"expert load {row['max_load']:.2f}"
@@ -77,7 +85,7 @@ class ProgressReporter(_Reporter):
 
 
 class BytesProgress(_Reporter):
-    """Of a copy, on standard error: `advance` by bytes."""
+    """Progress of a copy of `total` bytes, on standard error."""
 
     def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False):
         self._what, self._total, self._done, self._before = what, total, done, done
@@ -88,7 +96,7 @@ class BytesProgress(_Reporter):
             self.say(f"{what}: goes on at {human(done, 'B')} of {human(total, 'B')}")
 
     def advance(self, size: int) -> None:
-        """From any thread."""
+        """`size` more bytes are done. Any thread may call this."""
         with self._counting:
             self._done += size
         if self._live:

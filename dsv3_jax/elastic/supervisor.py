@@ -18,8 +18,9 @@ from dsv3_jax.cost.feasible import largest_world, worlds
 from dsv3_jax.elastic.hosts import Engine, Host, Start
 from dsv3_jax.elastic.logs import Follower, says_stuck
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_NOT_JOINED, EXIT_STOPPED
-from dsv3_jax.runs.directory import RunDirectory, last_row
+from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.events import EventLog
+from dsv3_jax.runs.metrics import last_row
 
 _POLL_S = 0.05
 _LOOK_S = 2.0  # between looks for more hosts, and at the deadline of process 0

@@ -25,6 +25,7 @@ from dsv3_jax.plan.report import compare, show
 from dsv3_jax.plan.search import explain, search
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
+from dsv3_jax.progress import make_console
 
 _LINE_EVERY_S = 10.0
 
@@ -58,9 +59,9 @@ def list_worlds(config: Config, workers: range, devices: int, console: Console) 
 @contextmanager
 def _progress(topology: str) -> Iterator[Callable[[str, float, float], None]]:
     """What the compiler is doing: a line that moves on a terminal, one every few seconds in a pipe."""
-    console, last = Console(stderr=True, highlight=False), [time.monotonic(), ""]
-    if console.is_terminal:
-        with console.status(f"{topology}: starting") as status:
+    bar, last = make_console(sys.stderr), [time.monotonic(), ""]
+    if bar.is_terminal:
+        with bar.status(f"{topology}: starting") as status:
             yield lambda phase, s, gb: status.update(f"{topology}: {phase}, {s:.0f} s, {gb:.1f} GB")
         return
 

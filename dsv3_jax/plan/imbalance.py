@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.directory import read_rows
+from dsv3_jax.runs.metrics import read_rows
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,13 @@
-"""A run's directory, runs/NAME, its files, and who writes them: see `RunDirectory` and `MetricsWriter`."""
+"""The directory of a run, runs/NAME: its files, its lock, and what may change when the run goes on."""
 
 import contextlib
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import numpy as np
-from tensorboardX import SummaryWriter
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
@@ -25,9 +22,9 @@ _MAY_CHANGE = {
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
-_BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", "config.yaml.")  # names of what is there first begin so
+# what is written before config.yaml, by the beginnings of the names
+_BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", "config.yaml.")
 _POLL_S = 0.1
-_LAST_BYTES = 2**16  # more than a row has
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -40,6 +37,8 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 
 @dataclass(frozen=True)
 class RunDirectory:
+    """Paths of a run's files. Nothing is read or written before a method asks for it."""
+
     path: Path
 
     @property
@@ -72,12 +71,12 @@ class RunDirectory:
 
     @property
     def deadline_file(self) -> Path:
-        """By when process 0 will have ended its step, or itself."""
+        """Holds the time (seconds since 1970) at which process 0's watchdog aborts it, for a supervisor (train/watchdog.py)."""
         return self.path / "deadline"
 
     @property
     def logs(self) -> Path:
-        """What the workers of a supervised run print, a file each."""
+        """The output of a supervised run's workers, one file each."""
         return self.path / "logs"
 
     def check_belongs_to(self, config: Config) -> None:
@@ -86,7 +85,7 @@ class RunDirectory:
             return
         if not self.config_file.exists():
             if self.path.is_dir() and all(p.name.startswith(_BEFORE_CONFIG) for p in self.path.iterdir()):
-                return  # a run that came no further
+                return  # a run that stopped before it wrote its configuration
             raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
         old = _leaves(config_to_dict(load_config(self.config_file)))
         for key, value in _leaves(config_to_dict(config)).items():
@@ -99,7 +98,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def claimed(self, patience_s: float = 0.0) -> Iterator[None]:
-        """While this is so, no other process trains here. Raises `UserError` if one does, and does not end in time."""
+        """Holds the run's exclusive lock. Raises `UserError` if another process has not released it after `patience_s`."""
         deadline = time.monotonic() + patience_s
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -114,6 +113,7 @@ class RunDirectory:
             yield
 
     def create(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Write config.yaml and tokenizer.json. Raises `UserError` if the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.tokenizer_file, tokenizer.to_str())
@@ -123,7 +123,7 @@ class RunDirectory:
 
 
 def _locked(file: TextIO) -> bool:
-    """False while another process holds the lock."""
+    """Try to take the lock; False while another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -134,75 +134,5 @@ def _locked(file: TextIO) -> bool:
 
 
 def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:
+    """ROOT/NAME, where a configuration's run is."""
     return RunDirectory(root / config.name)
-
-
-def _reopen(path: Path, resumed_step: int) -> tuple[TextIO, list[dict[str, Any]]]:
-    """To append to, without the lines beyond the step from which a run goes on; and those."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= resumed_step]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return open(path, "a", buffering=1), rows[len(kept) :]
-
-
-class MetricsWriter:
-    """metrics.jsonl (one object a step), decisions.jsonl (one object a change of precision), routing.jsonl (how many tokens
-    each expert of each layer got, one object an evaluation) and TensorBoard.
-
-    A resumed run drops what lies beyond its checkpoint.
-    """
-
-    def __init__(self, run: RunDirectory, resumed_step: int):
-        self._file, again = _reopen(run.metrics_file, resumed_step)
-        # steps that are done again: how many, their seconds, when the last of them ended
-        seconds = sum(row["step_time_s"] for row in again)
-        self.dropped = {"steps": len(again), "seconds": seconds, "last": again[-1].get("time")} if again else None
-        self._decisions, _ = _reopen(run.decisions_file, resumed_step)
-        self._routing, _ = _reopen(run.routing_file, resumed_step)
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
-
-    def write(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if key != "step" and value is not None:
-                self._board.add_scalar(key, value, int(row["step"]))
-
-    def write_decisions(self, lines: list[dict[str, Any]]) -> None:
-        """Of the precision controller; see `precision.controller.log_lines`."""
-        self._decisions.writelines(json.dumps(line) + "\n" for line in lines)
-
-    def write_routing(self, step: int, load: tuple[np.ndarray, ...]) -> None:
-        """`load`: f32[layers, E] or f32[E], of a step's tokens."""
-        layers = [row.astype(int).tolist() for a in load for row in a.reshape(-1, a.shape[-1])]
-        self._routing.write(json.dumps({"step": step, "load": layers}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-        self._decisions.close()
-        self._routing.close()
-        self._board.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl and its like, without lines that a crash has cut off."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
-
-
-def last_row(path: Path) -> dict[str, Any]:
-    """The last whole one of metrics.jsonl, found without reading all of it; {} if there is none."""
-    if not path.exists():
-        return {}
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _LAST_BYTES))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off, at its end or by where reading began
-    return {}

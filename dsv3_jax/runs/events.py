@@ -1,4 +1,4 @@
-"""events.jsonl of a run: what happened when, for `dsv3 report`. Every process of the run and its supervisor may append."""
+"""A run's events.jsonl, from which `dsv3 report` is made. Process 0 and the supervisor append to it."""
 
 import json
 import time
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class EventLog:
-    """Appends one object a line: `time` (seconds since 1970), `event` (below), and what belongs to it.
+    """Appends one JSON object per line: `time` (seconds since 1970), `event`, and that event's fields.
 
-    Of a supervisor: `rehearsed` (workers, seconds, well), `launch` (attempt, workers, hosts), `failure` (cause, host), `done`
-    (code). Of process 0: `started` (processes, devices, mesh), `restored` (step; dropped: steps beyond it that are done again,
-    their seconds, when the last of them ended; local: the share of its state that came from `checkpoint.local_dir`), `compiled`
-    (step: the first one, which now begins), `saved` (step, stall_s), `ended` (step).
+    A supervisor writes `rehearsed` (workers, seconds, well), `launch` (attempt, workers, hosts), `failure` (cause, host) and
+    `done` (code). Process 0 writes `started` (processes, devices, mesh), `restored` (step; dropped, see `MetricsWriter`; local:
+    the share of the state that was read from `checkpoint.local_dir`), `compiled` (step: the first one, which now begins),
+    `saved` (step, stall_s: how long training waited) and `ended` (step).
     """
 
     def __init__(self, file: Path, enabled: bool = True):

@@ -1,18 +1,18 @@
-"""Where a run's time went: steps that count, and what checkpoints and failures cost, from events.jsonl and metrics.jsonl."""
+"""Goodput: the time a run spent on steps that count, and what checkpoints and failures cost.
 
-import statistics
+All of it is computed from events.jsonl and metrics.jsonl.
+"""
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.directory import RunDirectory, read_rows
+from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.metrics import read_rows
 
-# What an interval between two events is, by the event that ends it; training ends with a failure or well.
+# The class of an interval between two events, by the event that ends it. Training ends by "failure", "ended" or "done".
 _PHASES = {"launch": "restart", "started": "restart", "restored": "restore", "compiled": "compile"}
 _UNFINISHED = ("started", "restored", "compiled")
 CLASSES = ("steps", "saving", "detection", "restart", "restore", "compile", "recompute", "rest")
@@ -20,34 +20,37 @@ CLASSES = ("steps", "saving", "detection", "restart", "restore", "compile", "rec
 
 @dataclass
 class Failure:
-    """One, and the seconds until the run computed again. `again`: steps that were lost, whose time is `recompute`."""
+    """A failure, and what the time until the run computed again was spent on."""
 
-    time: float
+    time: float  # seconds since 1970
     cause: str
-    again: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # detection, restart, restore, compile, recompute
+    again: int = 0  # steps that were lost and done again; they took seconds["recompute"]
+    seconds: dict[str, float] = field(default_factory=dict)  # by detection, restart, restore, compile, recompute
 
     @property
     def gap(self) -> float:
-        """From the end of the last step before it to the begin of the first one after it."""
+        """Seconds from the end of the last step before the failure to the beginning of the first step after it."""
         return sum(s for phase, s in self.seconds.items() if phase != "recompute")
 
 
 @dataclass(frozen=True)
 class Account:
+    """A run's time, by what it was spent on."""
+
     wall: float  # seconds, without those between a stop and the next start
     seconds: dict[str, float]  # by CLASSES; they add up to `wall`
     failures: list[Failure]
-    began: float
-    ended: float  # when it last came to a good end; 0 if it never did
+    began: float  # seconds since 1970
+    ended: float  # when it last ended without a failure; 0 if it never did
 
     @property
     def goodput(self) -> float:
+        """The share of `wall` that was spent on steps that count."""
         return self.seconds["steps"] / self.wall if self.wall else 0.0
 
 
 class RunningAccount:
-    """That of a run that goes on, for its metrics: what came before is read once, when its first step is about to begin."""
+    """Goodput of a run that is training, for its metrics. Reads the past once: create it just before the first step."""
 
     def __init__(self, run: RunDirectory):
         past = account(run)
@@ -57,7 +60,7 @@ class RunningAccount:
             self.costs = past.failures[-1].seconds
 
     def row(self, step_s: float) -> dict[str, float]:
-        """What the row of a step that has just ended says of it."""
+        """The columns `goodput` and `lost_*_s` for the step that has just ended and took `step_s` seconds."""
         self._steps += step_s
         lost = {f"lost_{phase}_s": round(seconds, 4) for phase, seconds in self.costs.items()}
         self.costs = {}
@@ -65,7 +68,7 @@ class RunningAccount:
 
 
 def read_events(run: RunDirectory) -> list[dict[str, Any]]:
-    """All whole lines, by time. Raises `UserError` if there are none."""
+    """A run's events, by time. Raises `UserError` if it has none."""
     events = read_rows(run.events_file)
     if not events:
         raise UserError(f"{run.path} has no events.jsonl: it is no run, or one of an earlier version")
@@ -73,7 +76,7 @@ def read_events(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def account(run: RunDirectory) -> Account:
-    """Raises `UserError` for a directory without events."""
+    """Where the time of a run went. Raises `UserError` for a directory without events."""
     events, rows = read_events(run), read_rows(run.metrics_file)
     ended = sorted([r["time"] for r in rows if "time" in r] + [e["dropped"]["last"] for e in events if e.get("dropped")])
     seconds: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
@@ -81,7 +84,7 @@ def account(run: RunDirectory) -> Account:
     wall = 0.0
     for begin, event in _marks(events, ended):
         spent = event["time"] - begin["time"]
-        if begin["event"] == "done" or (begin["event"], event["event"]) == ("ended", "started"):  # nobody wanted it to run
+        if begin["event"] == "done" or (begin["event"], event["event"]) == ("ended", "started"):  # a pause: stopped on purpose
             continue
         wall += spent
         phase = _PHASES.get(event["event"])
@@ -107,7 +110,7 @@ def account(run: RunDirectory) -> Account:
 
 
 def _marks(events: list[dict[str, Any]], ended: list[float]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Neighbours among events that end a phase. Where a run went on with no word of its failure, that is put in."""
+    """Pairs of consecutive events that bound an interval. A failure that nobody recorded is inserted before the next start."""
     last = None
     for event in events:
         if event["event"] not in (*_PHASES, "failure", "ended", "done"):
@@ -122,25 +125,3 @@ def _marks(events: list[dict[str, Any]], ended: list[float]) -> Iterator[tuple[d
         last = event
     if last is not None and ended and ended[-1] > last["time"]:  # still running, or ended without a word
         yield last, {"time": ended[-1], "event": "ended"}
-
-
-def show(run: RunDirectory, console: Console) -> None:
-    """Print a table of where the time went, and one of failures."""
-    total = account(run)
-    table = Table("", "s", "of all", title=f"{run.path}: {total.wall:.0f} s, goodput {total.goodput:.1%}")
-    for name in CLASSES:
-        table.add_row(name, f"{total.seconds[name]:.1f}", f"{total.seconds[name] / max(total.wall, 1e-9):.1%}")
-    console.print(table)
-    phases = ("detection", "restart", "restore", "compile", "recompute")
-    if not total.failures:
-        console.print("no failures")
-        return
-    table = Table("after, s", "failure", *(f"{p} s" for p in phases), "steps again", "gap s", title="failures")
-    for f in total.failures:
-        split = (f"{f.seconds.get(p, 0.0):.1f}" for p in phases)
-        table.add_row(f"{f.time - total.began:.0f}", f.cause, *split, str(f.again), f"{f.gap:.1f}")
-    console.print(table)
-    console.print(
-        f"{len(total.failures)} failures; median gap {statistics.median(f.gap for f in total.failures):.1f} s "
-        f"(from the last step before to the first one after)"
-    )

@@ -15,7 +15,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import documents, is_validation
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.data.tokenizer import special_ids
-from dsv3_jax.runs.directory import read_rows
+from dsv3_jax.runs.metrics import read_rows
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
 from dsv3_jax.train.evaluate import evaluate

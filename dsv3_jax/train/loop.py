@@ -29,9 +29,10 @@ from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.progress import ProgressReporter
-from dsv3_jax.runs.directory import MetricsWriter, RunDirectory, run_directory
+from dsv3_jax.runs.directory import RunDirectory, run_directory
 from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.goodput import RunningAccount
+from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs, ProgramStore, compiled_dir, compiled_now
 from dsv3_jax.state.train_state import TrainState, abstract_model, abstract_state, init_program, new_state
 from dsv3_jax.train.evaluate import evaluate

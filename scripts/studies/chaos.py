@@ -43,8 +43,10 @@ from dsv3_jax.elastic.command import job_for
 from dsv3_jax.elastic.hosts import Engine, Host, HostProcess, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.directory import RunDirectory, last_row, read_rows
-from dsv3_jax.runs.goodput import account, read_events, show
+from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.goodput import account, read_events
+from dsv3_jax.runs.metrics import last_row, read_rows
+from dsv3_jax.runs.report import show
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 KINDS, AS_ROOT = ("kill", "stop", "spin", "lost", "flip"), ("cut", "full")

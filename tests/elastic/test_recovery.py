@@ -13,7 +13,8 @@ import pytest
 from dsv3_jax.config import load_config
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
-from dsv3_jax.runs.directory import RunDirectory, last_row, read_rows
+from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.metrics import last_row, read_rows
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.precision import platforms
 from dsv3_jax.precision.platforms import Platform, platform_of, resolve
 from dsv3_jax.precision.recipes import RECIPES, recipe_of, run_by
-from dsv3_jax.runs.directory import read_rows
+from dsv3_jax.runs.metrics import read_rows
 from dsv3_jax.state.train_state import new_state
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.step import make_train_step

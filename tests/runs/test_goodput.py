@@ -7,7 +7,8 @@ from rich.console import Console
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import RunDirectory
-from dsv3_jax.runs.goodput import RunningAccount, account, show
+from dsv3_jax.runs.goodput import RunningAccount, account
+from dsv3_jax.runs.report import show
 
 
 def run_of(path, events, rows) -> RunDirectory:

@@ -17,7 +17,8 @@ import dsv3_jax as dsv3
 from dsv3_jax.checkpoint import manager
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.directory import MetricsWriter, RunDirectory, read_rows
+from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.metrics import MetricsWriter, read_rows
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.loop import train
 

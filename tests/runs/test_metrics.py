@@ -1,6 +1,7 @@
-"""The files of a run: what a resumed run keeps of them."""
+"""A run's records: which rows a resumed run keeps."""
 
-from dsv3_jax.runs.directory import MetricsWriter, RunDirectory, read_rows
+from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.metrics import MetricsWriter, read_rows
 
 
 def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
