@@ -12,8 +12,8 @@ from typing import Any, Literal
 from dsv3_jax.config import Config
 from dsv3_jax.cost.efficiency import ASSUMED, Efficiency
 from dsv3_jax.cost.estimate import GRADIENTS, Estimator, few_bits_share
-from dsv3_jax.cost.topologies import EXAMPLES, Topology
-from dsv3_jax.precision.platforms import platform_of
+from dsv3_jax.cost.topologies import Topology
+from dsv3_jax.precision.platforms import HARDWARE, platform_of
 
 _THRESHOLD = 0.05  # of a step
 _BITS = 2
@@ -22,7 +22,7 @@ _BITS = 2
 def topology_of(devices: Sequence[Any]) -> Topology | None:
     """Of the devices that a run has; None where nothing is known of their links, or they are no whole torus or hosts."""
     kind = platform_of(devices[0]).name
-    if kind not in EXAMPLES:
+    if kind not in HARDWARE:
         return None
     slices = {getattr(d, "slice_index", None) or 0 for d in devices}
     if devices[0].platform == "tpu":

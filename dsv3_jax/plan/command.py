@@ -16,7 +16,7 @@ from rich.table import Table
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.cost.estimate import Candidate
 from dsv3_jax.cost.feasible import state_bytes, worlds
-from dsv3_jax.cost.topologies import EXAMPLES, GIB, mesh_label, name_of_platform, parse_topology
+from dsv3_jax.cost.topologies import GIB, mesh_label, parse_topology
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.compile import Limits
 from dsv3_jax.plan.figures import Assumptions, Plan, plan_step
@@ -32,10 +32,9 @@ _LINE_EVERY_S = 10.0
 
 def list_topologies(console: Console) -> None:
     table = Table("kind", "examples", "bf16, 10^12/s", "GiB", "links, GB/s one way", title="topologies; facts are of a device")
-    for kind, examples in EXAMPLES.items():
-        facts = HARDWARE[kind]
+    for kind, facts in HARDWARE.items():
         links = ", ".join(f"{name} {link['gb_s']:g}" for name, link in facts["links"].items())
-        table.add_row(kind, " ".join(examples), f"{facts['tera_ops']['bf16']:g}", f"{facts['memory_gib']:g}", links)
+        table.add_row(kind, " ".join(facts["topologies"]), f"{facts['tera_ops']['bf16']:g}", f"{facts['memory_gib']:g}", links)
     console.print(table)
     console.print(
         "TPU names give the torus of a slice, GPU names HOSTSxGPUS; N*v5p:8x8x8 are N slices. Any shape will do that the "
@@ -124,7 +123,7 @@ def run_search(request: Request, compiled: int, console: Console) -> None:
     config = load_config(request.config, request.overrides)
     for name in request.topologies:
         topology = parse_topology(name)
-        auto = next(p for p in platforms() if p.name == name_of_platform(topology)).auto[0]
+        auto = next(p for p in platforms() if p.name == topology.platform).auto[0]
         ranked = search(config, topology, request.assume.efficiency, tuple(dict.fromkeys(("bf16", auto))))
         table = Table("mesh", "GiB", "work s", "communication s", "occupancy", "step s", title=f"{name}: by arithmetic")
         for c in ranked[:10]:

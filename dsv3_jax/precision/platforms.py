@@ -10,6 +10,7 @@ whose object is called without arguments before the first look-up:
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -65,42 +66,27 @@ class Platform:
         return f"native at {self.gain(format):.1f} times bf16's peak" if support == "native" else support
 
 
-def _formats(native: str, emulated: str = "", refused: str = "") -> dict[str, Support]:
-    found: dict[str, Support] = {}
-    for names, support in ((native, "native"), (emulated, "emulated"), (refused, "refused")):
-        found |= dict.fromkeys(names.split(), support)  # type: ignore[arg-type]
-    return {format: found.get(format, "refused") for format in FORMATS}
-
-
-_TPU, _CUDA = ("tpu",), ("gpu", "cuda")
 HARDWARE: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "hardware.yaml").read_text())
 
 
-def _built_in(name: str, pjrt: tuple[str, ...], kind: str, formats: dict[str, Support], **others) -> Platform:
-    facts = {key: HARDWARE[name][key] for key in ("tera_ops", "memory_gib", "memory_tb_s")}
-    return Platform(name, pjrt, kind, formats, **facts, **others)
+def _formats(native: Iterable[str]) -> dict[str, Support]:
+    """The others are emulated: values are rounded to the format and multiplied in a wider one."""
+    return {format: "native" if format in native else "emulated" for format in FORMATS}
 
 
-# "emulated": values are rounded to the format and multiplied in a wider one.
-_BUILT_IN = (
-    Platform("cpu", ("cpu",), "", _formats("float32", "bf16 e4m3 e5m2 int8"), {}, note="numerics only, never a speed claim"),
-    _built_in("v5e", _TPU, r"v5 lite|v5e", _formats("bf16 int8", "float32 e4m3 e5m2"), core="tpu"),
-    _built_in("v5p", _TPU, r"v5$|v5p", _formats("bf16 int8", "float32 e4m3 e5m2"), core="tpu"),
-    _built_in("v6e", _TPU, r"v6 lite|v6e", _formats("bf16 int8 e4m3 e5m2", "float32"), core="tpu"),
-    _built_in("tpu7x", _TPU, r"TPU7x|7x", _formats("bf16 e4m3 e5m2", "float32 int8"), core="tpu"),
-    _built_in(
-        "a100", _CUDA, "A100", _formats("float32 bf16 int8", "e4m3 e5m2"),
-        implementation="xla", note="no kernel of this package is for Ampere: 8 bits run as plain JAX",
-    ),
-    _built_in(
-        "h100", _CUDA, "H100|H200|H800|GH200", _formats("float32 bf16 e4m3 e5m2", "int8"),
-        core="hopper", note="int8 has no kernel: Mosaic GPU's wgmma takes none, so it runs as plain JAX",
-    ),
-    _built_in(
-        "b200", _CUDA, "B200|B100|GB200", _formats("float32 bf16 e4m3 e5m2 int8"),
-        implementation="xla", note="the Hopper kernel's wgmma is not on Blackwell: 8 bits run as plain JAX",
-    ),
-)  # fmt: skip
+_CPU = Platform("cpu", ("cpu",), "", _formats(["float32"]), {}, note="numerics only, never a speed claim")
+
+
+def _from_hardware(name: str) -> Platform:
+    facts = HARDWARE[name]
+    pjrt = ("tpu",) if "ici" in facts["links"] else ("gpu", "cuda")
+    optional = {key: facts[key] for key in ("implementation", "core", "note") if key in facts}
+    return Platform(
+        name, pjrt, facts["device_kind"], _formats(facts["tera_ops"]), facts["tera_ops"], facts["memory_gib"],
+        facts["memory_tb_s"], **optional,
+    )  # fmt: skip
+
+
 _registered: list[Platform] = []
 _looked_for_plug_ins = False
 
@@ -144,18 +130,18 @@ def platforms() -> list[Platform]:
         _looked_for_plug_ins = True
         for plug_in in entry_points(group="dsv3_jax.platforms"):
             plug_in.load()()
+    built_in = [_CPU, *(_from_hardware(name) for name, facts in HARDWARE.items() if "device_kind" in facts)]
     names = {p.name for p in _registered}
-    return [*_registered, *(p for p in _BUILT_IN if p.name not in names)]
+    return [*_registered, *(p for p in built_in if p.name not in names)]
 
 
 def platform_of(device: Any) -> Platform:
-    """Of a JAX device. One that nobody knows gets plain JAX in every format, and bf16."""
+    """The platform of a JAX device. An unknown one gets plain JAX for every format, and bf16."""
     for platform in platforms():
         if device.platform in platform.pjrt and re.search(platform.kind, device.device_kind):
             return platform
-    everything = _formats("bf16", "float32 e4m3 e5m2 int8")
     note = "unknown: 8 bits run as plain JAX; see dsv3_jax/precision/platforms.py to register it"
-    return Platform(device.device_kind, (device.platform,), "", everything, {}, implementation="xla", note=note)
+    return Platform(device.device_kind, (device.platform,), "", _formats(["bf16"]), {}, implementation="xla", note=note)
 
 
 def resolve(config: Config, device: Any) -> Config:
