@@ -132,8 +132,12 @@ def test_a_plug_in_brings_its_formats_and_operations(registry):
 def test_a_plug_in_that_is_installed_is_found(tmp_path):
     """By its packaging entry point, in a process that was told nothing else."""
     (tmp_path / "fakechip.py").write_text(
+        "import pallas_kernels\n"
         "from dsv3_jax.precision.platforms import Platform, register\n"
+        "from pallas_kernels.registry import EIGHT_BIT\n"
         "def bring():\n"
+        "    for operation in EIGHT_BIT:\n"
+        "        pallas_kernels.register(operation, 'fakechip', print)\n"
         "    formats = {'bf16': 'native', 'int8': 'native', 'e4m3': 'refused'}\n"
         "    rates = {'bf16': 100, 'int8': 400}\n"
         "    register(Platform('fakechip', ('cpu',), '', formats, rates, implementation='fakechip'))\n"
