@@ -3,13 +3,14 @@
 `mutations.yaml` beside this file lists the changes: a file, a text that stands in it exactly once, what replaces it, and the
 tests that should fail then. Each is made in a copy of the checkout, never in the checkout itself. Exit code 1 if any survives.
 
-    python scripts/tools/mutate.py                       # all of them: about ten seconds each
+    python scripts/tools/mutate.py                       # all of them: seconds each
     python scripts/tools/mutate.py --only schedule clip  # those whose name contains one of these
     python scripts/tools/mutate.py --list
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -19,12 +20,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# What tests import and mutations do not change: imported here once, and forked for each.
+import flax.nnx  # noqa: F401
+import hypothesis  # noqa: F401
+import jax  # noqa: F401
+import optax  # noqa: F401
+import orbax.checkpoint.experimental.v1  # noqa: F401
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutations.yaml")
 _PASSED, _FAILED = 0, 1  # pytest's exit codes; others say that it could not run the tests
-_ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1"}  # a change of the same size within a second would be read from the old bytecode
+sys.dont_write_bytecode = True  # a change of the same size within a second would be read from the old bytecode
 
 
 @dataclass(frozen=True)
@@ -66,19 +74,29 @@ def copy_checkout(target: Path) -> None:
     (target / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")
 
 
+def _tests(copy: Path, tests: list[str], output: Path) -> None:
+    """In a process of its own: pytest in the copy."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(copy)
+    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+
+
 def run_tests(copy: Path, tests: list[str], timeout_s: float) -> int | None:
     """pytest's exit code, or None beyond the time."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": str(copy)}
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
+    output = copy / "output.txt"
+    child = multiprocessing.get_context("fork").Process(target=_tests, args=(copy, tests, output))
+    child.start()
+    child.join(timeout_s)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
         return None
-    if done.returncode not in (_PASSED, _FAILED):
-        print((done.stdout + done.stderr)[-2000:], file=sys.stderr)
-    return done.returncode
+    if child.exitcode not in (_PASSED, _FAILED):
+        print(output.read_text()[-2000:], file=sys.stderr)
+    return child.exitcode
 
 
 def try_one(mutation: Mutation, copy: Path, timeout_s: float) -> str:
