@@ -8,8 +8,9 @@ import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
-from dsv3_jax.checkpoint.manager import load_weights, read_metadata, resolve
 from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.checkpoint.retention import complete_steps
+from dsv3_jax.checkpoint.storage import load_weights, read_metadata
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.tokenizer import load_tokenizer
@@ -23,18 +24,18 @@ from dsv3_jax.state.train_state import abstract_state, serving_graph
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole, undamaged checkpoint's place and config."""
+    """The directory and the configuration of a complete, undamaged checkpoint."""
 
     path: Path
     config: Config
 
     def tokenizer_file(self) -> Path | None:
-        """tokenizer.json: the run's, two levels above a checkpoint, or in an imported checkpoint itself."""
+        """The path of tokenizer.json: an imported checkpoint's own, or that of the run, two levels above its checkpoint."""
         found = (parent / "tokenizer.json" for parent in (self.path, *self.path.parents[:2]))
         return next((file for file in found if file.is_file()), None)
 
     def tokenizer(self) -> Tokenizer:
-        """Raises `UserError` if there is none."""
+        """The tokenizer. Raises `UserError` if there is none."""
         file = self.tokenizer_file()
         if file is None:
             raise UserError(f"no tokenizer.json in {self.path} or above it; a checkpoint needs its run's one")
@@ -42,7 +43,9 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Loaded(Checkpoint):
+class LoadedModel(Checkpoint):
+    """A checkpoint with its model."""
+
     model: Transformer
 
 
@@ -55,18 +58,39 @@ class LoadedWeights(Checkpoint):
     router_bias: nnx.State
 
 
+def resolve(run_or_checkpoint: str | Path) -> Path:
+    """The checkpoint's directory that a run (its latest), a directory `checkpoints` or a checkpoint names.
+
+    Raises `UserError` if there is none.
+    """
+    path = Path(run_or_checkpoint).absolute()  # Orbax takes no other
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run (runs/NAME) or a checkpoint (runs/NAME/checkpoints/STEP)")
+    for directory in (path / "checkpoints", path):
+        steps = complete_steps(directory)
+        if steps:
+            return directory / str(steps[-1])
+    if (path / "checkpoints").is_dir() or path.name == "checkpoints":
+        raise UserError(f"{path} holds no complete checkpoint yet")
+    verify(path)
+    return path
+
+
 def open_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
-    """Raises `UserError` if there is no whole, undamaged checkpoint of this project at the path."""
+    """A run's latest checkpoint, or the one at the path, verified.
+
+    Raises `UserError` if there is none that is complete and undamaged.
+    """
     path = resolve(run_or_checkpoint)
     on_first(lambda: verify(path))
     config = config_from_dict(read_metadata(path)["config"], str(path))
-    if (path / "tokenizer.json").is_file():  # imported: text is read by what came with it
+    if (path / "tokenizer.json").is_file():  # imported: text is read with the tokenizer that came with it
         config = replace(config, data=replace(config.data, tokenizer=str(path / "tokenizer.json")))
     return Checkpoint(path, config)
 
 
 def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
-    """The weights on the run's mesh, or on one device where there are too few for it. Raises as `open_checkpoint`."""
+    """The weights on the run's mesh, or on one device where there are too few for that mesh. Raises as `open_checkpoint`."""
     found = open_checkpoint(run_or_checkpoint)
     config = found.config
     needed = math.prod(abs(getattr(config.parallel, axis)) for axis in AXES)
@@ -77,13 +101,16 @@ def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
     return LoadedWeights(found.path, config, layout, *load_weights(found.path, state.params, state.router_bias))
 
 
-def load_with_config(run_or_checkpoint: str | Path) -> Loaded:
-    """The model where `load_for_evaluation` puts its weights. Raises as `open_checkpoint`."""
+def load_with_config(run_or_checkpoint: str | Path) -> LoadedModel:
+    """The model with its configuration, on the devices that `load_for_evaluation` chooses. Raises as `open_checkpoint`."""
     loaded = load_for_evaluation(run_or_checkpoint)
     model = nnx.merge(serving_graph(loaded.config, loaded.layout), loaded.params, loaded.router_bias)
-    return Loaded(loaded.path, loaded.config, model)
+    return LoadedModel(loaded.path, loaded.config, model)
 
 
 def load(run_or_checkpoint: str | Path) -> Transformer:
-    """The model of a run (its latest checkpoint) or of one checkpoint, on the run's mesh if there are the devices for it."""
+    """The model of a run (its latest checkpoint) or of one checkpoint, on the run's mesh if there are enough devices.
+
+    Raises as `open_checkpoint`.
+    """
     return load_with_config(run_or_checkpoint).model

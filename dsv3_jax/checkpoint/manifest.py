@@ -1,4 +1,7 @@
-"""What a checkpoint's files must be: a list of their sizes and sha256, written last and verified before loading."""
+"""A checkpoint's manifest: its format, and its files with their sizes and sha256; written last, verified before loading.
+
+manifest.json is {"format": 1, "files": {name: [size, sha256]}}. Format 0, which earlier versions wrote, is the files alone.
+"""
 
 import hashlib
 import json
@@ -6,11 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import write_whole
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of the checkpoints that this version writes; raise it when a version before could not read them
 _POLL_S = 0.05
 _PATIENCE_S = 300.0  # with other processes, which read as much
 HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
@@ -25,8 +30,8 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
-def _write(path: Path, listing: Mapping[str, list]) -> None:
-    write_whole(path, json.dumps(listing, indent=1))
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
@@ -41,7 +46,7 @@ def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> 
     """Every file's [size, sha256] by its name within `directory`; those that are `known` are not read again."""
     known = dict(known or {})
     unknown = (p for p in _files(directory) if p.relative_to(directory).as_posix() not in known)
-    _write(directory / MANIFEST, known | _listing(directory, unknown))
+    _write(directory / MANIFEST, {"format": FORMAT, "files": known | _listing(directory, unknown)})
 
 
 def write_manifest_together(directory: Path, process: int, processes: int) -> None:
@@ -75,18 +80,45 @@ def _until(condition: Callable[[], bool], otherwise: str) -> None:
         time.sleep(_POLL_S)
 
 
-def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool = True) -> None:
-    """Raise `UserError` unless `directory` is a whole checkpoint of this project.
+def _format_of(manifest: Any) -> int:
+    """Raises `ValueError` for what no version has written."""
+    if not isinstance(manifest, dict):
+        raise ValueError("not a JSON object")
+    if "format" not in manifest:
+        return 0
+    number = manifest["format"]
+    if type(number) is not int or number < 1:
+        raise ValueError(f"format {str(number)[:40]!r} must be a whole number from 1 on")
+    return number
 
-    Of several processes each reads its share of the contents, and finds what is wrong there. Without `arrays`, what Orbax keeps
-    in their directories `d` is left out, for who reads them elsewhere.
-    """
+
+def check_format(directory: Path) -> None:
+    """Raise `UserError` if a checkpoint's format is newer than this version reads. `verify` says what else is wrong."""
     try:
-        listing = json.loads((directory / MANIFEST).read_text())
+        number = _format_of(json.loads((directory / MANIFEST).read_text()))
+    except (OSError, ValueError, RecursionError):
+        return
+    if number > FORMAT:
+        raise UserError(
+            f"checkpoint {directory} has format {number}, and this version of dsv3_jax reads formats up to {FORMAT}; load it "
+            "with the version that wrote it, or a newer one"
+        )
+
+
+def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool = True) -> None:
+    """Raise `UserError` unless `directory` is a complete, undamaged checkpoint of a format that this version reads.
+
+    Of several processes each reads its share of the contents, and finds what is wrong there. Without `arrays`, the files of
+    array data (in Orbax's directories `d`) are left out, for a process that reads these arrays elsewhere.
+    """
+    check_format(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        listing = manifest["files"] if _format_of(manifest) else manifest
         expected = {name: (size, digest) for name, (size, digest) in listing.items()}
     except FileNotFoundError:
         raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {MANIFEST})") from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{directory}: damaged {MANIFEST}: {error}") from None
     names = [name for name in sorted(expected) if arrays or "d" not in name.split("/")]
     for name in names:

@@ -19,8 +19,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore
 
 from dsv3_jax.checkpoint.direct import ReadInto, write_past_cache
-from dsv3_jax.checkpoint.manager import WEIGHTS
 from dsv3_jax.checkpoint.manifest import write_manifest
+from dsv3_jax.checkpoint.names import WEIGHTS
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.cluster.processes import agree, on_first
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.exchange.compress import Codec, Errors, Part, has_shares, means_of_codes, second_moment_units, split_axis
 from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.parallel.layout import MeshLayout, device_of
 from dsv3_jax.parallel.rules import is_variable, mesh_axes, stored_spec
 from dsv3_jax.precision.platforms import platform_of
@@ -42,11 +43,6 @@ class _Leaf:
         return Errors(P("data", *self.spec), P(*entries))
 
 
-def _named(tree: nnx.State) -> dict[str, nnx.Variable]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def in_few_bits(variable: nnx.Variable) -> bool:
     """Whether a parameter's gradients may be: matrices, but not the router's, nor the embedding's.
 
@@ -56,7 +52,7 @@ def in_few_bits(variable: nnx.Variable) -> bool:
 
 
 def _values(tree: nnx.State, names: Iterable[str]) -> dict[str, jax.Array]:
-    named = _named(tree)
+    named = variables_by_name(tree)
     return {name: named[name].get_value() for name in names}
 
 
@@ -72,7 +68,7 @@ def _buckets(names: Iterable[str]) -> list[list[str]]:
 def _leaves(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, _Leaf]:
     """By name, those whose gradients are sent in few bits."""
     found = {}
-    for name, variable in _named(params).items():
+    for name, variable in variables_by_name(params).items():
         if not in_few_bits(variable):
             continue
         spec, shape, replicas = stored_spec(variable, mesh), variable.get_value().shape, mesh.shape["data"]
@@ -85,7 +81,7 @@ def _leaves(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, _Leaf]:
 def share_in_few_bits(params: nnx.State, mesh: Mesh | AbstractMesh) -> float:
     """Of a device's numbers, those whose gradients can cross `data` in few bits; `params` may be abstract."""
     leaves, of_device = _leaves(params, mesh), {}
-    for name, variable in _named(params).items():
+    for name, variable in variables_by_name(params).items():
         sharding = NamedSharding(mesh, stored_spec(variable, mesh))
         of_device[name] = math.prod(sharding.shard_shape(variable.get_value().shape))
     return sum(of_device[name] for name in leaves) / sum(of_device.values())
@@ -147,5 +143,7 @@ class Exchange:
             on_each, mesh=self.layout.mesh, check_vma=False, in_specs=(of_replicas, specs, stored), out_specs=(stored, specs)
         )(_values(parts, leaves), errors, _values(second_moment, leaves))
 
-        summed = [variable.replace(sums[name]) if name in sums else variable for name, variable in _named(whole).items()]
+        summed = [
+            variable.replace(sums[name]) if name in sums else variable for name, variable in variables_by_name(whole).items()
+        ]
         return jax.tree.unflatten(jax.tree.structure(whole, is_leaf=is_variable), summed), errors

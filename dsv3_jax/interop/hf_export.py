@@ -22,19 +22,21 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
-from dsv3_jax.checkpoint.manager import read_metadata
+from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import StoredArrays
 from dsv3_jax.checkpoint.scratch import claim
+from dsv3_jax.checkpoint.storage import read_metadata
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import load_tokenizer, special_ids
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
-from dsv3_jax.interop.arrays import abstract_arrays, array_names, stored_name
+from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_files import INDEX, SINGLE
 from dsv3_jax.interop.hf_import import COMPANIONS
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
 from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
+from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.progress import BytesProgress, human
 
@@ -256,7 +258,7 @@ def save_hf(
     """
     if jax.process_count() > 1:
         raise UserError("save_hf writes from one process; save a checkpoint, and `dsv3 export` it from any machine")
-    arrays = {name: variable.get_value() for name, variable in array_names(nnx.state(model)).items()}
+    arrays = {name: variable.get_value() for name, variable in variables_by_name(nnx.state(model)).items()}
     layers: dict[str, tuple[int, np.ndarray]] = {}  # of each array the layer in hand, so that a sharded one is gathered once
     reading = Lock()
 
@@ -284,12 +286,12 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
     """
     found = open_checkpoint(run_or_checkpoint)
     config = found.config.model
-    stored, variables = StoredArrays(found.path), abstract_arrays(config)
+    stored, variables = StoredArrays(found.path), abstract_variables(config)
     arrays: dict[str, Any] = {}
 
     def read(s: Source) -> np.ndarray:
         if s.array not in arrays:
-            arrays[s.array] = stored[stored_name(s.array, variables[s.array])]
+            arrays[s.array] = stored[weight_name(s.array, variables[s.array])]
         # in the order of the tensor's axes, which is that of an imported chunk's bytes
         region = arrays[s.array][s.place].transpose(tuple(np.argsort(s.order)))
         return s.from_split(region.read().result())

@@ -17,12 +17,13 @@ import jax
 import numpy as np
 
 from dsv3_jax.checkpoint.direct import ReadInto, array_reader
+from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
 from dsv3_jax.checkpoint.scratch import scratch_of
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.arrays import abstract_arrays, stored_name
+from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
 from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.interop.safetensors_file import DTYPES
@@ -53,7 +54,7 @@ def stored_arrays(found: HFCheckpoint, bfloat16: bool) -> dict[str, ChunkedArray
 
     In the smallest dtype that holds all of an array's tensors exactly; matrices in bfloat16 if asked for.
     """
-    variables, arrays = abstract_arrays(found.config), {}
+    variables, arrays = abstract_variables(found.config), {}
     for s in found.sources:
         dtype = found.files.dtype(s.tensor)
         if bfloat16 and len(s.shape) > 1:
@@ -92,8 +93,8 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     found = open_hf(directory)
     on_first(found.check_copies)
     config = imported_config(found, target.name, overrides)
-    arrays, variables = stored_arrays(found, bfloat16), abstract_arrays(found.config)
-    names = {array: stored_name(array, variables[array]) for array in arrays}
+    arrays, variables = stored_arrays(found, bfloat16), abstract_variables(found.config)
+    names = {array: weight_name(array, variables[array]) for array in arrays}
     metadata = {"config": config_to_dict(config), "hf_config": found.raw_config}
     on_first(lambda: _check_room(target, arrays))
     writer = PiecewiseWriter(

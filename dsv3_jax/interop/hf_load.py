@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import ParallelConfig
-from dsv3_jax.interop.arrays import array_names
 from dsv3_jax.interop.hf_files import TensorFiles, open_hf
 from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.layout import MeshLayout, make_layout
 from dsv3_jax.parallel.mesh import make_mesh
@@ -90,7 +90,7 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelC
         of_array.setdefault(s.array, []).append(s)
 
     graph, state = nnx.split(model)
-    for name, variable in array_names(state).items():
+    for name, variable in variables_by_name(state).items():
         shape = variable.get_value().shape
         variable.set_value(_array(found.files, of_array[name], shape, _sharding(variable, layout)))
     return nnx.merge(graph, state)

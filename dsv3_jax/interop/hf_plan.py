@@ -12,7 +12,7 @@ from rich.table import Table
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
-from dsv3_jax.interop.arrays import abstract_arrays
+from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_config import model_config, read_config_json
 from dsv3_jax.interop.hf_files import INDEX, SINGLE, TensorFiles, read_index, without_absent_mtp
 from dsv3_jax.interop.hf_import import THREADS
@@ -102,7 +102,7 @@ def plan_import(path: str | Path) -> ImportPlan:
         largest = max(largest, stored if in_8_bits or s.rope else 0)
     mapped += [Mapped(c.tensor, c.shape, dtypes[c.tensor], f"as {c.of}") for c in copies(config) if c.tensor in names]
     left = sorted(names - {m.tensor for m in mapped})
-    arrays = {name: variable.get_value().shape for name, variable in abstract_arrays(config).items()}
+    arrays = {name: variable.get_value().shape for name, variable in abstract_variables(config).items()}
     return ImportPlan(mapped, left, missing, arrays, {"exact": exact, "bfloat16": rounded}, THREADS * largest)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
-from dsv3_jax.checkpoint.manager import load_weights
+from dsv3_jax.checkpoint.storage import load_weights
 from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout

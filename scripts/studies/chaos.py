@@ -36,8 +36,8 @@ from _namespaces import NamespaceEngine
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.checkpoint.manager import complete_steps
 from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.config import load_config
 from dsv3_jax.elastic.command import job_for
 from dsv3_jax.elastic.hosts import Engine, Host, HostProcess, LocalEngine

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import jax
 
-from dsv3_jax.checkpoint.manager import CheckpointManager, complete_steps
+from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.config import CheckpointConfig
 from tests.checkpoint.cases import assert_is, state_of
 from tests.interop.kill_storm import kill_once_written

@@ -34,7 +34,7 @@ def main() -> None:
         manager.save(spread(state_of(step, 4096)), {"config": {}, "data": {}})
     manager.wait()
     agree(False, False)
-    listing = json.loads((directory / "2" / MANIFEST).read_text())
+    listing = json.loads((directory / "2" / MANIFEST).read_text())["files"]
     files = sorted(p.relative_to(directory / "2").as_posix() for p in (directory / "2").rglob("*") if p.is_file())
     leftovers = [p.name for p in directory.iterdir() if not p.name.isdigit()]
     template = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), spread(state_of(0, 4096)))

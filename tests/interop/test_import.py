@@ -17,10 +17,10 @@ import dsv3_jax as dsv3
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.arrays import array_names
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.interop.hf_tensors import sources
+from dsv3_jax.model.names import variables_by_name
 from tests.conftest import FIXTURES, ROOT
 from tests.interop.cases import BF16, RAGGED, fp8_checkpoint, noise_checkpoint, random_model, read_all, write
 from tests.test_package import dsv3 as command
@@ -30,7 +30,7 @@ NAMES = sorted(p.name for p in FIXTURES.iterdir())
 
 def tensors_of(model: dsv3.Transformer) -> dict[str, np.ndarray]:
     """A model's weights under Hugging Face's names."""
-    arrays = {name: np.asarray(v.get_value()) for name, v in array_names(nnx.state(model)).items()}
+    arrays = {name: np.asarray(v.get_value()) for name, v in variables_by_name(nnx.state(model)).items()}
     return {s.tensor: s.to_tensor(arrays[s.array][s.place]) for s in sources(model.config)}
 
 
@@ -192,7 +192,7 @@ def large(tmp_path_factory):
 
 def digests(checkpoint) -> dict:
     """Of the arrays."""
-    listing = json.loads((checkpoint / "manifest.json").read_text())
+    listing = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: entry for name, entry in listing.items() if "/c/" in name}
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import dsv3_jax as dsv3
-from dsv3_jax.checkpoint import manager
+from dsv3_jax.checkpoint import storage
+from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import RunDirectory
@@ -162,7 +163,7 @@ def test_divergence_names_step_documents_and_checkpoint(config_with, tmp_path):
     assert "diverged at step" in text
     assert ".txt" in text
     assert "last good checkpoint: step" in text or "no checkpoint yet" in text
-    for step in manager.complete_steps(tmp_path / "a" / "checkpoints"):
+    for step in complete_steps(tmp_path / "a" / "checkpoints"):
         assert all(
             np.isfinite(leaf).all() for leaf in jax.tree.leaves(dsv3.load(tmp_path / "a/checkpoints" / str(step)).embed_VD)
         )
@@ -170,7 +171,7 @@ def test_divergence_names_step_documents_and_checkpoint(config_with, tmp_path):
 
 def test_checkpoints_by_step_are_kept_and_dropped(config_with, tmp_path):
     train(config_with("name=a", "checkpoint.every_steps=2", "checkpoint.keep=2"), tmp_path)
-    assert manager.complete_steps(tmp_path / "a" / "checkpoints") == [4, 6]
+    assert complete_steps(tmp_path / "a" / "checkpoints") == [4, 6]
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config_with, tmp_path, monke
         and (subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(disk)], check=False).returncode == 0)
     )
     if not mounted:
-        real, saved = manager.ocp.save_checkpointables_async, []
+        real, saved = storage.ocp.save_checkpointables_async, []
 
         def save(path, *args, **kwargs):
             if saved:
@@ -233,11 +234,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config_with, tmp_path, monke
             saved.append(path)
             return real(path, *args, **kwargs)
 
-        monkeypatch.setattr(manager.ocp, "save_checkpointables_async", save)
+        monkeypatch.setattr(storage.ocp, "save_checkpointables_async", save)
     try:
         with pytest.raises(UserError, match=r"step 4: no space left on the device; the checkpoint of step 2 is intact"):
             train(config, disk)
-        assert manager.complete_steps(disk / "a" / "checkpoints") == [2]
+        assert complete_steps(disk / "a" / "checkpoints") == [2]
         assert [p.name for p in (disk / "a" / "checkpoints").iterdir()] == ["2"]
         dsv3.load(disk / "a")
     finally:
@@ -256,7 +257,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(micro_overrides, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "stopped by SIGINT; saved step" in out
-    (step,) = manager.complete_steps(tmp_path / "runs" / "a" / "checkpoints")
+    (step,) = complete_steps(tmp_path / "runs" / "a" / "checkpoints")
     assert step == rows_of(tmp_path / "runs" / "a")[-1]["step"]
 
     done = subprocess.run(

@@ -1,0 +1,72 @@
+"""The checkpoints of a run's directory: which are complete, which are kept, and the removal of the others."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dsv3_jax.checkpoint.manifest import MANIFEST
+from dsv3_jax.config import CheckpointConfig
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
+_REMOVAL_ATTEMPTS = 50
+_RETRY_S = 0.1
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints under `directory` that have a manifest, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+
+
+def steps_to_keep(config: CheckpointConfig, steps: list[int], losses: Mapping[int, float | None]) -> set[int]:
+    """The latest of `steps` (ascending), those of every n-th step, and those with the lowest held-out loss."""
+    kept = set(steps[-config.keep :])
+    if config.keep_every is not None:
+        kept |= {step for step in steps if step % config.keep_every == 0}
+    if config.keep_best:
+        known = sorted((loss, step) for step in steps if (loss := losses.get(step)) is not None)
+        kept |= {step for _, step in known[: config.keep_best]}
+    return kept
+
+
+def remove_old(directory: Path, config: CheckpointConfig, losses: Mapping[int, float | None]) -> None:
+    """Remove all complete checkpoints but those to keep."""
+    steps = complete_steps(directory)
+    for step in set(steps) - steps_to_keep(config, steps, losses):
+        # the manifest first, so that a checkpoint whose removal is cut off does not count as damaged
+        (directory / str(step) / MANIFEST).unlink()
+        shutil.rmtree(directory / str(step), ignore_errors=True)
+
+
+def remove_incomplete(directory: Path) -> None:
+    """Remove what interrupted saves left: before Orbax's commit, or between that and the manifest."""
+    complete = {str(step) for step in complete_steps(directory)}
+    for path in directory.iterdir():
+        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in complete):
+            shutil.rmtree(path, ignore_errors=True)
+        elif ".manifest-" in path.name:
+            path.unlink(missing_ok=True)
+
+
+def remove_failed(directory: Path, step: int) -> None:
+    """Remove what a failed save left. Orbax's threads may still be writing there, so it is tried until nothing is left."""
+    for _ in range(_REMOVAL_ATTEMPTS):
+        with contextlib.suppress(OSError):
+            rest = [p for p in directory.glob(f"{step}*") if p.name.partition(".")[0] == str(step)]
+            if not rest:
+                return
+            for path in rest:
+                shutil.rmtree(path, ignore_errors=True)
+        time.sleep(_RETRY_S)
+
+
+def set_aside(directory: Path, damaged: Mapping[int, str], good: int, report: Callable[[str], None]) -> None:
+    """Rename damaged checkpoints ({step: what is wrong}), so that they no longer count; `good` is the step to go back to."""
+    for step, complaint in damaged.items():
+        aside = directory / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (directory / str(step)).rename(aside)
+        report(f"{complaint}; set aside as {aside.name}, going back to step {good}")

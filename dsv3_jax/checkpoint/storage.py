@@ -1,0 +1,74 @@
+"""Arrays to and from disk by Orbax: chunk sizes, partial loads, the metadata beside the arrays, and errors with a reason."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, weights_from_arrays, weights_to_arrays
+from dsv3_jax.errors import UserError
+
+_CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
+
+
+def _storage_options(key: Any, value: Any) -> Any:
+    if not np.ndim(value):
+        return None
+    stacked = "_blocks/" in str(key)  # shard_axes makes a chunk of every index along an axis: of the layers alone
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+
+def begin_save(directory: Path, arrays: Arrays, metadata: dict[str, Any]) -> ocp.AsyncResponse:
+    """Write arrays in the background; returns once they are copied, so that the caller may overwrite them."""
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = _storage_options  # type: ignore[assignment]
+    with context:
+        return ocp.save_checkpointables_async(str(directory), arrays, custom_metadata=metadata)
+
+
+def load_arrays(directory: Path, templates: Arrays, partial: bool = False) -> Arrays:
+    """The arrays of some sets, in the shapes and shardings of their templates; `partial`: the sets hold others too.
+
+    Raises `UserError` if they cannot be read.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    try:
+        with context:
+            return dict(ocp.load_checkpointables(str(directory), templates))
+    except Exception as error:  # whatever TensorStore or Orbax raise, the file is at fault
+        raise UserError(f"cannot load checkpoint {directory}: {reason(error)}") from error
+
+
+def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, Any]:
+    """Only what a model needs of a verified checkpoint, in the shapes and shardings of the given templates."""
+    arrays = load_arrays(directory, weights_to_arrays(params, router_bias))
+    return weights_from_arrays(params, router_bias, arrays)
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """The JSON saved beside the arrays: {"config": ..., "data": ...}. Raises `UserError` if it is not ours."""
+    metadata = ocp.metadata(str(directory)).custom_metadata
+    if not isinstance(metadata, dict) or "config" not in metadata:
+        raise UserError(f"{directory} is not a checkpoint of dsv3_jax: it holds no config")
+    return metadata
+
+
+def optimizer_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored arrays of the set OPTIMIZER; none if the checkpoint is so damaged, which `verify` finds out."""
+    try:
+        stored = ocp.checkpointables_metadata(str(directory)).metadata[OPTIMIZER]
+        return {name: tuple(array.shape) for name, array in stored.items()}
+    except Exception:  # Orbax raises what it likes
+        return {}
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: the innermost cause of an error of Orbax or TensorStore."""
+    while error.__cause__ is not None:  # Orbax wraps what went wrong
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "no space left on the device" if "No space left" in text or "ENOSPC" in text else text[:300]
