@@ -1,5 +1,8 @@
 # Each target sets itself up on a machine that has only Python and git.
-.PHONY: setup train test lint lock
+.PHONY: setup setup-slow train test test-slow test-all lint lock
+
+TEST_WORKERS ?= 2
+PYTEST = .venv/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal --durations=25
 
 setup:
 	@scripts/tools/setup.sh
@@ -8,8 +11,20 @@ setup:
 train: setup
 	.venv/bin/dsv3 train configs/tiny.yaml $(ARGS)
 
+# The environments that slow tests need besides: compilers of TPU and NVIDIA GPUs (1.2 GB), and torch.
+setup-slow: setup
+	@scripts/tools/setup_aot.sh
+	@.venv/bin/python scripts/tools/_peer.py
+
+# More processes with TEST_WORKERS=8; pytest's options, or some tests only, as ARGS="tests/model -x".
 test: setup
-	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: setup-slow
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: setup-slow
+	$(PYTEST) $(ARGS)
 
 lint: setup
 	.venv/bin/ruff format --check .

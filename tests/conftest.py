@@ -1,6 +1,7 @@
 """Shared fixtures. Compiled programs are kept between runs of the suite, in pytest's own cache directory."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,7 @@ from dsv3_jax.cluster.processes import give_threads
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
+SLOW_TIMEOUT_S = 1500  # of one test, setting up its environment not included; others have pyproject.toml's
 
 
 def load_script(name: str) -> ModuleType:
@@ -24,10 +26,25 @@ def load_script(name: str) -> ModuleType:
 
 
 def pytest_configure(config):
+    """Settings that JAX needs before its backend starts; in the environment, so that tests' processes have them too."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(config.rootpath) / ".pytest_cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+    )
+    # most of the suite's time is compilation: without LLVM's optimisations a step's takes two thirds, its state's a quarter
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
     jax.config.update("jax_num_cpu_devices", 8)  # a test that wants one device says so by parallel.*, all 1 by default
     give_threads()
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.rootpath) / ".pytest_cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

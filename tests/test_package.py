@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.config import load_config
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
+from tests.commands import dsv3, dsv3_process
 from tests.conftest import ROOT
 
 # From low to high: a room imports only its own modules, rooms before it and the modules that stand beside the rooms.
@@ -19,11 +20,6 @@ ROOMS = [
 ]  # fmt: skip
 BELOW_ROOMS = {"errors", "config", "files", "progress"}  # modules of the package that every room may import
 ABOVE_ROOMS = {"__init__", "cli", "describe"}  # and those that no room may import
-
-
-def dsv3(*args: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [str(Path(sys.executable).with_name("dsv3")), *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def module_name(path: Path) -> str:
@@ -120,16 +116,19 @@ def test_help_has_examples():
 
 
 def test_describe_prints_the_table():
-    done = dsv3("describe", "configs/v3_671b.yaml", cwd=ROOT)
+    done = dsv3_process("describe", "configs/v3_671b.yaml", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for figure in ("671B", "36.6B", "11.6B", "70.3kB"):
         assert figure in done.stdout
 
 
+BY_A_PROCESS = ("train", "configs/tiny.yaml", "model.hiden_size=3")
+
+
 @pytest.mark.parametrize(
     "args",
     [
-        ("train", "configs/tiny.yaml", "model.hiden_size=3"),
+        BY_A_PROCESS,
         ("train", "no_such.yaml"),
         ("train", "configs/tiny.yaml", "data.path=no_such_*.txt", "name=never"),
         ("resume", "no_such_run"),
@@ -148,7 +147,7 @@ def test_describe_prints_the_table():
     ids=" ".join,
 )
 def test_bad_input_gets_one_line_and_exit_code_2(args):
-    done = dsv3(*args, cwd=ROOT)
+    done = (dsv3_process if args == BY_A_PROCESS else dsv3)(*args, cwd=ROOT)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("dsv3: error: ")

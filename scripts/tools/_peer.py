@@ -52,3 +52,7 @@ def hf_fields(model) -> dict:
     fields["num_nextn_predict_layers"] = 0
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rope_parameters.rope_theta}
     return fields
+
+
+if __name__ == "__main__":
+    peer_python()

@@ -112,7 +112,7 @@ def test_two_with_one_number_are_refused():
 def test_two_processes_equal_one_device():
     meshes = ["fsdp=8", "expert=8", "data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"]
     port = free_port()
-    program = ["-m", "tests.parallel.two_processes", *meshes]
+    program = ["-m", "tests.cluster.two_processes", *meshes]
     first, second = (start(program, process, 2, port) for process in (0, 1))
     output, errors = first.communicate(timeout=900)
     second.wait(timeout=60)

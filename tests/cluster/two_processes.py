@@ -13,12 +13,12 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import local_rows, place
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, abstract_state, init_state
 from dsv3_jax.train.step import gradients
-from tests.parallel.cases import MESHES, batch_of, config_of, step_of
+from tests.parallel.cases import MESHES, WITHOUT_MTP, batch_of, config_of, step_of
 
 
 def on_one_device():
     """A fresh state, and its (gradients, metrics), as each process finds them by itself."""
-    config = config_of([])
+    config = config_of([WITHOUT_MTP])
     with jax.default_device(jax.local_devices()[0]):
         state = jax.jit(lambda: init_state(config))()
         out = jax.jit(lambda s, b: gradients(config, ONE_DEVICE, s, b))(state, batch_of(config, 0))
@@ -36,7 +36,7 @@ def spread(config: Config, layout: Layout, state: TrainState) -> TrainState:
 
 def compare(mesh: str, state: TrainState, expected) -> dict[str, float]:
     """Largest relative differences of loss and of any gradient tensor on this mesh."""
-    config = config_of(MESHES[mesh])
+    config = config_of([*MESHES[mesh], WITHOUT_MTP])
     layout, step = step_of(config)
     size = config.data.batch_size
     rows = local_rows(layout, size)

@@ -62,7 +62,7 @@ def checksum_of(windows: list[dict]) -> int:
 def test_a_storm_leaves_no_trace(tmp_path):
     """A kill, a stuck worker, a lost host that comes back: scripts/studies/chaos.py holds it to an undisturbed run."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--failures", "3", "--kinds", "kill", "spin", "lost",
+        [sys.executable, str(ROOT / "scripts" / "studies" / "chaos.py"), "--failures", "3", "--kinds", "kill", "spin", "lost",
          "--seed", "4", "--steps", "25", "--workers", "3:4",         "--out", str(tmp_path / "runs")],
         env=environ(tmp_path), text=True, capture_output=True, timeout=900,
     )  # fmt: skip

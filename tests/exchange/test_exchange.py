@@ -20,13 +20,16 @@ from dsv3_jax.state.train_state import abstract_state, new_state
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.step import ScheduledSteps, gradients, make_train_step, training_recipe
 from tests.conftest import ROOT
-from tests.parallel.cases import batch_of, config_of, state_on
+from tests.parallel.cases import WITHOUT_MTP, batch_of, config_of, state_on
 
 ACCUMULATED, AT_ONCE = ("precision.recipe=deepseek", "train.grad_accum_steps=2"), ("train.grad_accum_steps=1",)
 
 
-def on(mesh: str, *more: str, bits: int = 2):
-    config = config_of([*(f"parallel.{part}" for part in mesh.split()), f"parallel.compress={bits}", *more])
+def on(mesh: str, *more: str, bits: int = 2, mtp: bool = False):
+    """(config, layout)."""
+    config = config_of(
+        [*([] if mtp else [WITHOUT_MTP]), *(f"parallel.{part}" for part in mesh.split()), f"parallel.compress={bits}", *more]
+    )
     return config, layout_for(config)
 
 
@@ -51,7 +54,7 @@ def test_what_is_not_sent_is_owed(mesh, more, bits):
     """Of one batch: the sum that comes out, and what is owed, are the true sum; few bits alone are not.
 
     To rounding of float32 sums of a few numbers as large as the largest: 2e-6 of it."""
-    config, layout = on(mesh, *more, bits=bits)
+    config, layout = on(mesh, *more, bits=bits, mtp=mesh == "data=4 fsdp=2")
     recipe, exchange, state = training_recipe(config, layout), Exchange(layout, bits), state_on(config, layout)
 
     @jax.jit

@@ -28,7 +28,7 @@ BLOCKS = replace(
 
 
 def check(directory) -> tuple[int, dict, str]:
-    program = [sys.executable, str(ROOT / "scripts" / "check_export.py"), str(directory)]
+    program = [sys.executable, str(ROOT / "scripts" / "tools" / "check_export.py"), str(directory)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     last = (done.stdout.strip().splitlines() or ["{}"])[-1]
     return done.returncode, json.loads(last) if last.startswith("{") else {}, done.stdout + done.stderr

@@ -19,9 +19,10 @@ from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.train.loop import train
+from tests.commands import dsv3 as command
+from tests.commands import dsv3_process
 from tests.conftest import FIXTURES, ROOT
 from tests.interop.cases import BF16, F8, FP8_CONFIG, RAGGED, dequantized, is_fp8, random_model, read_all
-from tests.test_package import dsv3 as command
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,9 @@ def run_on_a_mesh(tmp_path_factory, corpus_dir):
 
 def test_a_run_of_a_mesh_is_exported_without_one(run_on_a_mesh, tmp_path):
     """By the command, in a process with one device: the weights that the run's model has, and all that a client wants."""
-    done = command("export", str(run_on_a_mesh), str(tmp_path / "out"), "--format", "hf-f32", "--shard-gb", "0.0001", cwd=ROOT)
+    done = dsv3_process(
+        "export", str(run_on_a_mesh), str(tmp_path / "out"), "--format", "hf-f32", "--shard-gb", "0.0001", cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     model = dsv3.load(run_on_a_mesh)
     mine = read_all(dsv3.save_hf(model, tmp_path / "saved", "hf-f32"))
@@ -223,9 +226,9 @@ def test_training_goes_on_from_an_imported_checkpoint(run_on_a_mesh, tmp_path):
         "train.eval_every=1", "train.eval_batches=1", "data.batch_size=8", f"data.path={data.path}", "parallel.expert=2",
         f"data.cache_dir={data.cache_dir}",
     ]  # fmt: skip
-    done = command("eval", str(ckpt), "--data", data.path, cwd=ROOT)  # on one device, by the tokenizer that came along
+    done = command("eval", str(ckpt), "--data", data.path, cwd=ROOT)  # by the tokenizer that came along
     assert done.returncode == 0, done.stderr
-    expected = command("eval", str(run_on_a_mesh), "--data", data.path, cwd=ROOT)
+    expected = dsv3_process("eval", str(run_on_a_mesh), "--data", data.path, cwd=ROOT)
     assert json.loads(done.stdout)["loss"] == pytest.approx(json.loads(expected.stdout)["loss"], rel=1e-6)
     result = train(load_config(ckpt / "config.yaml", overrides), tmp_path)
     assert result.corpus.tokenizer.get_vocab() == Tokenizer.from_file(str(run_on_a_mesh / "tokenizer.json")).get_vocab()

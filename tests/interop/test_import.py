@@ -21,9 +21,9 @@ from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.names import variables_by_name
+from tests.commands import dsv3 as command
 from tests.conftest import FIXTURES, ROOT
 from tests.interop.cases import BF16, RAGGED, fp8_checkpoint, noise_checkpoint, random_model, read_all, write
-from tests.test_package import dsv3 as command
 
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
 

@@ -9,9 +9,9 @@ from rich.console import Console
 import dsv3_jax as dsv3
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_plan import plan_import, show_plan
+from tests.commands import dsv3 as command
 from tests.conftest import FIXTURES, ROOT
 from tests.interop.cases import FP8_CONFIG, noise_checkpoint
-from tests.test_package import dsv3 as command
 
 RELEASED_FILES_BYTES = 688_586_727_753  # of the released model's 163 files, headers included
 RELEASED_CONFIG = {

@@ -14,7 +14,8 @@ from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
 from dsv3_jax.train.step import apply_gradients, gradients, training_recipe
 from tests.conftest import ROOT
 
-# Latents and head sizes are odd; 5 MoE layers don't divide into stages; MTP, group-limited routing and the balance loss are on.
+# Latents and head sizes are odd; 5 MoE layers don't divide into stages; group-limited routing and the balance loss are on, and
+# so is MTP, unless a test leaves it out: with it, a step takes half as long again to compile.
 MODEL = [
     "model.vocab_size=72", "model.hidden_size=40", "model.intermediate_size=56", "model.moe_intermediate_size=24",
     "model.num_hidden_layers=6", "model.num_attention_heads=4", "model.q_lora_rank=10", "model.kv_lora_rank=6",
@@ -47,6 +48,14 @@ MESHES = {
         "expert=8 expert_transport=two_level expert_ranks_per_node=2",
     )
 }
+
+WITHOUT_MTP = "model.num_nextn_predict_layers=0"
+# the meshes whose steps are compared with MTP: with and without a pipeline, and every axis once
+WITH_MTP = {"data=4 expert=2", "fsdp=2 expert=2 tensor=2", "pipe=2 expert=2 tensor=2", "data=2 pipe=2 fsdp=2 pipe_chunks=2"}
+
+
+def overrides_of(mesh: str) -> list[str]:
+    return MESHES[mesh] if mesh in WITH_MTP else [*MESHES[mesh], WITHOUT_MTP]
 
 
 def config_of(overrides: list[str]) -> Config:
@@ -81,16 +90,16 @@ def step_of(config: Config):
 
 
 @functools.cache
-def initial_state() -> TrainState:
+def initial_state(mtp_layers: int = 1) -> TrainState:
     """On one device; the same for all meshes, and made once, because compiling it takes longer than a test's steps."""
-    return new_state(config_of([]))
+    return new_state(config_of([f"model.num_nextn_predict_layers={mtp_layers}"]))
 
 
 def state_on(config: Config, layout: Layout) -> TrainState:
     abstract = abstract_state(config, layout)
     nothing_owed = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.errors)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    return jax.device_put(replace(initial_state(), errors=nothing_owed), shardings)
+    return jax.device_put(replace(initial_state(config.model.num_nextn_predict_layers), errors=nothing_owed), shardings)
 
 
 class Trained(NamedTuple):
@@ -115,8 +124,8 @@ def results(overrides: list[str], steps: int) -> tuple[Trained, Trained]:
 
 
 @functools.cache
-def one_device(steps: int) -> tuple[Trained, Trained]:
-    return results([], steps)
+def one_device(steps: int, mtp: bool) -> tuple[Trained, Trained]:
+    return results([] if mtp else [WITHOUT_MTP], steps)
 
 
 def assert_same_gradients(ours, theirs, rtol: float) -> None:

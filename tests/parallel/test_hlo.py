@@ -15,7 +15,7 @@ from dsv3_jax.plan.communication import groups_of
 from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import make_train_step
 from tests.conftest import ROOT
-from tests.parallel.cases import config_of
+from tests.parallel.cases import WITHOUT_MTP, config_of
 
 COLLECTIVE = re.compile(
     r"= (\(?[^=]*?\)?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)$", re.M
@@ -57,7 +57,13 @@ def dimensions(shapes: str) -> list[list[int]]:
 def test_weights_are_gathered_one_layer_at_a_time(remat):
     """7 MoE layers of 40 x 4 x 10 and so on: no result of a gather has a leading axis of 7 layers, and none is larger than the
     head or one layer's largest matrix."""
-    overrides = ["parallel.fsdp=8", f"remat.policy={remat}", "train.grad_accum_steps=1", "model.num_hidden_layers=8"]
+    overrides = [
+        "parallel.fsdp=8",
+        f"remat.policy={remat}",
+        "train.grad_accum_steps=1",
+        "model.num_hidden_layers=8",
+        WITHOUT_MTP,
+    ]
     text, _ = compiled(overrides)
     largest = max(72 * 40, 8 * 40 * 2 * 24)  # the head, and a layer's experts' first weights
     found = [dims for shapes, kind, _ in COLLECTIVE.findall(text) if kind == "all-gather" for dims in dimensions(shapes)]

@@ -14,11 +14,13 @@ from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import make_eval_step
 from tests.parallel.cases import (
     MESHES,
+    WITH_MTP,
     assert_same_gradients,
     batch_of,
     config_of,
     initial_state,
     one_device,
+    overrides_of,
     results,
     state_on,
 )
@@ -28,7 +30,7 @@ STEPS = 20
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mesh_equals_one_device(mesh):
-    for ours, theirs in zip(results(MESHES[mesh], STEPS), one_device(STEPS), strict=True):
+    for ours, theirs in zip(results(overrides_of(mesh), STEPS), one_device(STEPS, mesh in WITH_MTP), strict=True):
         (grads, metrics), (expected_grads, expected) = ours.first, theirs.first
         assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=2e-6)
         assert_same_gradients(grads, expected_grads, rtol=1e-4)

@@ -13,9 +13,9 @@ from dsv3_jax.plan import compile as compiling
 from dsv3_jax.plan.compile import Limits, compile_step
 from dsv3_jax.plan.imbalance import read_imbalance
 from dsv3_jax.precision.platforms import HARDWARE, platforms
-from tests.aot import set_up_aot_environment
+from tests.aot import compilers_environ, set_up_aot_environment
+from tests.commands import dsv3_process
 from tests.conftest import ROOT
-from tests.test_package import dsv3
 
 TINY = ROOT / "configs" / "tiny.yaml"
 MAXTEXT_TEMPORARIES_GIB = 47.1  # its preset for 671B on the same 512 chips: half of that is the bar
@@ -143,7 +143,8 @@ def plan(tmp_path, topologies: list[str], *overrides: str, config=TINY, options:
     set_up_aot_environment()
     out = tmp_path / "plan"
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    done = dsv3("plan", str(config), "--topology", *topologies, *options, "--out", str(out), *overrides, cache, cwd=ROOT)
+    arguments = [str(config), "--topology", *topologies, *options, "--out", str(out), *overrides, cache]
+    done = dsv3_process("plan", *arguments, cwd=ROOT, env=compilers_environ())
     assert done.returncode == 0, done.stderr[-3000:]
     page = (out / "plan.html").read_text()
     assert page.count("<svg") >= 2
