@@ -49,6 +49,15 @@ def test_zero3_gathers_cost_what_their_bytes_do():
     assert c.communication["tokens to experts"] == 0  # they stay
 
 
+def test_gradients_of_replicas_cost_what_their_bytes_do():
+    """All of 671B on each of 512 v5p, summed in float32: twice its bytes less a 512th, over three rings both ways."""
+    c = estimate("v5p:8x8x8", (512, 1, 1, 1, 1), "data.batch_size=512")
+    parameters = 671.0e9 + 11.5e9  # and the MTP module's
+    assert c.communication["gradients of replicas"] == pytest.approx(
+        2 * 511 / 512 * 4 * parameters / (6 * 90e9 * ASSUMED.link), rel=0.02
+    )
+
+
 def test_what_hides_costs_nothing():
     shown = estimate("h100:128x8", (1, 1, 16, 64, 1), "data.batch_size=1024", hidden=Hidden(0.0, 0.0))
     hides = estimate("h100:128x8", (1, 1, 16, 64, 1), "data.batch_size=1024", hidden=Hidden(1.0, 1.0))

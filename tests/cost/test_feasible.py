@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import divisors, load_config
-from dsv3_jax.cost.feasible import largest_world, mesh_over, on_mesh, worlds
+from dsv3_jax.cost.feasible import largest_world, mesh_over, on_mesh, state_bytes, stored_parameters, worlds
 from dsv3_jax.errors import UserError
+from dsv3_jax.model.counts import count_parameters
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
 from tests.conftest import ROOT
@@ -57,6 +58,22 @@ def test_the_released_model_keeps_its_experts_together():
     config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1", "parallel.max_state_gib=40"])
     assert largest_world(config, 8, 127) == 96
     assert largest_world(config, 7, 2) == 0
+
+
+def test_bytes_of_the_state_by_hand():
+    """Weights and two moments in float32; moments in half of that; and what compression keeps of rounding errors."""
+    sizes = {"data": 4, "pipe": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+
+    def bytes_a_number(*overrides: str) -> float:
+        config = load_config(TINY, list(overrides))
+        return state_bytes(config, sizes) / stored_parameters(config, sizes)
+
+    assert bytes_a_number() == 12
+    assert bytes_a_number("optim.moment_dtype=bfloat16") == 8
+    assert bytes_a_number("precision.recipe=deepseek") == 8
+    assert bytes_a_number("parallel.compress=2") == 12 + 4 + 4 / 4
+    counts = count_parameters(load_config(TINY).model)
+    assert stored_parameters(load_config(TINY), sizes) == (counts.total + counts.mtp) / 2
 
 
 def test_what_cannot_be_is_said_with_what_can():
