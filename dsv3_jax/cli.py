@@ -78,8 +78,8 @@ def train(
         leave_spares(checked, devices)
     _join()
     from dsv3_jax.train.finish import finish
-    from dsv3_jax.train.loop import compile_only
     from dsv3_jax.train.loop import train as run
+    from dsv3_jax.train.resolve import compile_only
 
     if rehearse:
         compile_only(checked, elastic=workers is not None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,9 +50,9 @@ class MetricsWriter:
         """Append changes of precision, as `precision.controller.log_lines` describes them."""
         self._decisions.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def write_routing(self, step: int, load: tuple[np.ndarray, ...]) -> None:
-        """Append how many of a step's tokens each expert got: `load` is f32[layers, E] or f32[E], by stack of layers."""
-        layers = [row.astype(int).tolist() for a in load for row in a.reshape(-1, a.shape[-1])]
+    def write_routing(self, step: int, load: Sequence[Any]) -> None:
+        """Append how many of a step's tokens each expert got: `load` has f32[layers, E] or f32[E] arrays, one per stack."""
+        layers = [row.astype(int).tolist() for a in map(np.asarray, load) for row in a.reshape(-1, a.shape[-1])]
         self._routing.write(json.dumps({"step": step, "load": layers}) + "\n")
 
     def close(self) -> None:

@@ -1,0 +1,112 @@
+"""From the configuration as the user wrote it to what runs on the devices that there are."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import Config
+from dsv3_jax.cost.compression import decided as resolve_compression
+from dsv3_jax.cost.compression import topology_of
+from dsv3_jax.cost.feasible import on_mesh
+from dsv3_jax.cost.topologies import Topology
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
+from dsv3_jax.parallel.mesh import axis_sizes
+from dsv3_jax.precision import platforms
+from dsv3_jax.precision.recipes import Recipe
+from dsv3_jax.state.programs import ProgramStore, compiled_dir
+from dsv3_jax.state.train_state import abstract_state, init_program
+from dsv3_jax.train.initial import with_its_tokenizer
+from dsv3_jax.train.pipelined import schedule_of
+from dsv3_jax.train.step import ScheduledSteps, training_recipe
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration that has been made definite for a set of devices. Everything after it takes this."""
+
+    asked: Config  # as the user wrote it
+    config: Config  # without `auto`
+    layout: Layout
+    recipe: Recipe  # of the steps after `precision.first_steps`, run by the kernels that the devices have
+    notes: tuple[str, ...]  # lines that a person should know at the start
+
+
+def resolve_on(config: Config, layout: Layout, topology: Topology | None) -> Resolved:
+    """Decide what `auto` means on a layout's devices; `topology` is that of their links, None if it is not known.
+
+    The note says why gradients cross `data` as they do. There is none if `parallel.compress` asks for nothing.
+    """
+    definite = platforms.resolve(config, device_of(layout))
+    size = layout.mesh.size if isinstance(layout, MeshLayout) else 1
+    definite, why = resolve_compression(definite, topology, axis_sizes(definite.parallel, size))
+    return Resolved(config, definite, layout, training_recipe(definite, layout), (why,) if why else ())
+
+
+def resolve_for_devices(config: Config, elastic: bool = False) -> Resolved:
+    """Resolve a configuration for the devices of this run.
+
+    `elastic`: on all of them, on the mesh that comes nearest to the configuration's. Raises `UserError` for a mesh that does
+    not fit the devices or the model, and for `train.init_from` with another model.
+    """
+    placed = on_mesh(config, jax.device_count()) if elastic else config
+    layout = layout_for(placed)
+    devices = list(layout.mesh.devices.flat) if isinstance(layout, MeshLayout) else [device_of(layout)]
+    found = resolve_on(with_its_tokenizer(placed), layout, topology_of(devices))
+    return replace(found, asked=config, notes=(*_about_mesh(found.config, layout), *found.notes))
+
+
+def _about_mesh(config: Config, layout: Layout) -> list[str]:
+    unused = len(jax.devices()) - (layout.mesh.size if isinstance(layout, MeshLayout) else 1)
+    lines = []
+    if isinstance(layout, MeshLayout):
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(layout).items())
+        lines.append(f"{layout.mesh.size} devices in {jax.process_count()} process(es): {axes}")
+        if layout.mesh.shape["pipe"] > 1:
+            schedule = schedule_of(config, layout.mesh.shape["pipe"])
+            lines.append(
+                f"pipeline {schedule.name}: {schedule.stages} stages, {schedule.chunks} chunk(s) each, "
+                f"{schedule.microbatches} microbatches (train.grad_accum_steps): occupancy {schedule.occupancy:.1%}"
+            )
+    if unused:
+        lines.append(f"{unused} of {len(jax.devices())} devices are not used; parallel.fsdp=-1 would use them all")
+    return lines
+
+
+def mesh_sizes(layout: Layout) -> dict[str, int]:
+    """The mesh's axes of more than one device."""
+    return {a: n for a, n in layout.mesh.shape.items() if n > 1} if isinstance(layout, MeshLayout) else {}
+
+
+def tokens_ahead(config: Config) -> int:
+    """How many tokens beyond a window its targets need: one for the next token and one for each MTP depth."""
+    return 1 + config.model.num_nextn_predict_layers
+
+
+def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and sharding of a training batch; allocates nothing."""
+    shape = config.data.batch_size, config.data.seq_len + tokens_ahead(config)
+    rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(layout))
+    return {"tokens": rows, "segments": rows}
+
+
+def program_store(resolved: Resolved) -> ProgramStore:
+    """The programs on disk of this configuration and these devices."""
+    layout = resolved.layout
+    devices = layout.mesh.devices.flat if isinstance(layout, MeshLayout) else jax.devices()[:1]
+    return ProgramStore(compiled_dir(), resolved.config, mesh_sizes(layout), tuple(devices))
+
+
+def compile_only(config: Config, elastic: bool) -> None:
+    """Compile a run's steps for the devices that there are, and keep them for a run on as many. Raises `UserError`."""
+    resolved = resolve_for_devices(config, elastic)
+    config, layout, programs = resolved.config, resolved.layout, program_store(resolved)
+    programs("init", init_program(config, layout))
+    steps, state, batch = (
+        ScheduledSteps(config, layout, programs),
+        abstract_state(config, layout),
+        abstract_batch(config, layout),
+    )
+    for step in steps.first_of_kinds():
+        steps.program(step, state, batch)

@@ -1,0 +1,77 @@
+"""The start of a run, up to where its first step can begin."""
+
+import contextlib
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.cluster.processes import is_first, on_first
+from dsv3_jax.config import Config
+from dsv3_jax.data.store import Corpus, load_corpus
+from dsv3_jax.progress import ProgressReporter
+from dsv3_jax.runs.directory import run_directory
+from dsv3_jax.runs.events import EventLog
+from dsv3_jax.runs.metrics import MetricsWriter
+from dsv3_jax.state.programs import Programs, compiled_now
+from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
+from dsv3_jax.train.context import RunContext, TrainingData
+from dsv3_jax.train.initial import with_weights
+from dsv3_jax.train.resolve import Resolved, mesh_sizes, program_store, resolve_for_devices
+from dsv3_jax.train.signals import StopRequest
+from dsv3_jax.train.watchdog import Watchdog
+
+_LOCK_PATIENCE_S = 60.0  # a supervised run's processes of the attempt before may still be ending
+
+
+def _load_corpus(config: Config) -> Corpus:
+    """Process 0 first: it may have to train a tokenizer, which the others then find in the cache."""
+    corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
+    return corpus or load_corpus(config.data, config.model.vocab_size)
+
+
+def _initial_state(resolved: Resolved, manager: CheckpointManager, data: TrainingData, programs: Programs) -> TrainState:
+    """A fresh state, or that of the latest checkpoint; then the data go on where the checkpoint left them."""
+    config, layout = resolved.config, resolved.layout
+    if manager.latest() is None:
+        state = new_state(config, layout, programs)
+        return state if config.train.init_from is None else with_weights(config, layout, state, config.train.init_from)
+    state, metadata = manager.restore(abstract_state(config, layout), functools.partial(print, flush=True))
+    data.position.set_state(metadata["data"])
+    return state
+
+
+def start(config: Config, root: Path, elastic: bool, until_end: contextlib.ExitStack) -> tuple[RunContext, TrainState]:
+    """Claim the run's directory, load data and programs, and make or restore the state. Raises `UserError` as `loop.train`.
+
+    The lock, the watchdog, the progress bar and the signal handlers are released by `until_end`, open files by the context's
+    `close`.
+    """
+    several = elastic or jax.process_count() > 1
+    watchdog = until_end.enter_context(Watchdog(config.train.stuck_after_s, config.train.slow_after_s, enabled=several))
+    resolved = resolve_for_devices(config, elastic)
+    config, layout = resolved.config, resolved.layout
+    run = run_directory(config, root)
+    on_first(lambda: run.check_belongs_to(config))
+    corpus = _load_corpus(config)
+    data = TrainingData(config, layout, corpus)
+    on_first(lambda: until_end.enter_context(run.claimed(_LOCK_PATIENCE_S if several else 0.0)))
+    on_first(lambda: run.create(replace(config, parallel=resolved.asked.parallel), corpus.tokenizer))
+    programs = program_store(resolved) if several else compiled_now
+    watchdog.slow(run.deadline_file if is_first() and elastic else None)
+    events = EventLog(run.events_file, is_first())
+    events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=mesh_sizes(layout))
+    manager = CheckpointManager(run.checkpoints, config.checkpoint)
+    state = _initial_state(resolved, manager, data, programs)
+    done = int(state.step)
+    progress = until_end.enter_context(ProgressReporter(config.train.steps, done, quiet=not is_first()))
+    stop = until_end.enter_context(StopRequest())
+    for note in resolved.notes:
+        progress.say(note)
+    if done:
+        progress.say(f"resuming {run.path} at step {done}")
+    writer = MetricsWriter(run, done) if is_first() else None
+    events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
+    return RunContext(resolved, run, data, programs, manager, writer, events, progress, stop, watchdog), state
