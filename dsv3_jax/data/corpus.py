@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,14 @@ def _read_parquet(path: Path, column: str) -> Iterator[Document]:
         raise UserError(f"data.path: cannot read {path}: {error}") from None
 
 
+# By the file's ending: (file, data.text_field) -> its documents. Source files of the standard library are read as .txt are.
+READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+    ".txt": lambda path, _field: iter([Document(str(path), _read_text(path))]),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
 def data_files(config: DataConfig) -> list[Path]:
     """The corpus's files. Raises `UserError` for a pattern that matches nothing or a type that cannot be read."""
     if config.path is None:
@@ -84,21 +92,16 @@ def data_files(config: DataConfig) -> list[Path]:
             raise UserError(f"data.path={pattern.strip()!r} matches no file")
         files += matched
     for path in files:
-        if path.suffix not in (".txt", ".jsonl", ".parquet"):
-            raise UserError(f"data.path: {path}: unknown type {path.suffix!r}; use .txt, .jsonl or .parquet")
+        if path.suffix not in READERS:
+            raise UserError(f"data.path: {path}: unknown type {path.suffix!r}; use one of {', '.join(READERS)}")
     return files
 
 
 def documents(config: DataConfig) -> Iterator[Document]:
     """All documents with text. Each .txt (or standard library) file is one document."""
     for path in data_files(config):
-        if path.suffix == ".jsonl":
-            found = _read_jsonl(path, config.text_field)
-        elif path.suffix == ".parquet":
-            found = _read_parquet(path, config.text_field)
-        else:
-            found = iter([Document(str(path), _read_text(path))])
-        yield from (d for d in found if d.text.strip())
+        read = READERS.get(path.suffix, READERS[".txt"])
+        yield from (d for d in read(path, config.text_field) if d.text.strip())
 
 
 def is_validation(text: str, fraction: float) -> bool:

@@ -112,8 +112,9 @@ def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Sch
     group, place = m // stages, m % stages
     lap = chunks * stages
     forward_tick = group * lap + c * stages + place + s
-    turn = lap - 1 if name == "1f1b" else int(forward_tick.max()) + 1
-    backward_tick = turn + group * lap + (chunks - 1 - c) * stages + place + stages - 1 - s
+    # the tick at which the first microbatch turns round at the last piece
+    turns = {"1f1b": lap - 1, "gpipe": int(forward_tick.max()) + 1}
+    backward_tick = turns[name] + group * lap + (chunks - 1 - c) * stages + place + stages - 1 - s
     ticks = int(backward_tick.max()) + 1
 
     slot, slots = np.zeros(len(m), np.int32), 0
