@@ -38,7 +38,7 @@ def _with(config: Config, bits: Literal[0, 1, 2, 4, 8]) -> Config:
     return replace(config, parallel=replace(config.parallel, compress=bits))
 
 
-def decided(config: Config, topology: Topology | None, sizes: dict[str, int]) -> tuple[Config, str]:
+def resolve_compression(config: Config, topology: Topology | None, sizes: dict[str, int]) -> tuple[Config, str]:
     """(the configuration without `auto`; why, and of how many gradients, or nothing where few bits were not asked for).
 
     `sizes` are those of the mesh's axes.
@@ -85,7 +85,7 @@ def ways(config: Config, topology: Topology, sizes: dict[str, int], efficiency: 
     """
     if sizes["data"] == 1:
         return []
-    config, _ = decided(config, topology, sizes)
+    config, _ = resolve_compression(config, topology, sizes)
     estimator = Estimator(topology, efficiency)
     apart, near = estimator.replicas(sizes)
     bits = config.parallel.compress or _BITS

@@ -186,7 +186,7 @@ class Estimator:
         """Seconds of what crosses `data`: a sum in float32, or codes to those that sum them up, and from them, and a sum of
         what stays in float32."""
         bits, across, stored = config.parallel.compress, ("data",), stored_parameters(config, sizes)
-        assert bits != "auto", "slow_axis.decided comes first"
+        assert bits != "auto", "resolve_compression comes first"
         if not bits:
             return self._seconds("all-reduce", sizes, across, stored * 4)
         codec, share = Codec(bits), few_bits_share(config, sizes)

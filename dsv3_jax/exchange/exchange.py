@@ -122,7 +122,7 @@ class Exchange:
         if not leaves:
             return whole, errors
         assert isinstance(self.layout, MeshLayout)
-        assert self.bits not in (0, "auto"), "`auto` is decided before anything is made (cost/compression.py)"
+        assert self.bits not in (0, "auto"), "`auto` is resolved before anything is made (cost/compression.py)"
         codec, replicas = Codec(self.bits), self.replicas
         # no plug-in has kernels for codes
         implementation = "auto" if platform_of(device_of(self.layout)).implementation == "auto" else "reference"

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import Config, config_from_dict
-from dsv3_jax.cost.compression import decided
 from dsv3_jax.cost.topologies import devices, parse_topology
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.layout import batch_sharding, make_layout
+from dsv3_jax.parallel.layout import make_layout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import check
-from dsv3_jax.precision.platforms import resolve
 from dsv3_jax.state.train_state import TrainState, abstract_state
+from dsv3_jax.train.resolve import abstract_batch, resolve_on
 from dsv3_jax.train.step import make_train_step
 
 
@@ -52,21 +50,18 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
     """The compiled training step's text, and what else is known about it."""
     say("describing")
     found = devices(parse_topology(topology))
-    config = resolve(config, found[0])
     mesh = make_mesh(config.parallel, found)
     if mesh.size < len(found):
         raise UserError(
             f"parallel: the mesh has {mesh.size} of {topology}'s {len(found)} devices; set an axis to -1 to fill up"
         )
     check(config, dict(mesh.shape))
-    config, exchange = decided(config, parse_topology(topology), dict(mesh.shape))
-    layout = make_layout(config.parallel, mesh)
+    resolved = resolve_on(config, make_layout(config.parallel, mesh), parse_topology(topology))
+    config, layout = resolved.config, resolved.layout
     state = abstract_state(config, layout)
-    shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout))
     say("tracing")
     began = time.perf_counter()
-    lowered = make_train_step(config, layout).lower(state, {"tokens": tokens, "segments": tokens})
+    lowered = make_train_step(config, layout).lower(state, abstract_batch(config, layout))
     traced = time.perf_counter() - began
     say("compiling")
     compiled = lowered.compile(compiler_options=options or None)
@@ -78,7 +73,7 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
         "mesh": dict(mesh.shape),
         "places": [_place(d) for d in mesh.devices.flat],  # in the order of partitions
         "precision": config.precision.recipe,
-        "exchange": exchange,
+        "exchange": next(iter(resolved.notes), ""),
         "seconds": {"tracing": traced, "compiling": seconds - traced},
         "memory": {
             name: getattr(memory, f"{name}_size_in_bytes")

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config
-from dsv3_jax.cost.compression import decided as resolve_compression
-from dsv3_jax.cost.compression import topology_of
+from dsv3_jax.cost.compression import resolve_compression, topology_of
 from dsv3_jax.cost.feasible import on_mesh
 from dsv3_jax.cost.topologies import Topology
 from dsv3_jax.model.layout import Layout

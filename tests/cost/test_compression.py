@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.cost.compression import decided, topology_of, ways
+from dsv3_jax.cost.compression import resolve_compression, topology_of, ways
 from dsv3_jax.cost.efficiency import ASSUMED
 from dsv3_jax.cost.estimate import Estimator, few_bits_share
 from dsv3_jax.cost.feasible import stored_parameters
@@ -21,7 +21,7 @@ ONE = dict.fromkeys(AXES, 1)
 def decision(model: str, topology: str, *overrides: str) -> tuple[Config, str]:
     config = load_config(ROOT / "configs" / f"{model}.yaml", ["parallel.compress=auto", "train.grad_accum_steps=1", *overrides])
     there = parse_topology(topology)
-    return decided(config, there, axis_sizes(config.parallel, there.size))
+    return resolve_compression(config, there, axis_sizes(config.parallel, there.size))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_nothing_is_decided_that_was_not_asked_for_or_is_not_known():
     assert one.parallel.compress == 0
     assert "one replica" in why
     config = load_config(ROOT / "configs" / "tiny.yaml", ["parallel.compress=auto", "parallel.data=8"])
-    config, why = decided(config, topology_of(jax.devices()), axis_sizes(config.parallel, 8))
+    config, why = resolve_compression(config, topology_of(jax.devices()), axis_sizes(config.parallel, 8))
     assert config.parallel.compress == 0
     assert "nothing is known" in why
 
