@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from dsv3_jax.train import watchdog
 from tests.conftest import ROOT
 
 HANGS = {
@@ -41,6 +42,17 @@ def test_a_step_after_something_slow_has_a_steps_time(tmp_path):
     done, _ = run(tmp_path, first + "dog.slow(); dog.step_begins(); time.sleep(4)")
     assert done.returncode == 1
     assert "Timeout (0:00:00.5" in done.stderr
+
+
+def test_how_long_a_step_may_take(monkeypatch):
+    """Ten medians, but the floor at least; what is slow by nature has its own time."""
+    allowed = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: allowed.append(seconds))
+    dog = watchdog.Watchdog(stuck_after_s=30.0, slow_s=500.0)
+    for seconds in (1.0, 2.0, 90.0, 7.0):
+        dog.step_ended(seconds)
+    dog.slow()
+    assert allowed == [500, 30, 30, 30, 45, 500]
 
 
 def test_steps_and_slow_things_are_left_alone(tmp_path):
