@@ -179,12 +179,12 @@ def test_what_cannot_be_written_is_refused(ragged, tmp_path):
 
 
 def test_an_export_that_fails_leaves_nothing(ragged, tmp_path, monkeypatch):
-    from dsv3_jax.interop import hf_export
+    from dsv3_jax.interop import hf_writer
 
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_export, "_card", fails)
+    monkeypatch.setattr(hf_writer, "model_card", fails)
     with pytest.raises(OSError, match="No space"):
         dsv3.save_hf(dsv3.load_hf(ragged[0]), tmp_path / "out", "hf-f32")
     assert not list(tmp_path.iterdir())

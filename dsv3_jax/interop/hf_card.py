@@ -1,0 +1,64 @@
+"""The model card of an export: README.md, which says what the checkpoint is and how it was made."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from dsv3_jax.checkpoint.load import Checkpoint
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.progress import human
+
+
+def model_card(config: ModelConfig, format: str, size: int, sha256: Mapping[str, str], origin: Mapping[str, str]) -> str:
+    """`size`: bytes of all tensors; `sha256` by file name; `origin`: rows of the table of where the weights come from."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in origin.items())
+    files = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sha256.items())
+    fp8_layout = (
+        "Projections and experts are e4m3 with a float32 scale (`weight_scale_inv`) for every 128 x 128 block, the rest is "
+        "bfloat16 (router bias: float32).\n\n" if format == "hf-fp8" else ""
+    )  # fmt: skip
+    mtp = config.num_nextn_predict_layers
+    modules = f", and {mtp} multi-token-prediction module{'s' * (mtp > 1)} (`model.layers.{config.num_hidden_layers}.*`)"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [deepseek_v3, dsv3_jax]
+---
+
+# A model of DeepSeek-V3's architecture
+
+{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.n_routed_experts} experts of which a token takes \
+{config.num_experts_per_tok}{modules if mtp else ""}; {human(size, "B")} of weights as `{format}`.
+
+{fp8_layout}Exported by dsv3_jax {version("dsv3-jax")}:
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory", dtype="auto")
+```
+
+| file | sha256 |
+|---|---|
+{files}
+"""
+
+
+def origin_of_checkpoint(found: Checkpoint, imported: bool, format: str) -> dict[str, str]:
+    """The card's rows about an exported checkpoint: what run, step, data and precision its weights come from."""
+    c = found.config
+    if imported:
+        return {"from": f"`{found.path.name}`, imported from another Hugging Face checkpoint", "format": f"`{format}`"}
+    step = int(found.path.name)
+    tokens = step * c.data.batch_size * c.data.seq_len
+    corpus = "the source text of Python's standard library" if c.data.path is None else f"`{Path(c.data.path).name}`"
+    return {
+        "from": f"run `{c.name}`, step {step} of {c.train.steps}",
+        "trained on": f"{human(tokens)} tokens of {corpus}, in sequences of {c.data.seq_len}",
+        "precision in training": f"`{c.precision.recipe}`",
+        "format": f"`{format}`",
+    }

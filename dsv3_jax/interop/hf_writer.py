@@ -1,0 +1,200 @@
+"""A Hugging Face checkpoint's directory: safetensors in shards with their index, config, tokenizer files and model card.
+
+A directory appears complete or not at all: everything is written beside it, config.json last, and renamed.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsv3_jax.checkpoint.scratch import claim
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.tokenizer import load_tokenizer, special_ids
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop import fp8
+from dsv3_jax.interop.hf_card import model_card
+from dsv3_jax.interop.hf_config import hf_config
+from dsv3_jax.interop.hf_files import INDEX, SINGLE
+from dsv3_jax.interop.hf_import import COMPANIONS
+from dsv3_jax.interop.hf_tensors import Source, copies, sources
+from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
+from dsv3_jax.progress import BytesProgress
+
+FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
+SHARD_BYTES = 5 * 10**9
+_THREADS = 3  # each reads and writes a shard
+_F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
+
+type Read = Callable[[Source], np.ndarray]  # a source's tensor in Hugging Face's layout; called from several threads
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor to write. One in 8 bits is two of the file's tensors: its values and, after them, its scales."""
+
+    name: str
+    source: Source
+    dtype: np.dtype
+
+    @property
+    def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """(dtype, shape) by name in the file."""
+        found = {self.name: (self.dtype, self.source.shape)}
+        if self.dtype == fp8.VALUES:
+            found[self.name + fp8.SUFFIX] = _F32, fp8.scale_shape(self.source.shape)
+        return found
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors.values())
+
+    def encode(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        if self.dtype != fp8.VALUES:
+            return {self.name: tensor.astype(self.dtype, copy=False)}
+        values, scales = fp8.quantize(tensor.astype(_F32, copy=False))
+        return {self.name: values, self.name + fp8.SUFFIX: scales}
+
+
+def _outputs(config: ModelConfig, format: str) -> list[_Output]:
+    found: dict[str, _Output] = {}
+    for s in sources(config):
+        # the balancing bias decides between experts by small differences: released checkpoints have it in float32 too
+        exact = format == "hf-f32" or s.tensor.endswith("e_score_correction_bias")
+        dtype = _F32 if exact else fp8.VALUES if format == "hf-fp8" and s.is_fp8 else _BF16
+        found[s.tensor] = _Output(s.tensor, s, dtype)
+    for copy in copies(config):
+        if not copy.tensor.startswith("lm_head"):  # transformers ties it by itself, and would call a copy unexpected
+            found[copy.tensor] = _Output(copy.tensor, found[copy.of].source, found[copy.of].dtype)
+    return list(found.values())
+
+
+def _shards(outputs: list[_Output], shard_bytes: int) -> list[list[_Output]]:
+    """The outputs in order, cut into shards of at most `shard_bytes`, or of a single tensor."""
+    found: list[list[_Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if found[-1] and size + output.size > shard_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(output)
+        size += output.size
+    return found
+
+
+@contextlib.contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """A scratch directory beside `target`, renamed to it at the end, or removed if something fails."""
+    claimed = claim(target)
+    try:
+        claimed.clear()  # of an export that was killed
+        directory = claimed.scratch / "export"
+        directory.mkdir()
+        yield directory
+        claimed.publish(directory)
+    except BaseException:
+        claimed.drop()
+        raise
+
+
+class _Written(NamedTuple):
+    bytes: int  # of all tensors
+    sha256: dict[str, str]  # by file name
+
+
+def _write_shard(path: Path, shard: list[_Output], read: Read, progress: BytesProgress) -> str:
+    """Write one file; returns its sha256."""
+    waiting: dict[str, np.ndarray] = {}  # scales, which are made with their weight and come after it
+    outputs = {output.name: output for output in shard}
+
+    def make(name: str) -> np.ndarray:
+        if name in outputs:
+            waiting.update(outputs[name].encode(read(outputs[name].source)))
+            progress.advance(outputs[name].size)
+        return waiting.pop(name)
+
+    parts = {name: part for output in shard for name, part in output.tensors.items()}
+    return write_safetensors(path, parts, make)[1]
+
+
+def _write_tensors(directory: Path, config: ModelConfig, format: str, read: Read, shard_bytes: int) -> _Written:
+    """Write the shards and, if there are several, their index."""
+    shards = _shards(_outputs(config, format), shard_bytes)
+    total = sum(output.size for shard in shards for output in shard)
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    with BytesProgress("export", total) as progress, ThreadPoolExecutor(_THREADS) as pool:
+        write = partial(_write_shard, read=read, progress=progress)
+        digests = list(pool.map(write, [directory / name for name in names], shards))
+    if count > 1:
+        weight_map = {part: name for name, shard in zip(names, shards, strict=True) for out in shard for part in out.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return _Written(total, dict(zip(names, digests, strict=True)))
+
+
+def _tokenizer_files(directory: Path, tokenizer: Path | None, vocab_size: int) -> dict[str, int]:
+    """Write tokenizer.json with the settings that transformers wants beside it, if there is one; ids of its special tokens."""
+    if tokenizer is None:
+        return {}
+    loaded = load_tokenizer(tokenizer, vocab_size)
+    bos, eos = special_ids(loaded)
+    if tokenizer.parent != directory:
+        shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    if not (directory / "tokenizer_config.json").exists():
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": loaded.id_to_token(bos),
+            "eos_token": loaded.id_to_token(eos), "clean_up_tokenization_spaces": False,
+        }  # fmt: skip
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return {"bos_token_id": bos, "eos_token_id": eos}
+
+
+def write_hf(
+    target: str | Path,
+    config: ModelConfig,
+    format: str,
+    read: Read,
+    *,
+    origin: Mapping[str, str],
+    companions: Path | None = None,
+    tokenizer: Path | None = None,
+    before: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a checkpoint's directory: shards, index, config, generation config, tokenizer files, model card.
+
+    `origin` goes into the card; from the directory `companions` the files COMPANIONS are copied; `tokenizer` is a
+    tokenizer.json; `before` is the config.json that the model was imported with. Raises `UserError` for an unknown format, a
+    shard size that is not positive, and a target that exists.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if shard_bytes <= 0:
+        raise UserError(f"shard size {shard_bytes} must be positive")
+    with _new_directory(Path(target)) as directory:
+        for file in [companions / name for name in COMPANIONS] if companions else []:
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+        ids = _tokenizer_files(directory, tokenizer, config.vocab_size)
+        written = _write_tensors(directory, config, format, read, shard_bytes)
+        fields = hf_config(config, before) | {"dtype": "float32" if format == "hf-f32" else "bfloat16"}
+        fields |= {"torch_dtype": fields["dtype"]}  # what clients older than transformers 5 read
+        fields = ids | fields
+        if format == "hf-fp8":
+            fields["quantization_config"] = fp8.QUANTIZATION_CONFIG
+        if not (directory / "generation_config.json").exists():
+            known = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in fields}
+            (directory / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+        (directory / "README.md").write_text(model_card(config, format, written.bytes, written.sha256, origin))
+        (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return Path(target)
