@@ -1,8 +1,8 @@
 """Copies of the state on the host that computed it, in memory (/dev/shm) or on its own disk: a start after a failure reads from
 there what the host still has, and only the rest from shared storage.
 
-A copy belongs to one checkpoint, by the digest of its manifest: it counts only if that checkpoint is whole. Each process keeps
-the blocks of its devices, `STEP/PROCESS.blocks`, with their places and sha256 in `STEP/PROCESS.json`, which is written last.
+A copy belongs to one checkpoint, by the digest of its manifest: it counts only if that checkpoint is complete. Each process
+keeps the blocks of its devices, `STEP/PROCESS.blocks`, with their bounds and sha256 in `STEP/PROCESS.json`, written last.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 from dsv3_jax.checkpoint.manifest import HASHING_THREADS
 from dsv3_jax.files import write_whole
 
-type Bounds = tuple[tuple[int, int], ...]  # of a block, [start, stop) by axis
+type Bounds = tuple[tuple[int, int], ...]  # a block's [start, stop) along each axis of its array
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
@@ -28,7 +28,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
 
 def _needed_bounds(template: jax.ShapeDtypeStruct) -> set[Bounds]:
-    """What this process's devices hold of an array."""
+    """The blocks of an array that this process's devices hold."""
     assert template.sharding is not None
     indices = template.sharding.addressable_devices_indices_map(template.shape).values()
     return {_bounds(index or (), template.shape) for index in indices}
@@ -36,11 +36,11 @@ def _needed_bounds(template: jax.ShapeDtypeStruct) -> set[Bounds]:
 
 @dataclass(frozen=True)
 class _Block:
-    """One that is on this host."""
+    """A block of an array in a file on this host."""
 
     file: Path
     offset: int
-    whole_shape: tuple[int, ...]  # of its array
+    array_shape: tuple[int, ...]
     bounds: Bounds
     dtype: np.dtype
     sha256: str
@@ -53,7 +53,7 @@ class _Block:
         size = math.prod(self.shape) * self.dtype.itemsize
         return np.fromfile(self.file, np.uint8, size, offset=self.offset).view(self.dtype).reshape(self.shape)
 
-    def is_whole(self) -> bool:
+    def is_intact(self) -> bool:
         try:
             return _sha256(self.read()) == self.sha256
         except (OSError, ValueError):  # gone, or cut off
@@ -76,35 +76,36 @@ def _size(bounds: Bounds) -> int:
     return math.prod(max(0, stop - start) for start, stop in bounds)
 
 
-def _within(bounds: Bounds, whole: Bounds) -> tuple[slice, ...]:
-    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in zip(bounds, whole, strict=True))
+def _relative(bounds: Bounds, to: Bounds) -> tuple[slice, ...]:
+    """The index of a block within another one that contains it."""
+    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in zip(bounds, to, strict=True))
 
 
 class LocalCopy:
-    """What this host has of one checkpoint: blocks by array."""
+    """The blocks of one checkpoint's arrays that are on this host."""
 
     def __init__(self, blocks: Mapping[str, list[_Block]]):
         self._blocks = blocks
 
     def covered(self, templates: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
-        """Names of the arrays of which all that this process needs is here, and undamaged."""
+        """Names of the arrays of which this host has, undamaged, all blocks that this process needs."""
         used = {name: self._used(name, template) for name, template in templates.items()}
         there = [(name, block) for name, blocks in used.items() for block in blocks or []]
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            whole = pool.map(_Block.is_whole, [block for _, block in there])
-            damaged = {name for (name, _), well in zip(there, whole, strict=True) if not well}
+            intact = pool.map(_Block.is_intact, [block for _, block in there])
+            damaged = {name for (name, _), good in zip(there, intact, strict=True) if not good}
         return {name for name, blocks in used.items() if blocks is not None} - damaged
 
     def _used(self, name: str, template: jax.ShapeDtypeStruct) -> list[_Block] | None:
-        """The blocks that this process needs of an array, which it shares with others of its host; None if some are missing."""
-        blocks = [b for b in self._blocks.get(name, []) if b.dtype == template.dtype and b.whole_shape == template.shape]
+        """The stored blocks that overlap what this process needs of an array; None if they do not cover it."""
+        blocks = [b for b in self._blocks.get(name, []) if b.dtype == template.dtype and b.array_shape == template.shape]
         regions = _needed_bounds(template)
         if any(sum(_size(_overlap(b.bounds, region)) for b in blocks) != _size(region) for region in regions):
             return None
         return [b for b in blocks if any(_size(_overlap(b.bounds, region)) for region in regions)]
 
     def load(self, name: str, template: jax.ShapeDtypeStruct) -> jax.Array:
-        """An array that is `covered`."""
+        """Put an array together that `covered` names."""
 
         def region(index: tuple[slice, ...] | None) -> np.ndarray:
             wanted = _bounds(index or (), template.shape)
@@ -112,20 +113,22 @@ class LocalCopy:
             for block in self._blocks[name]:
                 shared = _overlap(block.bounds, wanted)
                 if _size(shared):
-                    out[_within(shared, wanted)] = block.read()[_within(shared, block.bounds)]
+                    out[_relative(shared, wanted)] = block.read()[_relative(shared, block.bounds)]
             return out
 
         assert template.sharding is not None
         return jax.make_array_from_callback(template.shape, template.sharding, region, template.dtype)
 
 
-type Snapshot = dict[tuple[str, tuple[int, ...], Bounds], np.ndarray]  # a process's blocks by array, its shape, and place
+type Snapshot = dict[
+    tuple[str, tuple[int, ...], Bounds], np.ndarray
+]  # a process's blocks by array name, array shape and bounds
 
 
 def snapshot(arrays: Mapping[str, jax.Array], buffers: Snapshot) -> Snapshot:
-    """Out of the devices' memory; all copies are under way before the first is waited for.
+    """Copy this process's blocks out of its devices' memory; all copies are under way before the first is waited for.
 
-    `buffers`, an earlier snapshot that nobody reads any more, is written over where it has the same blocks: fresh memory takes
+    `buffers`, an earlier snapshot that nobody reads any more, is overwritten where it has the same blocks: fresh memory takes
     longer to get than to fill.
     """
     shards = [(name, array.shape, shard) for name, array in arrays.items() for shard in array.addressable_shards]
@@ -150,18 +153,18 @@ def _copied(block: np.ndarray, buffer: np.ndarray | None) -> np.ndarray:
 
 
 class LocalCopies:
-    """Of one run on this host; of the last checkpoint only, and of the one before until that one is there."""
+    """One run's copies on this host: of the last checkpoint, and of the one before until the last one's are complete."""
 
     def __init__(self, directory: Path, run: Path):
-        """`run`: its directory of checkpoints, from whose path the copies' place follows."""
+        """`directory` is on this host; `run` is the run's directory of checkpoints, which names its copies in `directory`."""
         self._root = directory / hashlib.sha256(str(run).encode()).hexdigest()[:16]
 
     def write(self, step: int, process: int, taken: Snapshot, manifest: Path) -> None:
-        """Once the checkpoint is whole, which `manifest` says. Raises `OSError` where there is no room."""
+        """Write a process's blocks of the complete checkpoint with this `manifest`. Raises `OSError` where there is no room."""
         directory = self._root / str(step)
         index, data = directory / f"{process}.json", directory / f"{process}.blocks"
         directory.mkdir(parents=True, exist_ok=True)
-        index.unlink(missing_ok=True)  # of the same step, done again
+        index.unlink(missing_ok=True)  # from an earlier save of the same step
         listing, offset = [], 0
         with open(data, "wb") as file:
             for (name, shape, bounds), block in taken.items():
@@ -174,10 +177,11 @@ class LocalCopies:
                 shutil.rmtree(other, ignore_errors=True)
 
     def remove(self) -> None:
+        """Delete all of the run's copies on this host."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     def of(self, step: int, manifest: Path) -> LocalCopy:
-        """Of all processes that were on this host. Whatever can't be read isn't there."""
+        """The copy of one checkpoint by all processes that were on this host, without what cannot be read."""
         blocks: dict[str, dict[Bounds, _Block]] = {}
         digest = _digest(manifest)
         for index in sorted((self._root / str(step)).glob("*.json")):
@@ -190,10 +194,10 @@ def _digest(manifest: Path) -> str:
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
-def _read_index(index: Path, manifest: str) -> Iterable[tuple[str, _Block]]:
+def _read_index(index: Path, manifest_digest: str) -> Iterable[tuple[str, _Block]]:
     try:
         found = json.loads(index.read_text())
-        if found["manifest"] != manifest:
+        if found["manifest"] != manifest_digest:
             return []
         data = index.with_suffix(".blocks")
         return [

@@ -35,7 +35,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
-    """[size, sha256] by name within `directory`."""
+    """[size in bytes, sha256] by name within `directory`."""
     files = list(files)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         digests = pool.map(_digest, files)
@@ -43,17 +43,17 @@ def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
 
 
 def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> None:
-    """Every file's [size, sha256] by its name within `directory`; those that are `known` are not read again."""
+    """Write the manifest of all files in `directory`; those that are `known` ([size, sha256] by name) are not read again."""
     known = dict(known or {})
     unknown = (p for p in _files(directory) if p.relative_to(directory).as_posix() not in known)
     _write(directory / MANIFEST, {"format": FORMAT, "files": known | _listing(directory, unknown)})
 
 
 def write_manifest_together(directory: Path, process: int, processes: int) -> None:
-    """The same by all processes of a run, each of which reads its share; every call ends with the whole manifest there.
+    """Write the manifest by all processes of a run, each of which reads its share; returns once the manifest is there.
 
     They meet in the file system, because this goes on beside training, whose collectives must not be disturbed. Raises
-    `UserError` if somebody does not come.
+    `UserError` if one of them does not come within `_PATIENCE_S`.
     """
     if processes == 1:
         write_manifest(directory)

@@ -37,6 +37,7 @@ def _sets(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 def state_to_arrays(state: TrainState) -> Arrays:
+    """All leaves of a state, or of the templates in its place."""
     return {name: leaves_by_name(tree) for name, tree in _sets(state).items()}
 
 

@@ -1,7 +1,7 @@
 """Checkpoints whose arrays are written or read a piece at a time, so that no array has to fit in memory.
 
-What is written is an ordinary checkpoint (see manager.py): Orbax's tree of Zarr 3 arrays, of which every piece is a chunk in
-a file of its own. A chunk's axes may lie in any order, so that the bytes of a transposed matrix can stay as they are.
+What is written is an ordinary checkpoint (see manager.py): Orbax's tree of Zarr 3 arrays, every piece being a chunk in a file
+of its own. A chunk's axes may lie in any order, so that the bytes of a transposed matrix can stay as they are.
 """
 
 import json
@@ -24,7 +24,7 @@ from dsv3_jax.checkpoint.names import WEIGHTS
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.cluster.processes import agree, on_first
 
-_CACHE_BYTES = 256 * 2**20  # of decoded chunks, for regions smaller than one
+_CACHE_BYTES = 256 * 2**20  # for decoded chunks: several small regions may be read from one
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ChunkedArray:
     order: tuple[int, ...]
 
     def zarr_json(self) -> str:
-        """Its metadata (Zarr 3 core specification)."""
+        """The array's metadata file (Zarr 3 core specification)."""
         return json.dumps({
             "zarr_format": 3, "node_type": "array", "shape": self.shape, "data_type": self.dtype.name, "fill_value": 0.0,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
@@ -51,10 +51,10 @@ class ChunkedArray:
 
 
 class PiecewiseWriter:
-    """Writes a checkpoint's weights chunk by chunk beside `target`, which exists only once all of it is there.
+    """Writes a checkpoint's weights chunk by chunk beside `target`, which exists only once it is complete.
 
-    Goes on where an earlier writer with the same `identity` was cut off: `done` says what is there already. Under several
-    processes each writes chunks of its own; `commit` is for all of them.
+    Continues where an earlier writer with the same `identity` was interrupted: `done` says which chunks are there already.
+    Of several processes each writes chunks of its own; all of them call `commit`.
     """
 
     def __init__(self, target: Path, identity: str, arrays: Mapping[str, ChunkedArray], metadata: dict[str, Any]):
@@ -75,12 +75,12 @@ class PiecewiseWriter:
         self._writing = Lock()
 
     def _must_begin(self) -> bool:
-        """Whether there is nothing to go on from; takes the lock that keeps a second writer out."""
+        """Whether there is nothing to continue; takes the lock that keeps a second writer out."""
         self._claimed = claim(self._target)
         begun = self._scratch / "identity"
         if begun.is_file() and begun.read_text() == self._identity:
             return False
-        self._claimed.clear()  # of something else
+        self._claimed.clear()  # what an import of something else left
         return True
 
     def _begin(self, arrays: Mapping[str, ChunkedArray]) -> None:
@@ -95,17 +95,18 @@ class PiecewiseWriter:
         return "/".join((WEIGHTS, array, "c", *map(str, chunk)))
 
     def done(self, array: str, chunk: tuple[int, ...]) -> bool:
+        """Whether the chunk is written, by this or an earlier writer."""
         return self._name(array, chunk) in self._done
 
     def write(self, array: str, chunk: tuple[int, ...], read: ReadInto) -> None:
-        """One chunk, at its place in the grid of chunks, from the bytes of its numbers in `order`. From any thread."""
+        """Write the chunk at this index of the array's grid, from its numbers' bytes in `order`. Any thread may call it."""
         name = self._name(array, chunk)
         path = self._checkpoint / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._record(name, *write_past_cache(path, read))
 
     def add_file(self, name: str, content: bytes) -> None:
-        """A small file that belongs to the checkpoint, such as a tokenizer's."""
+        """Add a small file to the checkpoint, such as a tokenizer's."""
         (self._checkpoint / name).write_bytes(content)
 
     def _record(self, name: str, size: int, digest: str) -> None:
@@ -126,7 +127,7 @@ class PiecewiseWriter:
         return {name: e for name, e in found.items() if _size(self._checkpoint / name) == e[0]}
 
     def commit(self) -> None:
-        """Make the checkpoint appear, with its manifest."""
+        """Write the manifest, and make the checkpoint appear at its target."""
         self._journal.close()
         on_first(self._commit)
 
@@ -136,10 +137,10 @@ class PiecewiseWriter:
 
 
 def _open_journal(path: Path) -> TextIO:
-    """To append lines, after the last whole one."""
+    """Open a journal to append lines, after the last complete one."""
     path.touch()
-    whole = path.read_bytes().rfind(b"\n") + 1
-    os.truncate(path, whole)
+    complete = path.read_bytes().rfind(b"\n") + 1
+    os.truncate(path, complete)
     return path.open("a", buffering=1)
 
 
@@ -148,7 +149,7 @@ def _size(path: Path) -> int | None:
 
 
 class StoredArrays:
-    """The weights of a checkpoint by name, as TensorStore's arrays: what is indexed is read from disk, a chunk at a time."""
+    """A checkpoint's weights by name, as TensorStore's arrays: an indexed region is read from disk, a chunk at a time."""
 
     def __init__(self, directory: Path):
         self._base = os.fspath(directory / WEIGHTS)

@@ -22,10 +22,12 @@ _ALWAYS_SHARED = "optimizer/step"  # loaded by every process where any loads som
 
 
 class Restored(NamedTuple):
+    """A state as a checkpoint had it, and where it came from."""
+
     state: TrainState
     metadata: dict[str, Any]
     step: int
-    local_share: float  # of the numbers that this process needs, those that came from its host's copies
+    local_share: float  # of the arrays' numbers, those in arrays that were loaded from this process's host
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside their place, under a lock, and renamed."""
+"""Directories that appear complete or not at all: written beside their final path, under a lock, and renamed."""
 
 import fcntl
 import shutil
@@ -12,7 +12,7 @@ _LOCK = "lock"
 
 
 def scratch_of(target: Path) -> Path:
-    """Where `target` is written."""
+    """The directory beside `target` in which it is written."""
     target = target.absolute()
     return target.with_name(f".{target.name}.partial")
 
@@ -26,26 +26,28 @@ class Claimed:
     lock: IO
 
     def clear(self) -> None:
+        """Remove everything in the scratch directory but the lock."""
         for path in self.scratch.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self, directory: Path) -> None:
-        """`directory`, within the scratch directory, becomes the target."""
+        """Rename `directory`, within the scratch directory, to the target."""
         if self.target.exists():  # an empty directory, or `claim` would have refused it
             self.target.rmdir()
         directory.rename(self.target)
         self.drop()
 
     def drop(self) -> None:
+        """Remove the scratch directory and release its lock."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.lock.close()
 
 
 def claim(target: Path) -> Claimed:
-    """The scratch directory of `target`, with what a writer that was killed has left in it.
+    """Lock the scratch directory of `target`, which still holds what a writer that was killed left in it.
 
-    Raises `UserError` if the target exists (and is no empty directory), or if somebody else is writing it.
+    Raises `UserError` if the target exists (and is no empty directory), or if another process is writing it.
     """
     target, scratch = target.absolute(), scratch_of(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

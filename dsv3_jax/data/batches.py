@@ -1,5 +1,5 @@
 """Packed batches: documents shuffled per epoch, laid end to end, cut into windows, and the windows shuffled again (a
-document's windows would otherwise fill whole batches); any window can be made from its index.
+document's windows would otherwise fill entire batches); any window can be made from its index.
 
 Window w covers tokens [w*L, w*L + L + ahead) of the epoch's stream: L inputs, and the tokens ahead that next-token and MTP
 targets need (they are inputs of the next window, so that every token is a target exactly once). Because a window is a pure
@@ -43,6 +43,7 @@ class PackedWindows:
 
     @property
     def windows_per_epoch(self) -> int:
+        """How many windows one pass over the documents gives."""
         total = len(self.store.tokens)
         if self.shuffle:  # full windows only; the cut moves with every epoch's order
             return max((total - self.ahead) // self.seq_len, 0)
@@ -52,11 +53,11 @@ class PackedWindows:
         return 2**62 if self.shuffle else self.windows_per_epoch
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        epoch, window = self._place(index)
+        epoch, window = self._locate(index)
         tokens, segments = self._window(self._epoch(epoch), window)
         return {"tokens": tokens, "segments": segments}
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, int]:
         """Epoch and window of element `index`."""
         epoch, window = divmod(int(index), self.windows_per_epoch)
         if self.shuffle and self.windows_per_epoch > 1:
@@ -89,8 +90,8 @@ class PackedWindows:
         return Epoch(order, np.concatenate([[0], np.cumsum(lengths)]))
 
     def document_ids(self, index: int) -> list[str]:
-        """Names of the documents that window `index` shows: for error messages."""
-        number, window = self._place(index)
+        """Names of the documents in window `index`, for error messages."""
+        number, window = self._locate(index)
         epoch = self._epoch(number)
         start = window * self.seq_len
         first = int(np.searchsorted(epoch.begin, start, side="right")) - 1
@@ -108,8 +109,8 @@ class _Rows:
         return len(self._source) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        step, place = divmod(int(index), len(self._rows))
-        return self._source[step * self._batch_size + self._rows[place]]
+        step, row = divmod(int(index), len(self._rows))
+        return self._source[step * self._batch_size + self._rows[row]]
 
 
 def train_batches(source: PackedWindows, batch_size: int, rows: Sequence[int]) -> grain.DatasetIterator:

@@ -14,12 +14,14 @@ import pyarrow.parquet
 from dsv3_jax.config import DataConfig
 from dsv3_jax.errors import UserError
 
-# Of the standard library: installed packages are no part of it, and tests and topic tables are no typical source text.
+# Directories to leave out: installed packages are no part of the standard library, tests and tables no typical source text.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "lib2to3"}
 
 
 @dataclass(frozen=True)
 class Document:
+    """One text and its name."""
+
     id: str  # file, or file:line (.jsonl), or file:row (.parquet)
     text: str
 

@@ -1,7 +1,7 @@
 """The tokenised corpus on disk: one flat array of ids and document offsets, made once and memory-mapped.
 
-A cache entry is a directory named by a hash of everything that decides its contents; it is written beside and renamed,
-so that it is whole or absent.
+A cache entry is a directory named by a hash of everything that decides its contents; it is written beside its final path and
+renamed, so that it is complete or absent.
 """
 
 import dataclasses
@@ -41,12 +41,15 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class Corpus:
+    """A tokenised corpus in its two splits."""
+
     tokenizer: Tokenizer
     train: TokenStore
     validation: TokenStore
 
 
 def cache_root(config: DataConfig) -> Path:
+    """The directory of cache entries: `data.cache_dir`, or one in the user's cache."""
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser()
     return user_cache()
@@ -132,7 +135,7 @@ def _key(kind: str, *parts: str) -> str:
 
 
 def load_corpus(config: DataConfig, vocab_size: int, report: Callable[[str], None] = lambda _: None) -> Corpus:
-    """Tokenizer and both splits, from the cache where it holds them; `report` is told what takes time.
+    """Tokenizer and both splits, from the cache where it holds them; `report` gets a line about what takes time.
 
     Raises `UserError` when the data are missing, empty or bad, when a split holds no document, or when the tokenizer does
     not fit the vocabulary.

@@ -12,11 +12,11 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 # names under which a foreign tokenizer.json may hold them, ours first
 _BOS_NAMES = (BOS, "<｜begin▁of▁sentence｜>", "<s>", "<|endoftext|>", "<bos>")
 _EOS_NAMES = (EOS, "<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>", "<eos>")
-_TRAINING_BYTES = 16 * 2**20  # of text: more changes a small vocabulary little, and training is linear in it
+_TRAINING_CHARACTERS = 16 * 2**20  # more text changes a small vocabulary little, and training is linear in it
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every string can be encoded and comes back exactly."""
+    """Train a byte-level BPE tokenizer on the first texts: every string can be encoded and decodes to itself exactly."""
     smallest = 256 + 2
     if vocab_size < smallest:
         raise UserError(f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer; use at least {smallest}")
@@ -30,15 +30,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
 
-    def some():
+    def enough():
         total = 0
         for text in texts:
             yield text
             total += len(text)
-            if total > _TRAINING_BYTES:
+            if total > _TRAINING_CHARACTERS:
                 return
 
-    tokenizer.train_from_iterator(some(), trainer)
+    tokenizer.train_from_iterator(enough(), trainer)
     return tokenizer
 
 
@@ -67,4 +67,5 @@ def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """A digest of everything that decides how text becomes ids."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels.quantize import reference
 from pallas_kernels.scaled import TILE, tiles
 
-SUFFIX = "_scale_inv"  # of the scales' tensor, after the weight's name
+SUFFIX = "_scale_inv"  # what the name of the scales' tensor adds to the weight's
 VALUES = np.dtype(ml_dtypes.float8_e4m3fn)
 # what config.json says of such a checkpoint
 QUANTIZATION_CONFIG = {
@@ -21,6 +21,7 @@ _OF_BYTE = np.arange(256, dtype=np.uint8).view(VALUES).astype(np.float32)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of the scales of a matrix of this shape."""
     rows, columns = shape
     return tiles(rows), tiles(columns)
 
@@ -40,6 +41,6 @@ def _quantize(w_MN):
 
 def quantize(w_MN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(e4m3[M, N], f32 scales): every block's largest magnitude becomes 448 (arXiv 2412.19437, section 3.3.2)."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # whatever accelerators are busy with
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # accelerators may be busy or full
         found = _quantize(jnp.asarray(w_MN, jnp.float32))
     return np.asarray(found.values), np.ascontiguousarray(np.asarray(found.scales).T)

@@ -36,14 +36,14 @@ _DEFAULTS = {
     "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "max_position_embeddings": 4096,
 }  # fmt: skip
 
-# Of quantization_config: how scales were rounded, and which modules are in 16 bits; both are in the tensors.
+# Keys of quantization_config that are not needed: how scales were rounded, and which modules are in 16 bits.
 _QUANTIZATION_IGNORED = {"scale_fmt", "modules_to_not_convert", "ignored_layers"}
 
 _RENAMED = {"num_mtp_layers": "num_nextn_predict_layers"}
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older files, DeepSeek's own)."""
+    """Fields of `RopeConfig`, from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older files)."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict):
         raise UserError(f"config.json: rope_parameters={given!r} must be an object")
@@ -63,7 +63,7 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "yarn":
         context = raw["max_position_embeddings"]
         original = rope.setdefault("original_max_position_embeddings", context)
-        # of anything but two lengths, the check of the whole config says what is wrong
+        # where these are no two lengths, the check of the complete config says what is wrong
         if "factor" not in rope and all(isinstance(n, int) and n > 0 for n in (context, original)):
             rope["factor"] = context / original
     floats = {f.name for f in dataclasses.fields(RopeConfig) if f.type is float}
@@ -71,7 +71,7 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_quantization(quantization: Any, where: str) -> None:
-    """DeepSeek's block-FP8, which tensors show by themselves: all that could say otherwise is refused."""
+    """Refuse everything but DeepSeek's block-FP8, which needs no settings: the tensors themselves show it."""
     if not isinstance(quantization, dict):
         raise UserError(f"{where}: quantization_config={quantization!r} must be an object")
     for key, value in fp8.QUANTIZATION_CONFIG.items():
@@ -96,7 +96,10 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
 
 
 def model_config(raw: dict[str, Any], where: str) -> ModelConfig:
-    """Raises `UserError` naming a field that is unknown, unsupported or impossible."""
+    """A config.json's fields as a `ModelConfig`; `where` names the file in errors.
+
+    Raises `UserError` naming a field that is unknown, unsupported or impossible.
+    """
     raw = _DEFAULTS | raw
     if raw.get("quantization_config"):
         _check_quantization(raw["quantization_config"], where)
@@ -141,5 +144,5 @@ def hf_config(c: ModelConfig, before: dict[str, Any] | None = None) -> dict[str,
 
 
 def read_hf_config(directory: str | Path) -> ModelConfig:
-    """Of `directory/config.json`. Raises `UserError` as `read_config_json` and `model_config`."""
+    """The model of `directory/config.json`. Raises `UserError` as `read_config_json` and `model_config`."""
     return model_config(read_config_json(directory), str(Path(directory) / "config.json"))

@@ -40,9 +40,9 @@ def save_hf(
     reading = Lock()
 
     def read(s: Source) -> np.ndarray:
-        array, (first, *rest) = arrays[s.array], s.place
+        array, (first, *rest) = arrays[s.array], s.full_index
         if not isinstance(first, int) or len(array.devices()) == 1:
-            return s.to_tensor(np.asarray(array)[s.place])
+            return s.to_tensor(np.asarray(array)[s.full_index])
         with reading:
             if s.array not in layers or layers[s.array][0] != first:
                 layers[s.array] = first, np.asarray(jax.lax.dynamic_index_in_dim(array, first, keepdims=False))
@@ -70,7 +70,7 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
         if s.array not in arrays:
             arrays[s.array] = stored[weight_name(s.array, variables[s.array])]
         # in the order of the tensor's axes, which is that of an imported chunk's bytes
-        region = arrays[s.array][s.place].transpose(tuple(np.argsort(s.order)))
+        region = arrays[s.array][s.full_index].transpose(tuple(np.argsort(s.order)))
         return s.from_split(region.read().result())
 
     before = read_metadata(found.path).get("hf_config")

@@ -23,7 +23,7 @@ _COMPARED = 1 << 24  # numbers of two tensors that are compared at a time
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file name. Raises `UserError` for what is no index, or names files outside of its directory."""
+    """{tensor: file name}. Raises `UserError` for what is no index, or names files outside of its directory."""
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         assert isinstance(files, dict)
@@ -77,17 +77,20 @@ class TensorFiles:
 
     @property
     def names(self) -> set[str]:
+        """All tensors."""
         return set(self._at)
 
     @property
     def files(self) -> list[str]:
+        """Names of the files within the directory."""
         return list(self._entries)
 
     def entry(self, name: str) -> Entry:
+        """A tensor's dtype, shape and bytes in its file."""
         return self._at[name].entry
 
     def dtype(self, name: str) -> np.dtype:
-        """The smallest that holds a weight's numbers exactly: its own, or float32 for one in 8 bits with scales."""
+        """The smallest dtype that holds a weight's numbers exactly: its own, or float32 for one in 8 bits with scales."""
         dtype = DTYPES[self.entry(name).dtype]
         return np.dtype(np.float32) if dtype == fp8.VALUES else dtype
 
@@ -102,7 +105,7 @@ class TensorFiles:
             return self._mapped[file]
 
     def raw(self, name: str) -> np.ndarray:
-        """A read-only view of the file."""
+        """A tensor as the file has it: a read-only view."""
         return self._map(name).view(name)
 
     def read(self, name: str) -> np.ndarray:
@@ -111,16 +114,16 @@ class TensorFiles:
         return fp8.dequantize(values, self.raw(name + fp8.SUFFIX)) if values.dtype == fp8.VALUES else values
 
     def reader(self, name: str) -> Callable[[memoryview], int]:
-        """Reads its bytes, as the file has them, in order into the buffers it is given; 0 at the end."""
+        """A function that reads a tensor's bytes in order into the buffers it is given, and returns how many; 0 at the end."""
         return self._map(name).reader(name)
 
     def size(self, name: str) -> int:
-        """Bytes in the file, without scales."""
+        """A tensor's bytes in the file, without its scales."""
         entry = self.entry(name)
         return entry.end - entry.begin
 
     def release(self, name: str) -> None:
-        """Give back the memory of what has been read."""
+        """Let the pages of a tensor that has been read go from memory."""
         with self._mapping:
             mapped = self._mapped.get(self._at[name].file)
         if mapped:
@@ -135,9 +138,10 @@ class HFCheckpoint:
     raw_config: dict
     files: TensorFiles
     sources: list[Source]
-    copies: list[Copy]  # those that are there
+    copies: list[Copy]  # those that the directory has
 
     def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is in 8 bits, with scales."""
         return name + fp8.SUFFIX in self.files
 
     def check_copies(self) -> None:
@@ -163,8 +167,11 @@ def without_absent_mtp(config: ModelConfig, names: set[str]) -> ModelConfig:
 
 
 def open_hf(directory: str | Path) -> HFCheckpoint:
-    """Raises `UserError` naming a config field that is unknown or unsupported, a file that is damaged or cut off, or a tensor
-    that is missing, unexpected, or of a wrong shape or dtype."""
+    """Open a checkpoint's directory, reading its headers only.
+
+    Raises `UserError` naming a config field that is unknown or unsupported, a file that is damaged or cut off, or a tensor
+    that is missing, unexpected, or of a wrong shape or dtype.
+    """
     directory = Path(directory)
     raw_config = read_config_json(directory)
     config = model_config(raw_config, str(directory / "config.json"))

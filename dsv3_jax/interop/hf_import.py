@@ -1,7 +1,7 @@
 """`dsv3 import`: a Hugging Face checkpoint becomes one of this project's, tensor by tensor.
 
 Every tensor is a chunk of the array that it fills, in the order of its own bytes: what is in 16 or 32 bits is copied, not
-transposed, and nothing is rounded; weights in 8 bits are multiplied with their scales, into float32. Few are in memory.
+transposed, and nothing is rounded; weights in 8 bits are multiplied by their scales, into float32. Memory holds a few tensors.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.interop.safetensors_file import DTYPES
 from dsv3_jax.progress import BytesProgress
 
-# Files of a checkpoint that go along: an export needs them.
+# Files that are copied with the weights: an export writes them again.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
 THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
-_IN_FLIGHT = 2 * THREADS  # tensors that are waited for
+_IN_FLIGHT = 2 * THREADS  # tensors
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
 
 
 def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) -> Config:
-    """The model as config.json has it, the rest by default; `overrides` may not touch the model."""
+    """The model as config.json has it, the rest by default or by `overrides`, which may not set keys of the model."""
     context = found.config.max_position_embeddings
     raw: dict[str, Any] = {"name": name, "data": {"seq_len": min(context, _SEQ_LEN)}}
     merge_overrides(raw, overrides)
@@ -50,9 +50,9 @@ def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) 
 
 
 def stored_arrays(found: HFCheckpoint, bfloat16: bool) -> dict[str, ChunkedArray]:
-    """How a checkpoint holds the model's arrays, by their names in `hf_tensors`.
+    """How the imported checkpoint stores the model's arrays, by their names in `hf_tensors`.
 
-    In the smallest dtype that holds all of an array's tensors exactly; matrices in bfloat16 if asked for.
+    The dtype is the smallest that holds all of an array's tensors exactly, or bfloat16 for matrices if asked for.
     """
     variables, arrays = abstract_variables(found.config), {}
     for s in found.sources:
@@ -66,7 +66,7 @@ def stored_arrays(found: HFCheckpoint, bfloat16: bool) -> dict[str, ChunkedArray
 
 
 def _identity(found: HFCheckpoint, options: dict[str, Any]) -> str:
-    """Of an import: the files' headers, sizes and times, and what it was asked for."""
+    """A digest of what an import reads (files' headers, sizes and times) and its options: equal ones can be continued."""
     files = [(f, (found.files.directory / f).stat()) for f in sorted(found.files.files)]
     described = {
         "files": [(f, stat.st_size, stat.st_mtime_ns) for f, stat in files],
@@ -78,16 +78,16 @@ def _identity(found: HFCheckpoint, options: dict[str, Any]) -> str:
 
 
 def _chunk_index(s: Source) -> tuple[int, ...]:
-    return tuple(0 if isinstance(i, slice) else i for i in s.place)
+    return tuple(0 if isinstance(i, slice) else i for i in s.full_index)
 
 
 def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[str, ...] = (), bfloat16: bool = False) -> Path:
     """Write `directory`'s model as a checkpoint that `load`, `eval`, `generate`, `export` and training take, on any mesh.
 
-    Numbers are kept as they are (float32, bfloat16; 8 bits become float32), or matrices are rounded with `bfloat16`. What was
-    cut off goes on when called again; nothing stands at `checkpoint` before all of it does. `overrides` set config keys of
-    other sections than the model's. Several processes (`jax.distributed`) share the tensors. Raises `UserError` as
-    `hf_files.open_hf`, and for a `checkpoint` that exists.
+    Numbers are kept as they are (float32, bfloat16; 8 bits become float32), or matrices are rounded to bfloat16 with
+    `bfloat16`. An interrupted import continues when called again; `checkpoint` exists only once it is complete. `overrides`
+    set config keys of other sections than the model's. Several processes (`jax.distributed`) share the tensors. Raises
+    `UserError` as `hf_files.open_hf`, and for a `checkpoint` that exists.
     """
     target = Path(checkpoint)
     found = open_hf(directory)
@@ -125,11 +125,11 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     return target
 
 
-def _in_parallel(f: Callable[[Source], None], all_of: Iterable[Source]) -> Iterator[Source]:
-    """Those for which f is done, in order; it is at work on a few of them. What it raises is raised."""
+def _in_parallel(f: Callable[[Source], None], items: Iterable[Source]) -> Iterator[Source]:
+    """Call f on all, a few at a time in threads; yields each once f is done with it, in order. Raises what f raises."""
     running: deque[tuple[Source, Future]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        for s in all_of:
+        for s in items:
             running.append((s, pool.submit(f, s)))
             if len(running) == _IN_FLIGHT:
                 running[0][1].result()

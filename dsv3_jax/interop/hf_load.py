@@ -27,12 +27,12 @@ _BLOCK = 2**17  # numbers that are transposed at a time
 
 
 def _part(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...], index: Any) -> np.ndarray:
-    """f32 array[index] from the tensors that fill it."""
+    """f32 array[index] of an array of this shape, from the tensors that fill it."""
     bounds = [i.indices(n) for i, n in zip(index, shape, strict=True)]
     out = np.empty([stop - start for start, stop, _ in bounds], np.float32)
     for s in sources:
         at, part = [], []
-        for i, (start, stop, _), n in zip(s.place, bounds, shape, strict=True):
+        for i, (start, stop, _), n in zip(s.full_index, bounds, shape, strict=True):
             at.append(i if isinstance(i, slice) else i - start)
             if isinstance(i, slice):
                 part.append(slice(None) if (start, stop) == (0, n) else slice(start, stop))
@@ -45,7 +45,7 @@ def _part(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...],
 
 
 def _copy(region: np.ndarray, out: np.ndarray, axis: int) -> None:
-    """out[...] = region, a few of the tensor's rows (along `axis`) at a time, which a core's cache holds while they are turned.
+    """out[...] = region, as many of the tensor's rows (along `axis`) at a time as fit a core's cache while they are transposed.
 
     Seven times as fast as one assignment of a transposed bfloat16 matrix.
     """
@@ -56,11 +56,11 @@ def _copy(region: np.ndarray, out: np.ndarray, axis: int) -> None:
 
 
 def _array(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
-    """What this process's devices hold, one device's part on the host at a time."""
+    """An array of which this process makes its devices' parts, with one part on the host at a time."""
     parts, before, part = [], None, None
-    places = sharding.addressable_devices_indices_map(shape)
-    for device, index in sorted(places.items(), key=lambda item: (str(item[1]), item[0].id)):
-        if index != before:  # copies come one after the other
+    indices = sharding.addressable_devices_indices_map(shape)
+    for device, index in sorted(indices.items(), key=lambda item: (str(item[1]), item[0].id)):
+        if index != before:  # devices with the same part follow each other
             before, part = index, _part(files, sources, shape, index)
         parts.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
@@ -76,7 +76,7 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelC
     """A model from a directory with config.json and safetensors (float32, bfloat16 or DeepSeek's block-FP8).
 
     Parameters are float32, exactly the checkpoint's numbers; activations and products are in `dtype`. With `parallel` they
-    are spread over that mesh as training stores them, and every process reads only what its devices hold. Raises `UserError`
+    are sharded over that mesh as training stores them, and every process reads only what its devices hold. Raises `UserError`
     as `hf_files.open_hf`.
     """
     found = open_hf(directory)

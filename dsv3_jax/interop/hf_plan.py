@@ -1,4 +1,4 @@
-"""`dsv3 import --plan`: which tensor fills which array, what is left over on either side, what it takes. Reads no weights."""
+"""`dsv3 import --plan`: which tensor fills which array, what is left over on either side, its cost. Reads no weights."""
 
 import collections
 import math
@@ -23,7 +23,7 @@ from dsv3_jax.progress import human
 
 @dataclass(frozen=True)
 class Mapped:
-    """A tensor, what config.json or the file says of it, and where it goes."""
+    """A tensor, its shape and dtype by the file's header or config.json, and what it fills."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -37,20 +37,22 @@ class Mapped:
 
 @dataclass(frozen=True)
 class ImportPlan:
+    """What an import would do; see `plan_import` and `show_plan`."""
+
     mapped: list[Mapped]
-    tensors_left: list[str]  # that fill nothing
-    arrays_left: dict[str, str]  # array -> a tensor that it misses
+    tensors_left: list[str]  # tensors that fill nothing
+    arrays_left: dict[str, str]  # array -> a tensor that is missing for it
     arrays: dict[str, tuple[int, ...]]
-    written_bytes: dict[str, int]  # of the checkpoint that `dsv3 import` makes, by its --dtype
-    host_bytes: int  # of a process, at most: tensors that are converted at a time; others are copied through a small buffer
+    written_bytes: dict[str, int]  # by --dtype of `dsv3 import`: the bytes of weights that it writes
+    host_bytes: int  # memory of a process, at most, for tensors that are converted; others go through a small buffer
 
 
-def _index(place: tuple[int | slice, ...]) -> str:
-    return ", ".join(":" if isinstance(i, slice) else str(i) for i in place)
+def _shown(index: tuple[int | slice, ...]) -> str:
+    return ", ".join(":" if isinstance(i, slice) else str(i) for i in index)
 
 
 def _implied_dtypes(config: ModelConfig, raw: dict) -> dict[str, str]:
-    """What a released checkpoint with this config.json has each tensor in."""
+    """Each tensor's dtype in a released checkpoint with this config.json."""
     plain = "F32" if (raw.get("dtype") or raw.get("torch_dtype")) == "float32" else "BF16"
     found = {c.tensor: plain for c in copies(config)}
     for s in sources(config):
@@ -61,8 +63,11 @@ def _implied_dtypes(config: ModelConfig, raw: dict) -> dict[str, str]:
 
 
 def plan_import(path: str | Path) -> ImportPlan:
-    """Of a checkpoint's directory, or of its index alone with config.json beside it; then shapes and dtypes are those that
-    config.json implies. Raises `UserError` for a config or a file that cannot be read."""
+    """The plan for a checkpoint's directory, or for its index alone with config.json beside it.
+
+    Without the files, shapes and dtypes are those that config.json implies. Raises `UserError` for a config or a file that
+    cannot be read.
+    """
     path = Path(path)
     directory = path if path.is_dir() else path.parent
     raw = read_config_json(directory)
@@ -87,7 +92,7 @@ def plan_import(path: str | Path) -> ImportPlan:
         if s.tensor not in names:
             missing.setdefault(s.array, s.tensor)
             continue
-        mapped.append(Mapped(s.tensor, s.shape, dtypes[s.tensor], f"{s.array}[{_index(s.place)}]"))
+        mapped.append(Mapped(s.tensor, s.shape, dtypes[s.tensor], f"{s.array}[{_shown(s.full_index)}]"))
         size = math.prod(s.shape)
         if dtypes[s.tensor] == "F8_E4M3":
             scale = s.tensor + fp8.SUFFIX

@@ -36,7 +36,7 @@ class Source:
 
     tensor: str
     shape: tuple[int, ...]  # of the tensor
-    array: str  # place in the model's state, such as moe_blocks/attention/w_o_HUD
+    array: str  # its name in the model's state, such as moe_blocks/attention/w_o_HUD
     split: tuple[int, ...]  # the tensor's shape with heads as an axis of their own
     order: tuple[int, ...]  # the region's axes among those of `split`
     index: Index = ()  # a layer, an expert, one of gate and up
@@ -48,7 +48,7 @@ class Source:
         return tuple(self.split[axis] for axis in self.order)
 
     @property
-    def place(self) -> Index:
+    def full_index(self) -> Index:
         """`index`, with an entry for every axis of the array."""
         given = sum(isinstance(i, slice) for i in self.index)
         return (*self.index, *[_ALL] * (len(self.order) - given))
@@ -57,14 +57,14 @@ class Source:
     def chunk(self) -> tuple[int, ...]:
         """The region's shape with all axes of the array."""
         sizes = iter(self.region)
-        return tuple(next(sizes) if isinstance(i, slice) else 1 for i in self.place)
+        return tuple(next(sizes) if isinstance(i, slice) else 1 for i in self.full_index)
 
     @property
     def chunk_order(self) -> tuple[int, ...]:
         """The array's axes in the order in which `split` has them: a chunk stored like this has the tensor's bytes."""
-        axes = [axis for axis, i in enumerate(self.place) if isinstance(i, slice)]
-        whole = [axis for axis in range(len(self.place)) if axis not in axes]
-        return (*whole, *(axes[self.order.index(axis)] for axis in range(len(self.split))))
+        axes = [axis for axis, i in enumerate(self.full_index) if isinstance(i, slice)]
+        indexed = [axis for axis in range(len(self.full_index)) if axis not in axes]
+        return (*indexed, *(axes[self.order.index(axis)] for axis in range(len(self.split))))
 
     @property
     def is_fp8(self) -> bool:

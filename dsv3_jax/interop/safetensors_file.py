@@ -30,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A tensor's place in a file; `begin` and `end` count from the file's first byte."""
+    """A tensor in a file; its bytes are [begin, end), counted from the file's first byte."""
 
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ def _is_size(n: Any) -> bool:
 
 
 def _bytes_of(dtype: str, shape: list[int], most: int) -> int:
-    """Of a tensor; beyond `most` any number that is larger, before a product of large numbers becomes work."""
+    """A tensor's bytes; if more than `most`, any larger number, before the product of large sizes costs time."""
     size = 0 if 0 in shape else DTYPES[dtype].itemsize
     for n in shape:
         size *= n
@@ -127,7 +127,10 @@ class MappedFile:
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def reader(self, name: str) -> Callable[[memoryview], int]:
-        """Reads a tensor's bytes in order into the buffers it is given; 0 at the end. For copying: no page is mapped."""
+        """A function that reads a tensor's bytes in order into the buffers it is given, and returns how many; 0 at the end.
+
+        For copying: no page is mapped.
+        """
         _, _, at, end = self._entries[name]
 
         def read(buffer: memoryview) -> int:
@@ -141,6 +144,7 @@ class MappedFile:
         return read
 
     def view(self, name: str) -> np.ndarray:
+        """A tensor as a read-only array over the mapped pages."""
         dtype, shape, begin, _ = self._entries[name]
         return np.frombuffer(self._map, DTYPES[dtype], math.prod(shape), begin).reshape(shape)
 

@@ -20,7 +20,7 @@ from pallas_kernels import dense_is_worthwhile, dense_swiglu, grouped_swiglu
 
 
 class LatentCache(NamedTuple):
-    """Of all layers, dense ones first; S is the longest sequence that fits."""
+    """The latents of all layers, dense ones first; S is the longest sequence that fits."""
 
     c_kv_NBSC: Float[Array, "layers B S C"]
     k_rope_NBSR: Float[Array, "layers B S R"]
@@ -35,13 +35,13 @@ class Layer(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty_cache(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
-    """Where the layout of the model that will fill it wants it."""
+    """A cache of zeros for `batch` sequences of `length`, sharded as the layout of its model wants."""
     shape = (config.num_hidden_layers, batch, length)
     c_kv_NBSC = jnp.zeros((*shape, config.kv_lora_rank), dtype)
-    return _in_place(layout, LatentCache(c_kv_NBSC, jnp.zeros((*shape, config.qk_rope_head_dim), dtype)))
+    return _constrained(layout, LatentCache(c_kv_NBSC, jnp.zeros((*shape, config.qk_rope_head_dim), dtype)))
 
 
-def _in_place(layout: Layout, cache: LatentCache) -> LatentCache:
+def _constrained(layout: Layout, cache: LatentCache) -> LatentCache:
     return LatentCache(*(layout.constrain(a, None, "cache_batch", None, None) for a in cache))
 
 
@@ -117,7 +117,7 @@ def extend(
     rope = rope_table(model.config, jnp.broadcast_to(position_L, (B, L)))
     visible_LS = jnp.arange(cache.c_kv_NBSC.shape[2]) <= position_L[:, None]
     visible_BLS = jnp.broadcast_to(visible_LS, (B, *visible_LS.shape))
-    c_kv_NBSC, k_rope_NBSR = _in_place(model.layout, cache)
+    c_kv_NBSC, k_rope_NBSR = _constrained(model.layout, cache)
 
     x_BLD = model.embed(token_BL)
     for i, (block, experts) in enumerate(layers):
@@ -132,4 +132,4 @@ def extend(
             x_BLD += block.ffn.decode(normed_BLD, experts)
         else:
             x_BLD += block.ffn(normed_BLD)
-    return model.norm(x_BLD), _in_place(model.layout, LatentCache(c_kv_NBSC, k_rope_NBSR))
+    return model.norm(x_BLD), _constrained(model.layout, LatentCache(c_kv_NBSC, k_rope_NBSR))

@@ -23,7 +23,7 @@ def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(graph, state, cache: LatentCache, token_BL, start, last):
-    """One chunk of the prompt; logits at its place `last`."""
+    """Run one chunk of the prompt; returns the logits at its position `last`, and the longer cache."""
     model = nnx.merge(graph, state)
     layers = unstack(model, token_BL.size)
     x_BLD, cache = extend(model, layers, cache, token_BL, start)

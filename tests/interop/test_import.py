@@ -31,7 +31,7 @@ NAMES = sorted(p.name for p in FIXTURES.iterdir())
 def tensors_of(model: dsv3.Transformer) -> dict[str, np.ndarray]:
     """A model's weights under Hugging Face's names."""
     arrays = {name: np.asarray(v.get_value()) for name, v in variables_by_name(nnx.state(model)).items()}
-    return {s.tensor: s.to_tensor(arrays[s.array][s.place]) for s in sources(model.config)}
+    return {s.tensor: s.to_tensor(arrays[s.array][s.full_index]) for s in sources(model.config)}
 
 
 @pytest.mark.parametrize("name", NAMES)

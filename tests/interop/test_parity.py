@@ -70,7 +70,7 @@ def test_loss_and_gradients(case):
         for key in source.array.split("/"):
             ours = ours[int(key) if key.isdigit() else key]
         expected = source.to_region(theirs[source.tensor])
-        difference = np.abs(np.asarray(ours)[source.place] - expected).max()
+        difference = np.abs(np.asarray(ours)[source.full_index] - expected).max()
         assert difference <= 1e-4 * max(np.abs(expected).max(), 1e-6), source.tensor
         compared += 1
     assert compared >= 4
