@@ -60,7 +60,7 @@ BAD = [
     ("model.topk_group=9", "use 1 to 4"),
     ("model.num_experts_per_tok=9", "use 1 to 8"),
     ("model.qk_rope_head_dim=7", "must be even"),
-    ("data.seq_len=5000", "exceeds model.max_position_embeddings"),
+    ("data.seq_len=4097", "exceeds model.max_position_embeddings"),
     ("train.grad_accum_steps=3", "does not divide data.batch_size=8; use one of [1, 2, 4, 8]"),
     ("data.batch_size=0", "must be positive"),
     ("data.validation_fraction=1", "between 0 and 1"),

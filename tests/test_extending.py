@@ -25,7 +25,14 @@ def test_a_change_touches_the_files_it_names_and_no_more_than_three(title):
 
 
 def test_all_changes_apply_and_work_together(tmp_path):
-    assert {"A router", "An optimizer", "A precision recipe", "A chip", "A pipeline schedule", "A data source"} <= CHANGES.keys()
+    assert {
+        "A router",
+        "An optimizer",
+        "A precision recipe",
+        "A chip",
+        "A pipeline schedule",
+        "A data source",
+    } <= CHANGES.keys()
     for folder in ("dsv3_jax", "pallas_kernels", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for title, change in CHANGES.items():
@@ -33,5 +40,7 @@ def test_all_changes_apply_and_work_together(tmp_path):
         assert done.returncode == 0, f"{title}: {done.stderr}"
     checks = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     environ = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", checks], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", checks], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -163,6 +163,12 @@ def test_corpus_is_cached_and_framed(corpus_dir, tmp_path):
     assert len(everything) == 10
 
 
+def test_documents_are_measured_in_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text("naïve: 5 €", encoding="utf-8")
+    found = read_documents(DataConfig(path=f"{tmp_path}/a.txt"), train_tokenizer(["some text"], 260))
+    assert found.text_bytes.tolist() == [13]  # ten characters, of which one has two bytes and one three
+
+
 def test_too_little_text_for_a_sequence_or_a_split(tmp_path):
     (tmp_path / "a.txt").write_text("short text")
     with pytest.raises(UserError, match="document out of 1"):
@@ -183,6 +189,10 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller"):
         load_tokenizer(tmp_path / "tokenizer.json", 100)
+    size = tokenizer.get_vocab_size()
+    with pytest.raises(UserError, match=f"has {size} tokens"):
+        load_tokenizer(tmp_path / "tokenizer.json", size - 1)
+    load_tokenizer(tmp_path / "tokenizer.json", size)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(UserError, match=r"bad\.json"):
         load_tokenizer(tmp_path / "bad.json", 300)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.exchange.compress import Codec, Errors, compressed_mean, second_moment_units, split_axis
+from dsv3_jax.exchange.compress import Codec, Errors, compressed_mean, has_shares, second_moment_units, split_axis
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from tests.conftest import load_script
 
@@ -191,6 +191,15 @@ def test_small_numbers_keep_their_size_in_units_of_their_second_moment():
         error[units is None] = np.linalg.norm(np.asarray(means["w0"][0])[1::2] - true) / np.linalg.norm(true)
     assert error[False] < 0.8
     assert error[True] > 3
+
+
+def test_blocks_are_fitted_and_shares_cut_by_hand():
+    assert [Codec(2).fitted(n).block for n in (256, 300, 4096, 10)] == [256, 152, 256, 16]
+    assert split_axis((8, 4), 2) == 0
+    assert split_axis((6, 64), 4) == 1  # the first axis does not divide
+    assert split_axis((4, 2), 2) is None  # a share would not fill a block of eight
+    assert split_axis((4, 3, 32), 4) == 0
+    assert [has_shares((3, 8), replicas) for replicas in (3, 4)] == [True, False]
 
 
 def test_units_by_hand():

@@ -144,6 +144,16 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_that_are_not_live_change_nothing():
+    """As a pipeline's pieces have, that hold a layer less than others."""
+    model, segment_BL = make(), jnp.zeros((1, 4), jnp.int32)
+    x_BLD = jax.random.normal(jax.random.key(0), (1, 4, MICRO.hidden_size))
+    run = jax.jit(lambda live_N: model.run(model.moe_blocks, x_BLD, segment_BL, live_N)[0])
+    np.testing.assert_array_equal(run(jnp.asarray([False, False])), x_BLD)
+    assert not np.allclose(run(jnp.asarray([True, False])), run(jnp.asarray([True, True])))
+    np.testing.assert_allclose(run(jnp.asarray([True, True])), model.run(model.moe_blocks, x_BLD, segment_BL)[0], rtol=1e-6)
+
+
 def test_gradients_against_finite_differences():
     """The whole loss, custom gradients included, along the gradient itself (float32: 1% is rounding).
 

@@ -60,6 +60,17 @@ def test_a_mesh_computes_what_one_device_does_in_8_bits(monkeypatch):
         assert np.linalg.norm(a - b) <= 0.1 * np.linalg.norm(b)
 
 
+def test_which_products_are_in_8_bits_by_name():
+    found = {name: [bool(getattr(r, products)) for products in ("attention", "ffn", "experts")] for name, r in RECIPES.items()}
+    none, all_of_them = [False] * 3, [True] * 3
+    assert found == {
+        "float32": none, "bf16": none, "deepseek": all_of_them, "article": [False, True, True], "int8": all_of_them,
+        "fp8_per_tensor": all_of_them,
+    }  # fmt: skip
+    assert {r.experts.forward for r in RECIPES.values() if r.experts} == {"e4m3", "int8"}
+    assert [name for name, r in RECIPES.items() if r.moments == "bfloat16"] == ["deepseek"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "dtype"),
     [
