@@ -332,7 +332,7 @@ def plan(
         devices: Of a worker, for --workers.
     """
     from dsv3_jax.elastic.command import parse_workers
-    from dsv3_jax.plan.command import Request, list_topologies, list_worlds, run_plan, run_search
+    from dsv3_jax.plan.command import Request, list_topologies, list_worker_counts, run_plan, run_search
     from dsv3_jax.plan.compile import Limits
     from dsv3_jax.plan.figures import Assumptions
     from dsv3_jax.plan.imbalance import read_imbalance
@@ -343,7 +343,7 @@ def plan(
         return
     if config is not None and workers is not None:
         least, most = parse_workers(workers)
-        list_worlds(load_config(config, overrides), range(least, most + 1), devices, console)
+        list_worker_counts(load_config(config, overrides), range(least, most + 1), devices, console)
         return
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Link:
-    alpha: float  # seconds a message
-    beta: float  # bytes a second, one way, a rank
+    """A link as one rank sees it."""
+
+    alpha: float  # seconds per message
+    beta: float  # bytes per second and rank, one way
 
 
 def ring(size: float, ranks: int, link: Link) -> float:
-    """All-reduce of `size` bytes: each of 2 (ranks - 1) steps sends one part to the next."""
+    """Seconds of an all-reduce of `size` bytes by a ring: each of 2 (ranks - 1) steps sends one part to the next."""
     return 2 * (ranks - 1) * (link.alpha + size / ranks / link.beta)
 
 
 def tree(size: float, ranks: int, link: Link) -> float:
-    """Double binary tree: up and down, each half of the bytes in one of two trees, in pieces that follow each other."""
+    """Seconds of the same by a double binary tree: up and down, half of the bytes in each of two trees, as a pipeline."""
     return 2 * math.ceil(math.log2(ranks)) * link.alpha + 2 * size / link.beta if ranks > 1 else 0.0

@@ -1,7 +1,7 @@
-"""How gradients cross `data`, and `parallel.compress=auto`: whether in few bits, by the arithmetic of `dsv3 plan --search`.
+"""How gradients can cross the `data` axis, and whether `parallel.compress=auto` compresses them, by estimated times.
 
-In few bits they should where whole gradients would hold a step up for more than a twentieth of it: then the links of `data` are
-slow for what they carry. Elsewhere 2 bits save little and cost passes over memory, and rounding.
+Compression pays where uncompressed gradients would delay a step by more than a twentieth: then the links of `data` are slow for
+what they carry. Elsewhere it saves little, and costs passes over memory and rounding.
 """
 
 import math
@@ -11,16 +11,16 @@ from typing import Any, Literal
 
 from dsv3_jax.config import Config
 from dsv3_jax.cost.efficiency import ASSUMED, Efficiency
-from dsv3_jax.cost.estimate import GRADIENTS, Estimator, few_bits_share
+from dsv3_jax.cost.estimate import GRADIENTS, Estimator, compressed_share
 from dsv3_jax.cost.topologies import Topology
 from dsv3_jax.precision.platforms import HARDWARE, platform_of
 
-_THRESHOLD = 0.05  # of a step
-_BITS = 2
+_WORTHWHILE_DELAY = 0.05  # of a step
+_AUTO_BITS = 2
 
 
 def topology_of(devices: Sequence[Any]) -> Topology | None:
-    """Of the devices that a run has; None where nothing is known of their links, or they are no whole torus or hosts."""
+    """The topology of a run's devices; None if their links are unknown, or they fill no torus and no hosts completely."""
     kind = platform_of(devices[0]).name
     if kind not in HARDWARE:
         return None
@@ -34,71 +34,82 @@ def topology_of(devices: Sequence[Any]) -> Topology | None:
     return found if found.size == len(devices) else None
 
 
-def _with(config: Config, bits: Literal[0, 1, 2, 4, 8]) -> Config:
+def _with_bits(config: Config, bits: Literal[0, 1, 2, 4, 8]) -> Config:
     return replace(config, parallel=replace(config.parallel, compress=bits))
 
 
 def resolve_compression(config: Config, topology: Topology | None, sizes: dict[str, int]) -> tuple[Config, str]:
-    """(the configuration without `auto`; why, and of how many gradients, or nothing where few bits were not asked for).
+    """Replace `parallel.compress=auto` by 0 or 2 bits.
 
-    `sizes` are those of the mesh's axes.
+    Args:
+        topology: That of the run's devices, or None if nothing is known of it.
+        sizes: The sizes of the mesh's axes.
+
+    Returns:
+        The configuration, and a sentence that says why, with the share of a device's gradients that is compressed. The sentence
+        is empty if compression was not asked for.
     """
     if config.parallel.compress != "auto":
-        return config, _told(config, sizes)
-    whole, few = (_with(config, bits) for bits in (0, _BITS))
+        return config, _describe_share(config, sizes)
+    uncompressed, compressed = (_with_bits(config, bits) for bits in (0, _AUTO_BITS))
     if sizes["data"] == 1:
-        return whole, "parallel.compress=auto: off, data has one replica"
+        return uncompressed, "parallel.compress=auto: off, data has one replica"
     if topology is None or topology.size != math.prod(sizes.values()):
-        return whole, "parallel.compress=auto: off, nothing is known of the links between these devices"
+        return uncompressed, "parallel.compress=auto: off, nothing is known of the links between these devices"
     estimator = Estimator(topology, ASSUMED)
-    step = estimator.estimate(whole, sizes)
-    before, after = (estimator.unhidden(GRADIENTS, estimator.estimate(c, sizes).communication[GRADIENTS]) for c in (whole, few))
-    share = before / step.seconds
-    facts = f"whole gradients would hold a step of {step.seconds:.3g} s up for {before:.2g} s ({share:.0%}) on {topology}"
-    if share <= _THRESHOLD or after >= before:
-        return whole, f"parallel.compress=auto: off, {facts}, which is not worth it (more than {_THRESHOLD:.0%} is)"
-    return few, f"parallel.compress=auto: {_BITS} bits, {facts}, {_BITS} bits for {after:.2g} s; {_told(few, sizes)}"
+    step_seconds = estimator.estimate(uncompressed, sizes).seconds
+    before, after = (
+        estimator.exposed_seconds(GRADIENTS, estimator.exchange_seconds(c, sizes)) for c in (uncompressed, compressed)
+    )
+    share = before / step_seconds
+    facts = f"uncompressed gradients would delay a step of {step_seconds:.3g} s by {before:.2g} s ({share:.0%}) on {topology}"
+    if share <= _WORTHWHILE_DELAY or after >= before:
+        return uncompressed, f"parallel.compress=auto: off, {facts}; compression is worth it above {_WORTHWHILE_DELAY:.0%}"
+    why = f"parallel.compress=auto: {_AUTO_BITS} bits, {facts}, {_AUTO_BITS} bits by {after:.2g} s"
+    return compressed, f"{why}; {_describe_share(compressed, sizes)}"
 
 
-def _told(config: Config, sizes: dict[str, int]) -> str:
-    """How many of a device's gradients few bits are for."""
+def _describe_share(config: Config, sizes: dict[str, int]) -> str:
     if not config.parallel.compress or sizes["data"] == 1:
         return ""
-    share = few_bits_share(config, sizes)
+    share = compressed_share(config, sizes)
     return f"{share:.1%} of a device's gradients cross `data` in {config.parallel.compress} bits, the rest in float32"
 
 
 @dataclass(frozen=True)
-class Way:
-    """In which gradients, once summed inside each replica, can cross `data`."""
+class ExchangeEstimate:
+    """One algorithm by which gradients, summed inside each replica, can cross `data`."""
 
     algorithm: str
     seconds: float
-    taken: bool  # by the step as configured; of sums, the one that takes least, which a library of collectives chooses
+    taken: bool  # by the step as configured; among float32 sums, the fastest, which libraries of collectives choose
 
 
-def ways(config: Config, topology: Topology, sizes: dict[str, int], efficiency: Efficiency) -> list[Way]:
-    """Sums in float32 and an exchange of codes on this topology's links; none for one replica.
+def estimate_exchanges(
+    config: Config, topology: Topology, sizes: dict[str, int], efficiency: Efficiency
+) -> list[ExchangeEstimate]:
+    """Estimated seconds of float32 sums and of compressed exchanges on this topology; empty for a single replica.
 
-    Where replicas share hosts (or slices), they can be summed there first: a sum does so by itself, an exchange of codes if the
-    axis is `fsdp`, whose sums are inside a replica.
+    Where replicas share hosts (or slices), they can be summed there first. A float32 sum does so by itself; a compressed
+    exchange does if that axis is `fsdp`, whose sums are inside a replica.
     """
     if sizes["data"] == 1:
         return []
     config, _ = resolve_compression(config, topology, sizes)
     estimator = Estimator(topology, efficiency)
-    apart, near = estimator.replicas(sizes)
-    bits = config.parallel.compress or _BITS
-    assert bits != "auto", "decided above"
-    sums = {f"{name}, float32": s for name, s in estimator.flat(_with(config, 0), sizes).items()}
-    if not sums or (near > 1 and apart > 1):
+    hosts, replicas_per_host = estimator.replica_spread(sizes)
+    two_levels = replicas_per_host > 1 and hosts > 1
+    bits = config.parallel.compress or _AUTO_BITS
+    assert bits != "auto", "resolved above"
+    sums = {f"{name}, float32": s for name, s in estimator.flat_sum_seconds(_with_bits(config, 0), sizes).items()}
+    if not sums or two_levels:
         name = "two levels, float32" if sums else "rings of the torus, float32"
-        sums[name] = estimator.across_data(_with(config, 0), sizes)
-    few = {f"direct, {bits} bits": estimator.across_data(_with(config, bits), sizes)}
-    taken = next(iter(few)) if config.parallel.compress else min(sums, key=lambda name: sums[name])
-    if near > 1 and apart > 1:
-        first = estimator.across_data(_with(config, 0), sizes | {"data": near})
-        then = sizes | {"data": apart, "fsdp": sizes["fsdp"] * near}
-        name = f"two levels, {bits} bits (parallel.data={apart} parallel.fsdp={then['fsdp']})"
-        few[name] = first + estimator.across_data(_with(config, bits), then)
-    return [Way(name, seconds, name == taken) for name, seconds in (sums | few).items()]
+        sums[name] = estimator.exchange_seconds(_with_bits(config, 0), sizes)
+    compressed = {f"direct, {bits} bits": estimator.exchange_seconds(_with_bits(config, bits), sizes)}
+    taken = next(iter(compressed)) if config.parallel.compress else min(sums, key=lambda name: sums[name])
+    if two_levels:
+        inside = estimator.exchange_seconds(_with_bits(config, 0), sizes | {"data": replicas_per_host})
+        across = sizes | {"data": hosts, "fsdp": sizes["fsdp"] * replicas_per_host}
+        name = f"two levels, {bits} bits (parallel.data={hosts} parallel.fsdp={across['fsdp']})"
+        compressed[name] = inside + estimator.exchange_seconds(_with_bits(config, bits), across)
+    return [ExchangeEstimate(name, seconds, name == taken) for name, seconds in (sums | compressed).items()]

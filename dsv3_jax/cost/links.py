@@ -14,28 +14,28 @@ import numpy as np
 from dsv3_jax.cost.all_reduce import Link
 from dsv3_jax.precision.platforms import HARDWARE
 
-Place = tuple[int, int, tuple[int, ...]]  # slice, host, coordinates of the chip
+Location = tuple[int, int, tuple[int, ...]]  # of a device: slice, host, coordinates of the chip
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Of one instruction. `groups`: partitions; of a permute, pairs (source, target)."""
+    """A collective instruction of a program."""
 
     name: str
     kind: str
-    groups: tuple[tuple[int, ...], ...]
-    axes: tuple[str, ...]  # that its groups extend along
-    bytes: float  # that a device sends
+    groups: tuple[tuple[int, ...], ...]  # partitions; for a permute, pairs (source, target)
+    axes: tuple[str, ...]  # mesh axes that its groups extend along
+    bytes: float  # sent by a device
     op_name: str
 
     @property
     def size(self) -> int:
-        """Devices of a group; of a permute, 2."""
+        """Devices in a group; 2 for a permute."""
         return len(self.groups[0])
 
 
 def sent_bytes(kind: str, operand_bytes: float, size: int) -> float:
-    """That a device of a group of `size` sends, at least."""
+    """Bytes that each device must send at least, for a collective over `size` devices with `operand_bytes` on each."""
     if kind == "collective-permute":
         return operand_bytes
     share = {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size}.get(kind, (size - 1) / size)
@@ -44,79 +44,87 @@ def sent_bytes(kind: str, operand_bytes: float, size: int) -> float:
 
 @dataclass(frozen=True)
 class Route:
-    """How a collective's bytes leave a device: by link, in bytes and seconds; links work at the same time."""
+    """How a collective's bytes leave a device. Links work at the same time."""
 
-    bytes: dict[str, float]
+    bytes: dict[str, float]  # by link
     seconds: float
-    directions: tuple[str, ...]  # what it occupies
+    directions: tuple[str, ...]  # of links, occupied meanwhile
 
 
 class Links:
-    """The links between the devices of a topology, in the order of the program's partitions."""
+    """The links between devices of one kind.
 
-    def __init__(self, kind: str, places: list[Place], slice_shape: tuple[int, ...]):
+    Args:
+        kind: An entry of hardware.yaml.
+        locations: Of the devices, in the order of the program's partitions.
+        slice_shape: The torus of a TPU slice; unused for GPUs.
+    """
+
+    def __init__(self, kind: str, locations: list[Location], slice_shape: tuple[int, ...]):
         self._facts = HARDWARE[kind]["links"]
-        self._places = places
+        self._locations = locations
         self._torus = slice_shape if "ici" in self._facts else ()
 
     def route(self, c: Collective) -> Route:
+        """The links that a collective uses, and its seconds at their full rate."""
         if c.kind == "collective-permute":
             return self._permute(c)
-        group = [self._places[i] for i in c.groups[0]]  # all groups look alike
-        apart, near = self.spread(c.groups[0])
-        across, inside = self._split(c, apart, near)
+        group = [self._locations[i] for i in c.groups[0]]  # all groups look alike
+        islands, per_island = self.spread(c.groups[0])
+        across, inside = self._split(c, islands, per_island)
         found: dict[str, float] = {}
         seconds = 0.0
         if across:
             found["network"] = across
-            seconds = across / (self._facts["network"]["gb_s"] * 1e9) + self._latency("network", c, apart)
+            seconds = across / (self._facts["network"]["gb_s"] * 1e9) + self._latency("network", c, islands)
         fast = "ici" if self._torus else "nvlink"
         if inside:
             found[fast] = inside
             members = [p for p in group if self._island(p) == self._island(group[0])]
             rate = self._torus_rate(c.kind, members) if self._torus else self._facts["nvlink"]["gb_s"] * 1e9
-            seconds = max(seconds, inside / rate + self._latency(fast, c, near))
+            seconds = max(seconds, inside / rate + self._latency(fast, c, per_island))
         return Route(found, seconds, ("network",) if across and not inside else (fast + "+", fast + "-"))
 
     def spread(self, group: tuple[int, ...]) -> tuple[int, int]:
         """(slices or hosts that a group is on, members on the fullest of them)."""
-        islands = Counter(self._island(self._places[i]) for i in group)
+        islands = Counter(self._island(self._locations[i]) for i in group)
         return len(islands), max(islands.values())
 
-    def _island(self, place: Place) -> int:
-        """What only the network leaves: a slice, or a host."""
-        return place[0] if self._torus else place[1]
+    def _island(self, location: Location) -> int:
+        """The slice or host, which only the network connects to others."""
+        return location[0] if self._torus else location[1]
 
     def link(self, name: str, efficiency: float) -> Link:
-        """As one rank sees it: of "nvlink" or "network"."""
+        """ "nvlink" or "network" as one rank sees it, at this share of its rate."""
         return Link(self._facts[name]["latency_us"] * 1e-6, self._facts[name]["gb_s"] * 1e9 * efficiency)
 
     def across_slices(self, kind: str, operand_bytes: float) -> Route:
-        """Of what a TPU's runtime sums or gathers between slices, each device with those in its place."""
-        slices = len({p[0] for p in self._places})
+        """The route of what a TPU's runtime sums or gathers between slices, among devices at the same position of each."""
+        slices = len({p[0] for p in self._locations})
         sent, facts = sent_bytes(kind, operand_bytes, slices), self._facts["network"]
         return Route({"network": sent}, sent / (facts["gb_s"] * 1e9) + facts["latency_us"] * 1e-6, ("network",))
 
     def axes_across_slices(self, mesh: dict[str, int]) -> tuple[str, ...]:
         """The mesh axes along which slices differ."""
-        slices = np.array([p[0] for p in self._places]).reshape(tuple(mesh.values()))
+        slices = np.array([p[0] for p in self._locations]).reshape(tuple(mesh.values()))
         return tuple(axis for d, axis in enumerate(mesh) if (slices != slices.take([0], d)).any())
 
     def _latency(self, link: str, c: Collective, devices: int) -> float:
-        """Of as many messages one after the other as halving and doubling take; an exchange takes one."""
+        """Seconds of the messages that halving and doubling send one after the other; an exchange sends one."""
         steps = 1 if c.kind.endswith("all-to-all") else math.ceil(math.log2(max(devices, 2)))
         return self._facts[link]["latency_us"] * 1e-6 * steps * (2 if c.kind == "all-reduce" else 1)
 
-    def _split(self, c: Collective, apart: int, near: int) -> tuple[float, float]:
-        """Bytes a device sends across slices or hosts, and inside: first inside, so that each sends its part across once."""
-        if apart == 1:
+    def _split(self, c: Collective, islands: int, per_island: int) -> tuple[float, float]:
+        """(bytes a device sends to other islands, bytes inside its own). Sums go inside first: each part crosses once."""
+        if islands == 1:
             return 0.0, c.bytes
         if c.kind.endswith("all-to-all"):
-            return c.bytes * (c.size - near) / (c.size - 1), c.bytes * (near - 1) / (c.size - 1)
-        return c.bytes * (apart - 1) / apart * c.size / (c.size - 1) / near, c.bytes * (near - 1) / near * c.size / (c.size - 1)
+            return c.bytes * (c.size - per_island) / (c.size - 1), c.bytes * (per_island - 1) / (c.size - 1)
+        across = c.bytes * (islands - 1) / islands * c.size / (c.size - 1) / per_island
+        return across, c.bytes * (per_island - 1) / per_island * c.size / (c.size - 1)
 
-    def _torus_rate(self, kind: str, members: list[Place]) -> float:
-        """Bytes a second of a device whose group lies like this, the other groups doing the same at the same time."""
+    def _torus_rate(self, kind: str, members: list[Location]) -> float:
+        """Bytes per second of each device, while all groups of this shape communicate at the same time."""
         chips = np.array(sorted({p[2] for p in members}))
         cores = self._facts["ici"]["cores"]
         link = self._facts["ici"]["gb_s"] * 1e9
@@ -130,7 +138,7 @@ class Links:
         return sum(link * (2 if ring else 1) for _, ring in spanned) / cores
 
     def _permute(self, c: Collective) -> Route:
-        pairs = [(self._places[a], self._places[b]) for a, b in c.groups if a != b]
+        pairs = [(self._locations[a], self._locations[b]) for a, b in c.groups if a != b]
         if not pairs:
             return Route({}, 0.0, ())
         fast = "ici" if self._torus else "nvlink"
@@ -143,8 +151,8 @@ class Links:
         seconds = c.bytes * max(hops, 1.0) / (facts["gb_s"] * 1e9) + facts["latency_us"] * 1e-6 * max(hops, 1.0)
         return Route({fast: c.bytes}, seconds, (fast + sign,))
 
-    def _hops(self, pairs: list[tuple[Place, Place]]) -> tuple[float, str]:
-        """Mean steps on the torus, and the direction that most bytes go."""
+    def _hops(self, pairs: list[tuple[Location, Location]]) -> tuple[float, str]:
+        """(mean steps on the torus, the direction that most bytes go in)."""
         shape = np.array(self._torus)
         step = np.array([b[2] for _, b in pairs]) - np.array([a[2] for a, _ in pairs])
         step = np.where(shape > 2, (step + shape // 2) % shape - shape // 2, step)  # the short way round

@@ -5,7 +5,7 @@ import re
 
 from dsv3_jax.cluster.processes import place_from, seconds_from
 from dsv3_jax.config import Config
-from dsv3_jax.cost.feasible import largest_world, worlds
+from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
@@ -31,7 +31,7 @@ def job_for(config: Config, args: list[str], workers: str | None, devices: int |
     least, most = parse_workers(workers)
     if devices is None or devices < 1:
         raise UserError(f"--devices {devices or '(missing)'}: say how many devices each worker has, 1 or more")
-    legal = worlds(config, devices, range(1, most + 1))
+    legal = feasible_worker_counts(config, devices, range(1, most + 1))
     if not any(count >= least for count in legal):
         raise UserError(
             f"--workers {workers}: no mesh over {least} to {most} workers of {devices} devices divides the model and "
@@ -52,7 +52,7 @@ def leave_spares(config: Config, devices: int) -> None:
     place = place_from(os.environ)
     if place is None:
         return
-    count = largest_world(config, devices, place.processes)
+    count = largest_feasible_count(config, devices, place.processes)
     if count == 0:
         raise UserError(f"no mesh over {place.processes} or fewer workers of {devices} devices divides the model and the batch")
     if place.process >= count:

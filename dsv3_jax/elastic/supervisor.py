@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Config
-from dsv3_jax.cost.feasible import largest_world, worlds
+from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, Host, Start
 from dsv3_jax.elastic.logs import Follower, says_stuck
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_NOT_JOINED, EXIT_STOPPED
@@ -122,7 +122,7 @@ class Supervisor:
         job, said, deadline = self._job, "", time.monotonic() + patience_s
         while not self._signals:
             hosts = self._engine.hosts()[: job.most]
-            count = largest_world(job.config, job.devices, len(hosts))
+            count = largest_feasible_count(job.config, job.devices, len(hosts))
             if count >= job.least and (len(hosts) == job.most or time.monotonic() >= deadline):
                 return hosts[:count]
             line = f"waiting for hosts: {len(hosts)} of {job.least} to {job.most}"
@@ -148,7 +148,7 @@ class Supervisor:
     def _rehearse(self, hosts: list[Host]) -> None:
         """Compile for every legal number of workers below this one, so that none has to when hosts are lost."""
         job = self._job
-        for count in reversed(worlds(job.config, job.devices, range(job.least, len(hosts)))):
+        for count in reversed(feasible_worker_counts(job.config, job.devices, range(job.least, len(hosts)))):
             began = time.monotonic()
             self._start(hosts[:count], [*job.args, "--rehearse"], f"rehearsal-{count}")
             while not self._signals and any(host.code is None and not host.lost for host in hosts[:count]):
@@ -224,7 +224,7 @@ class Supervisor:
         if workers == job.most or last_row(job.run.metrics_file).get("time", 0.0) < self.launched:
             return False
         there = min(len(self._engine.hosts()), job.most)
-        more = largest_world(job.config, job.devices, there) if there > workers else workers
+        more = largest_feasible_count(job.config, job.devices, there) if there > workers else workers
         if more > workers:
             self._say(f"{there} hosts are there: saving, to go on with {more} workers instead of {workers}")
         return more > workers

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.cost.estimate import Candidate
-from dsv3_jax.cost.feasible import state_bytes, worlds
+from dsv3_jax.cost.feasible import feasible_worker_counts
+from dsv3_jax.cost.memory import state_bytes_per_device
 from dsv3_jax.cost.topologies import GIB, mesh_label, parse_topology
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.compile import Limits
@@ -42,15 +43,19 @@ def list_topologies(console: Console) -> None:
     )
 
 
-def list_worlds(config: Config, workers: range, devices: int, console: Console) -> None:
-    """Which numbers of workers a run can go on with, each with its mesh. Raises `UserError` if none is legal."""
-    legal = worlds(config, devices, workers)
-    if not legal:
-        raise UserError(f"no number of workers from {workers[0]} to {workers[-1]}, of {devices} devices each, is legal")
-    table = Table("workers", "devices", "mesh", "weights and moments, GiB a device", "rows a device", title="legal worlds")
-    for count, sizes in reversed(legal.items()):
+def list_worker_counts(config: Config, workers: range, devices: int, console: Console) -> None:
+    """Print which numbers of `workers`, with `devices` each, a run can use, and their meshes. Raises `UserError` if none."""
+    feasible = feasible_worker_counts(config, devices, workers)
+    if not feasible:
+        raise UserError(
+            f"--workers {workers[0]}:{workers[-1]}: no mesh over so many workers of {devices} devices divides the model and "
+            f"data.batch_size={config.data.batch_size}"
+        )
+    columns = "workers", "devices", "mesh", "training state, GiB per device", "rows per device"
+    table = Table(*columns, title="feasible numbers of workers")
+    for count, sizes in reversed(feasible.items()):
         rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-        state = state_bytes(config, sizes) / GIB
+        state = state_bytes_per_device(config, sizes) / GIB
         table.add_row(str(count), str(count * devices), mesh_label(sizes), f"{state:.3g}", f"{rows:g}")
     console.print(table)
 

@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.cost.links import Location
 from dsv3_jax.cost.topologies import ENVIRONMENT, Topology, parse_topology
 from dsv3_jax.data.store import cache_root, cached
 from dsv3_jax.errors import UserError
@@ -37,18 +38,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Compiled:
-    """`places`: of each partition, [slice, host, coordinates], in the order of the program's partitions."""
+    """A compiled training step, and what is known about it."""
 
     topology: Topology
-    mesh: dict[str, int]
-    places: list[tuple[int, int, tuple[int, ...]]]
-    memory: dict[str, int]  # the compiler's, in bytes
-    state: dict[str, int]  # bytes of a device's parts of the training state
-    seconds: dict[str, float]
+    mesh: dict[str, int]  # axis sizes
+    locations: list[Location]  # of the devices, in the order of the program's partitions
+    memory: dict[str, int]  # memory_analysis(), in bytes per device
+    state: dict[str, int]  # bytes per device of each part of the training state
+    seconds: dict[str, float]  # of tracing and compiling
     versions: dict[str, str]
     program: Program
     precision: str  # precision.recipe, with `auto` resolved
-    exchange: str  # why parallel.compress=auto is what it is; empty where it was not asked for
+    exchange: str  # how parallel.compress was resolved, and why; empty if compression was not asked for
 
 
 def compilers() -> str:
@@ -114,8 +115,8 @@ def read(directory: Path) -> Compiled:
     facts = json.loads((directory / "facts.json").read_text())
     with gzip.open(directory / "program.txt.gz", "rt") as file:
         program = parse(file.read())
-    places = [(slice_, host, tuple(coordinates)) for slice_, host, coordinates in facts.pop("places")]
-    return Compiled(topology=parse_topology(facts.pop("topology")), places=places, program=program, **facts)
+    locations = [(slice_, host, tuple(coordinates)) for slice_, host, coordinates in facts.pop("locations")]
+    return Compiled(topology=parse_topology(facts.pop("topology")), locations=locations, program=program, **facts)
 
 
 def _memory_gb(pid: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dsv3_jax.config import Config
-from dsv3_jax.cost.compression import ways
+from dsv3_jax.cost.compression import estimate_exchanges
 from dsv3_jax.cost.efficiency import ASSUMED, Efficiency
 from dsv3_jax.cost.estimate import pipeline_occupancy
 from dsv3_jax.cost.links import Links
@@ -132,7 +132,7 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
     rows = tokens / devices * config.model.num_experts_per_tok / microbatches * imbalance / rounds / parts
     cost = CostModel(program, topology.kind, assume.efficiency, fill * imbalance)  # of the fullest device
     player = Player(
-        program, mesh, Links(topology.kind, compiled.places, topology.shape), cost, assume.efficiency.link, fill,
+        program, mesh, Links(topology.kind, compiled.locations, topology.shape), cost, assume.efficiency.link, fill,
         imbalance, rounds_of(program, rows, rounds, parts),
     )  # fmt: skip
     line = player.play()
@@ -153,7 +153,7 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         batch={"sequences": config.data.batch_size, "length": config.data.seq_len, "microbatches": microbatches},
         memory=memory_of(compiled, kept_bytes(program)), flops=dict(line.work.flops), useful_flops=useful,
         recomputed=line.recomputed, communication=_communication(line), step=step,
-        across_data=[asdict(way) for way in ways(config, topology, mesh, assume.efficiency)],
+        across_data=[asdict(e) for e in estimate_exchanges(config, topology, mesh, assume.efficiency)],
         parts=dict(sorted(line.parts.items(), key=lambda item: -item[1])),
         pipeline_occupancy=pipeline_occupancy(config, mesh) if mesh["pipe"] > 1 else None,
         run=_run(config, line.seconds, devices, assume.price),

@@ -1,6 +1,6 @@
-"""The process that compiles: reads a request (JSON) from stdin, leaves program.txt.gz and facts.json in a directory.
+"""The process that compiles: reads a request (JSON) from stdin, writes program.txt.gz and facts.json into a directory.
 
-A process of its own, because compilers abort, grow and must be told before JAX loads that no accelerator is here.
+A process of its own, because compilers abort, need much memory, and need environment variables set before JAX is loaded.
 """
 
 import gzip
@@ -11,43 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from dsv3_jax.config import Config, config_from_dict
+from dsv3_jax.cost.memory import bytes_by_part
 from dsv3_jax.cost.topologies import devices, parse_topology
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.layout import make_layout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import check
-from dsv3_jax.state.train_state import TrainState, abstract_state
+from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.resolve import abstract_batch, resolve_on
 from dsv3_jax.train.step import make_train_step
 
 
-def state_bytes(state: TrainState) -> dict[str, int]:
-    """Of one device: its shards of each part of the state."""
-
-    def local(tree: Any) -> int:
-        shards = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(tree)]
-        return sum(int(np.prod(shape)) * size for shape, size in shards)
-
-    return {
-        "parameters": local(state.params),
-        "moments": local(state.opt_state),
-        "moving average": local(state.ema),
-        "owed to the exchange": local(state.errors),
-        "other state": local((state.step, state.router_bias, state.controller)),
-    }
-
-
-def _place(device: Any) -> list[Any]:
-    """[slice, host, coordinates of its chip]: what decides over which links it talks to others."""
+def _location(device: Any) -> list[Any]:
+    """[slice, host, coordinates of its chip]: which links connect it to others follows from these."""
     is_tpu = device.platform == "tpu"
     return [getattr(device, "slice_index", None) or 0, device.process_index, list(device.coords) if is_tpu else [device.id]]
 
 
 def compile_step(config: Config, topology: str, options: dict[str, Any], say) -> tuple[str, dict[str, Any]]:
-    """The compiled training step's text, and what else is known about it."""
+    """(the compiled training step's HLO text, the facts that `compile.read` expects)."""
     say("describing")
     found = devices(parse_topology(topology))
     mesh = make_mesh(config.parallel, found)
@@ -56,8 +40,9 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
             f"parallel: the mesh has {mesh.size} of {topology}'s {len(found)} devices; set an axis to -1 to fill up"
         )
     check(config, dict(mesh.shape))
-    resolved = resolve_on(config, make_layout(config.parallel, mesh), parse_topology(topology))
-    config, layout = resolved.config, resolved.layout
+    layout = make_layout(config.parallel, mesh)
+    resolved = resolve_on(config, layout, parse_topology(topology))
+    config = resolved.config
     state = abstract_state(config, layout)
     say("tracing")
     began = time.perf_counter()
@@ -71,7 +56,7 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
     facts = {
         "topology": topology,
         "mesh": dict(mesh.shape),
-        "places": [_place(d) for d in mesh.devices.flat],  # in the order of partitions
+        "locations": [_location(d) for d in mesh.devices.flat],  # in the order of partitions
         "precision": config.precision.recipe,
         "exchange": next(iter(resolved.notes), ""),
         "seconds": {"tracing": traced, "compiling": seconds - traced},
@@ -79,7 +64,7 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
             name: getattr(memory, f"{name}_size_in_bytes")
             for name in ("argument", "output", "temp", "alias", "generated_code")
         } | {"peak": getattr(memory, "peak_memory_in_bytes", 0)},
-        "state": state_bytes(state),
+        "state": bytes_by_part(state),
         "versions": {"jax": jax.__version__},
     }  # fmt: skip
     return compiled.as_text(), facts

@@ -7,7 +7,7 @@ import numpy as np
 
 from dsv3_jax.config import Config
 from dsv3_jax.cost.compression import resolve_compression, topology_of
-from dsv3_jax.cost.feasible import on_mesh
+from dsv3_jax.cost.feasible import fit_to_devices
 from dsv3_jax.cost.topologies import Topology
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
@@ -49,7 +49,7 @@ def resolve_for_devices(config: Config, elastic: bool = False) -> Resolved:
     `elastic`: on all of them, on the mesh that comes nearest to the configuration's. Raises `UserError` for a mesh that does
     not fit the devices or the model, and for `train.init_from` with another model.
     """
-    placed = on_mesh(config, jax.device_count()) if elastic else config
+    placed = fit_to_devices(config, jax.device_count()) if elastic else config
     layout = layout_for(placed)
     devices = list(layout.mesh.devices.flat) if isinstance(layout, MeshLayout) else [device_of(layout)]
     found = resolve_on(with_its_tokenizer(placed), layout, topology_of(devices))

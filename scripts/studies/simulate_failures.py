@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.config import load_config
-from dsv3_jax.cost.feasible import largest_world
+from dsv3_jax.cost.feasible import largest_feasible_count
 
 PRESET = Path(__file__).parents[2] / "configs" / "v3_671b.yaml"
 DAY = 86400.0
@@ -99,7 +99,7 @@ def main() -> None:
     results = []
     for devices in options.devices:
         hosts = devices // HOST
-        shrunk = largest_world(config, HOST, hosts - 1)
+        shrunk = largest_feasible_count(config, HOST, hosts - 1)
         restore = STATE_BYTES / hosts / (options.read_gb_s * 1e9)
         goodput = {
             name: statistics.mean(

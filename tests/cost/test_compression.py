@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.cost.compression import resolve_compression, topology_of, ways
+from dsv3_jax.cost.compression import estimate_exchanges, resolve_compression, topology_of
 from dsv3_jax.cost.efficiency import ASSUMED
-from dsv3_jax.cost.estimate import Estimator, few_bits_share
-from dsv3_jax.cost.feasible import stored_parameters
+from dsv3_jax.cost.estimate import Estimator, compressed_share
+from dsv3_jax.cost.memory import parameters_per_device
 from dsv3_jax.cost.topologies import parse_topology
 from dsv3_jax.parallel.mesh import AXES, axis_sizes
 from tests.conftest import ROOT
@@ -70,41 +70,41 @@ def test_what_stays_in_float32_counts():
     """The embedding, norms and the router: 1.3% of the numbers, and a sixth of the time."""
     config = load_config(ROOT / "configs" / "v3_16b.yaml", ["data.batch_size=64", "parallel.compress=2"])
     sizes = {**ONE, "data": 8, "fsdp": 8}
-    share, all_numbers = few_bits_share(config, sizes), stored_parameters(config, sizes)
+    share, all_numbers = compressed_share(config, sizes), parameters_per_device(config, sizes)
     embedding = config.model.vocab_size * config.model.hidden_size / 8
     assert 1 - share == pytest.approx(embedding / all_numbers, rel=0.05)
-    assert few_bits_share(config, sizes | {"data": 7}) == pytest.approx(share, rel=1e-3)  # 7 divides no axis of most arrays
+    assert compressed_share(config, sizes | {"data": 7}) == pytest.approx(share, rel=1e-3)  # 7 divides no axis of most arrays
     estimator = Estimator(parse_topology("h100:8x8"), ASSUMED)
-    whole = estimator.across_data(replace(config, parallel=replace(config.parallel, compress=0)), sizes)
-    assert estimator.across_data(config, sizes) == pytest.approx((1 - share + share / 14.8) * whole, rel=0.05)
+    whole = estimator.exchange_seconds(replace(config, parallel=replace(config.parallel, compress=0)), sizes)
+    assert estimator.exchange_seconds(config, sizes) == pytest.approx((1 - share + share / 14.8) * whole, rel=0.05)
 
 
-def found_ways(topology: str, *overrides: str) -> dict[str, tuple[float, bool]]:
+def exchanges(topology: str, *overrides: str) -> dict[str, tuple[float, bool]]:
     config = load_config(ROOT / "configs" / "v3_16b.yaml", ["data.batch_size=64", *(f"parallel.{o}" for o in overrides)])
     there = parse_topology(topology)
-    found = ways(config, there, axis_sizes(config.parallel, there.size), ASSUMED)
-    return {way.algorithm: (way.seconds, way.taken) for way in found}
+    found = estimate_exchanges(config, there, axis_sizes(config.parallel, there.size), ASSUMED)
+    return {e.algorithm: (e.seconds, e.taken) for e in found}
 
 
-def test_ways_across_hosts_and_the_one_taken():
-    numbers = stored_parameters(load_config(ROOT / "configs" / "v3_16b.yaml", []), {**ONE, "data": 8, "fsdp": 8})
-    whole = found_ways("h100:8x8", "data=8", "fsdp=8")
+def test_exchanges_across_hosts_and_the_one_taken():
+    numbers = parameters_per_device(load_config(ROOT / "configs" / "v3_16b.yaml", []), {**ONE, "data": 8, "fsdp": 8})
+    whole = exchanges("h100:8x8", "data=8", "fsdp=8")
     assert list(whole) == ["ring, float32", "tree, float32", "direct, 2 bits"]
     ring = 14 * (10e-6 + 4 * numbers / 8 / (50e9 * ASSUMED.link))  # 14 messages of an eighth, one after another
     assert whole["ring, float32"] == (pytest.approx(ring), True)
-    few = found_ways("h100:8x8", "data=8", "fsdp=8", "compress=1")
+    few = exchanges("h100:8x8", "data=8", "fsdp=8", "compress=1")
     assert [name for name, (_, taken) in few.items() if taken] == ["direct, 1 bits"]
     assert few["direct, 1 bits"][0] < whole["direct, 2 bits"][0] < ring / 10
 
 
 def test_replicas_that_share_hosts_may_be_summed_there_first():
     """Which pays for sums in float32, not for codes: NVLink's float32 takes longer than two bits on the network."""
-    found = found_ways("h100:8x8", "data=64", "compress=2")
+    found = exchanges("h100:8x8", "data=64", "compress=2")
     inside = next(name for name in found if "parallel.data=8 parallel.fsdp=8" in name)
     assert found["direct, 2 bits"][0] < found[inside][0] < found["two levels, float32"][0] + found["direct, 2 bits"][0]
     assert found["two levels, float32"][0] < min(found[f"{name}, float32"][0] for name in ("ring", "tree"))
-    assert found_ways("h100:8x8", "fsdp=64") == {}
-    assert list(found_ways("v5p:4x4x4", "data=4", "fsdp=16")) == ["rings of the torus, float32", "direct, 2 bits"]
+    assert exchanges("h100:8x8", "fsdp=64") == {}
+    assert list(exchanges("v5p:4x4x4", "data=4", "fsdp=16")) == ["rings of the torus, float32", "direct, 2 bits"]
 
 
 def gpu(host: int, domain: int | None = None) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""Which numbers of devices are legal, and which mesh is taken: against trying every mesh."""
+"""Which numbers of devices are feasible, and which mesh is taken: against trying every mesh."""
 
 import math
 
@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import divisors, load_config
-from dsv3_jax.cost.feasible import largest_world, mesh_over, on_mesh, state_bytes, stored_parameters, worlds
+from dsv3_jax.cost.feasible import feasible_worker_counts, fit_to_devices, largest_feasible_count, mesh_for_devices
 from dsv3_jax.errors import UserError
-from dsv3_jax.model.counts import count_parameters
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
 from tests.conftest import ROOT
@@ -18,7 +17,7 @@ TINY, HUGE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "v3_671b.yaml"
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
 
 
-def legal_meshes(config, devices):
+def feasible_meshes(config, devices):
     for shape in meshes(devices):
         try:
             check(config, shape)
@@ -33,7 +32,7 @@ def test_a_mesh_is_found_where_there_is_one(devices, rows, fsdp, expert, tensor)
     config = load_config(
         TINY, [f"data.batch_size={rows}", f"parallel.fsdp={fsdp}", f"parallel.expert={expert}", f"parallel.tensor={tensor}"]
     )
-    found, possible = mesh_over(config, devices), list(legal_meshes(config, devices))
+    found, possible = mesh_for_devices(config, devices), list(feasible_meshes(config, devices))
     assert (found is None) == (not possible)
     if found is None:
         return
@@ -49,38 +48,22 @@ def test_a_mesh_is_found_where_there_is_one(devices, rows, fsdp, expert, tensor)
 
 def test_the_released_model_keeps_its_experts_together():
     config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1"])
-    legal = worlds(config, 8, range(60, 129))
-    assert list(legal) == [60, 64, 80, 96, 120, 128]
-    assert legal[128] == {"data": 1, "pipe": 1, "fsdp": 16, "expert": 64, "tensor": 1}
-    assert legal[96] == {"data": 3, "pipe": 1, "fsdp": 4, "expert": 64, "tensor": 1}
-    assert largest_world(config, 8, 127) == 120
+    feasible = feasible_worker_counts(config, 8, range(60, 129))
+    assert list(feasible) == [60, 64, 80, 96, 120, 128]
+    assert feasible[128] == {"data": 1, "pipe": 1, "fsdp": 16, "expert": 64, "tensor": 1}
+    assert feasible[96] == {"data": 3, "pipe": 1, "fsdp": 4, "expert": 64, "tensor": 1}
+    assert largest_feasible_count(config, 8, 127) == 120
     # but on 120 hosts each device would have a 64th of the state, which no memory holds
     config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1", "parallel.max_state_gib=40"])
-    assert largest_world(config, 8, 127) == 96
-    assert largest_world(config, 7, 2) == 0
-
-
-def test_bytes_of_the_state_by_hand():
-    """Weights and two moments in float32; moments in half of that; and what compression keeps of rounding errors."""
-    sizes = {"data": 4, "pipe": 1, "fsdp": 2, "expert": 1, "tensor": 1}
-
-    def bytes_a_number(*overrides: str) -> float:
-        config = load_config(TINY, list(overrides))
-        return state_bytes(config, sizes) / stored_parameters(config, sizes)
-
-    assert bytes_a_number() == 12
-    assert bytes_a_number("optim.moment_dtype=bfloat16") == 8
-    assert bytes_a_number("precision.recipe=deepseek") == 8
-    assert bytes_a_number("parallel.compress=2") == 12 + 4 + 4 / 4
-    counts = count_parameters(load_config(TINY).model)
-    assert stored_parameters(load_config(TINY), sizes) == (counts.total + counts.mtp) / 2
+    assert largest_feasible_count(config, 8, 127) == 96
+    assert largest_feasible_count(config, 7, 2) == 0
 
 
 def test_what_cannot_be_is_said_with_what_can():
     config = load_config(TINY, ["data.batch_size=8", "parallel.fsdp=8"])
-    assert on_mesh(config, 4).parallel.fsdp == 4
+    assert fit_to_devices(config, 4).parallel.fsdp == 4
     with pytest.raises(UserError, match=r"no mesh over 7 devices divides data.batch_size=8 .*: 2, 4, 8"):
-        on_mesh(config, 7)
+        fit_to_devices(config, 7)
 
 
 @given(st.integers(1, 5000))
