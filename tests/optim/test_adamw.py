@@ -56,6 +56,14 @@ def test_update_follows_the_formula():
     np.testing.assert_array_equal(p["stacked_norms"][...], 1.0)
 
 
+def test_epsilon_is_added_to_the_root():
+    """A first gradient of 1 moves by lr / (1 + eps), whatever the moments' rates."""
+    config = OptimConfig(lr=0.1, warmup_steps=0, decay_start=100, weight_decay=0.0, eps=1.0)
+    optimizer, p = adamw(config), params()
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, p), optimizer.init(p), p)
+    np.testing.assert_allclose(jax.tree.leaves(updates)[1], -0.05, rtol=1e-6)
+
+
 def test_bfloat16_moments_are_stored_and_close():
     def run(dtype):
         optimizer, p = adamw(OptimConfig(lr=0.1, warmup_steps=0), dtype), params()
