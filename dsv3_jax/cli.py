@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv3_jax.config import load_config
+from dsv3_jax.config import Config, load_config
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FailedElsewhere, UserError
 from dsv3_jax.progress import make_console
 
@@ -23,7 +23,7 @@ RunPath = Annotated[Path, tyro.conf.Positional]
 def _use_huge_pages() -> None:
     """Start this program again with glibc's huge pages for large buffers: a CPU training step is 10% faster with them.
 
-    glibc reads the setting only when a process starts. Does nothing elsewhere, or where the user has set tunables.
+    glibc reads the setting only when a process starts. Does nothing without glibc, or where the user has set tunables.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -31,10 +31,20 @@ def _use_huge_pages() -> None:
 
 
 def _join() -> None:
-    """Become one of a run's processes, where the environment says so (see cluster/processes.py)."""
+    """Join a run's other processes, if the environment names some (see cluster/processes.py)."""
     from dsv3_jax.cluster.processes import join
 
     join()
+
+
+def _train_and_finish(config: Config, root: Path, elastic: bool = False) -> None:
+    from dsv3_jax.train.finish import finish
+    from dsv3_jax.train.loop import train
+
+    result = train(config, root, elastic)
+    if result.interrupted:
+        raise SystemExit(EXIT_STOPPED)
+    finish(result)
 
 
 def train(
@@ -48,8 +58,8 @@ def train(
     """Train a configuration, going on from the run's latest checkpoint if it has one.
 
     Writes runs/NAME/: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, and at the end report.json, loss.png and
-    sample.txt. Ctrl-C saves; the same command goes on. With --workers the mesh follows the number of workers that there are;
-    with --engine a supervisor starts them, and starts again on what is left when one fails.
+    sample.txt. Ctrl-C saves a checkpoint; the same command goes on from it. With --workers the mesh follows the number of
+    workers; with --engine a supervisor starts them, and when one fails starts again with those that are left.
 
     Example: dsv3 train configs/tiny.yaml train.steps=100 name=short
     Example: dsv3 train configs/tiny.yaml parallel.fsdp=8 --engine local --workers 2:4 --devices 2
@@ -57,11 +67,13 @@ def train(
     Args:
         config: A YAML file such as configs/tiny.yaml.
         overrides: key=value, e.g. train.steps=100 optim.lr=1e-3 data.path="texts/*.txt".
-        workers: MIN:MAX, the least and the largest number of processes; `dsv3 plan --workers` says which between are legal.
-        engine: Who starts workers: none (SLURM, JobSet, `dsv3 launch`), local (on this CPU) or ray (on its cluster).
-        devices: Of each worker; on a CPU virtual ones. Needed with --engine; without, workers beyond a legal number end.
-        rehearse: First compile for all legal numbers of workers below MAX, so that nothing is compiled when hosts are lost;
-            without --engine, compile for the number that there is, and end.
+        workers: MIN:MAX, the smallest and the largest number of worker processes; `dsv3 plan --workers` lists the feasible
+            numbers between them.
+        engine: Who starts workers: none (SLURM, JobSet, `dsv3 launch`), local (on this machine's CPU) or ray (on its cluster).
+        devices: Devices per worker (virtual on CPU). Required with --engine; without, workers beyond the largest feasible
+            number end at once.
+        rehearse: First compile for every feasible number of workers, so that nothing is compiled when hosts are lost; without
+            --engine, compile for the devices that there are, and end.
     """
     checked = load_config(config, overrides)  # before anything heavy is imported
     if engine != "none":
@@ -77,17 +89,12 @@ def train(
 
         leave_spares(checked, devices)
     _join()
-    from dsv3_jax.train.finish import finish
-    from dsv3_jax.train.loop import train as run
-    from dsv3_jax.train.resolve import compile_only
-
     if rehearse:
+        from dsv3_jax.train.resolve import compile_only
+
         compile_only(checked, elastic=workers is not None)
-        return
-    result = run(checked, elastic=workers is not None)
-    if result.interrupted:
-        raise SystemExit(EXIT_STOPPED)
-    finish(result)
+    else:
+        _train_and_finish(checked, Path("runs"), elastic=workers is not None)
 
 
 def resume(run: RunPath, overrides: Overrides = ()) -> None:
@@ -104,19 +111,13 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
     checked = load_config(run / "config.yaml", [*overrides, f"name={run.name}"])
     _use_huge_pages()
     _join()
-    from dsv3_jax.train.finish import finish
-    from dsv3_jax.train.loop import train as go_on
-
-    result = go_on(checked, run.resolve().parent)
-    if result.interrupted:
-        raise SystemExit(EXIT_STOPPED)
-    finish(result)
+    _train_and_finish(checked, run.resolve().parent)
 
 
 def evaluate(run: RunPath, data: str | None = None) -> None:
     """Evaluate a run or checkpoint on its held-out documents, or on other text; prints one JSON line.
 
-    Takes the run's mesh if this machine has the devices for it, and one device if not.
+    Uses the run's mesh if this machine has the devices for it, and one device otherwise.
 
     Example: dsv3 eval runs/tiny --data notes.txt
 
@@ -125,36 +126,12 @@ def evaluate(run: RunPath, data: str | None = None) -> None:
         data: A file or glob of .txt, .jsonl or .parquet; the run's held-out documents if not given.
     """
     _join()
-    import dataclasses
-
-    from dsv3_jax.checkpoint.load import load_for_evaluation
     from dsv3_jax.cluster.processes import is_first
-    from dsv3_jax.data.store import load_corpus, read_documents
     from dsv3_jax.train.evaluate import evaluate as run_evaluation
-    from dsv3_jax.train.step import make_eval_step
 
-    loaded = load_for_evaluation(run)
-    config = loaded.config
-    if data is None:
-        store = load_corpus(config.data, config.model.vocab_size).validation
-    else:
-        store = read_documents(dataclasses.replace(config.data, path=data), loaded.tokenizer())
-    result = run_evaluation(
-        make_eval_step(config, loaded.layout), loaded.params, loaded.router_bias, store, config.data.seq_len,
-        config.data.batch_size, layout=loaded.layout,
-    )  # fmt: skip
-    if not is_first():
-        return
-    print(
-        json.dumps({
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "accuracy": result.accuracy,
-            "tokens": int(result.tokens),
-            "bits_per_byte": result.bits_per_byte(int(store.text_bytes.sum())),
-            "max_load": result.max_load,
-        })
-    )  # fmt: skip
+    figures = run_evaluation(run, data)
+    if is_first():
+        print(json.dumps(figures))
 
 
 def generate(
@@ -162,17 +139,17 @@ def generate(
 ) -> None:
     """Continue a text with a run or checkpoint; prints prompt and continuation.
 
-    Takes the run's mesh if this machine has the devices for it, and one device if not.
+    Uses the run's mesh if this machine has the devices for it, and one device otherwise.
 
     Example: dsv3 generate runs/tiny --prompt "def main(" --max-new-tokens 50 --temperature 0.8
 
     Args:
         run: A run (its latest checkpoint) or a checkpoint directory.
         prompt: The text to continue.
-        max_new_tokens: How many tokens to add at most.
-        temperature: 0 is greedy.
-        top_p: Sample from the smallest set of tokens with this probability.
-        seed: Of the sampling.
+        max_new_tokens: The number of tokens to add; fewer if the text ends.
+        temperature: 0 takes the likeliest token.
+        top_p: Sample from the smallest set of tokens that has this probability.
+        seed: Seed of the sampling.
     """
     _join()
     import numpy as np
@@ -200,15 +177,16 @@ def import_(
 ) -> None:
     """Import a Hugging Face checkpoint of DeepSeek-V3's architecture: float32, bfloat16 or DeepSeek's block-FP8.
 
-    The result is a checkpoint that eval, generate and export take, on any mesh. What was cut off goes on when called again.
+    The result is a checkpoint for eval, generate, export and train.init_from, on any mesh. An import that was interrupted goes
+    on where it stopped when called again.
 
     Example: dsv3 import path/to/DeepSeek-V3 checkpoints/v3 parallel.expert=8 && dsv3 import --plan path/to/DeepSeek-V3
 
     Args:
-        hf_dir: A directory with config.json and safetensors; with --plan, an index with config.json beside it will do.
-        ckpt_dir: Where the checkpoint goes; nothing stands there before all of it does.
-        overrides: key=value for what config.json does not say: parallel.*, data.*, precision.*, ...
-        plan: Only print which tensor fills which array, what is left over, and what it takes; reads no weights.
+        hf_dir: A directory with config.json and safetensors; for --plan, config.json and the index are enough.
+        ckpt_dir: The checkpoint's directory, which appears once all of it is written.
+        overrides: key=value for sections that config.json does not have: parallel.*, data.*, precision.*, ...
+        plan: Only print which tensor fills which array, which are left over, and how much disk it takes; reads no weights.
         dtype: exact keeps every number (8 bits become float32); bfloat16 rounds matrices.
     """
     if plan:
@@ -235,15 +213,15 @@ def export(
 ) -> None:
     """Export a run or checkpoint as a Hugging Face checkpoint that transformers, vLLM and SGLang load.
 
-    Weights are read from disk a tensor at a time: no device and little memory is needed, whatever mesh wrote them.
+    Weights are read from disk one tensor at a time: it needs no device and little memory, whatever mesh wrote them.
 
     Example: dsv3 export runs/tiny exported/tiny --format hf-fp8
 
     Args:
         run: A run (its latest checkpoint) or a checkpoint directory.
-        out_dir: Where it goes; nothing stands there before all of it does.
+        out_dir: The export's directory, which appears once all of it is written.
         format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8).
-        shard_gb: Size of a safetensors file at most, in 10^9 bytes.
+        shard_gb: Largest size of a safetensors file, in 10^9 bytes.
     """
     from dsv3_jax.interop.hf_export import export as write
 
@@ -251,8 +229,8 @@ def export(
 
 
 def report(run: RunPath) -> None:
-    """Print where a run's time went: steps that count, saving, and for each failure its detection, restart, restore, compile
-    and the steps that were done again.
+    """Print where a run's time went: steps that count, saving, and what each failure cost (detection, restart, restore,
+    compiling, steps done again).
 
     Example: dsv3 report runs/tiny
 
@@ -266,7 +244,7 @@ def report(run: RunPath) -> None:
 
 
 def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
-    """Print a configuration's parameters, bytes, cache and FLOPs. Allocates nothing.
+    """Print a configuration's parameters, bytes, cache and FLOPs. Needs no device.
 
     Example: dsv3 describe configs/v3_671b.yaml
 
@@ -281,7 +259,7 @@ def describe(config: ConfigPath, overrides: Overrides = ()) -> None:
 
 
 def platforms() -> None:
-    """Print which formats each platform multiplies natively, and what precision.recipe=auto takes there and here, and why.
+    """Print which formats each platform multiplies natively, and which recipe precision.recipe=auto chooses on each and why.
 
     Example: dsv3 platforms
     """
@@ -308,10 +286,10 @@ def plan(
     workers: str | None = None,
     devices: int = 8,
 ) -> None:
-    """Compile a configuration's training step for meshes that are not here: does it fit, what moves, how fast will it be?
+    """Compile a configuration's training step for devices that are not here: does it fit, what is sent, how fast will it be?
 
-    Writes plan.json and plan.html into --out. Needs the targets' compilers, not their devices: scripts/tools/setup_aot.sh makes
-    .venv-aot with them. What was compiled is kept; the same plan again takes seconds.
+    Writes plan.json and plan.html into --out. Needs the targets' compilers, not their devices: scripts/tools/setup_aot.sh
+    installs them into .venv-aot. Compiled programs are kept; the same plan again takes seconds.
 
     Example: dsv3 plan configs/v3_671b.yaml data.batch_size=512 train.grad_accum_steps=1 --topology v5p:8x8x8 tpu7x:4x4x8
 
@@ -319,17 +297,17 @@ def plan(
         config: A YAML file.
         overrides: key=value, e.g. parallel.expert=64 remat.policy=full.
         topology: One or more of KIND:SHAPE, such as v5p:8x8x8 or h100:128x8 (hosts x GPUs); several are compared.
-        out: Where plan.json and plan.html go; plans/NAME if not given.
-        imbalance: Rows of the fullest device over the mean, of tokens sent to experts; or a run, for what its router did.
-        price: Of a device and hour, for the cost of the run.
-        memory_gb: The compiler is stopped beyond this.
-        timeout_s: And after this time.
-        xla: Options of the compiler, NAME=VALUE, e.g. xla_tpu_enable_latency_hiding_scheduler=true.
+        out: Directory for plan.json and plan.html; plans/NAME if not given.
+        imbalance: Rows that the fullest device's experts get over the mean; or a run, to take what its router did.
+        price: Price of a device for one hour, for the cost of the run.
+        memory_gb: Stop the compiler if it takes more memory than this.
+        timeout_s: Stop the compiler after this many seconds.
+        xla: Compiler options, NAME=VALUE, e.g. xla_tpu_enable_latency_hiding_scheduler=true.
         search: Rank meshes, remat policies, microbatches and precisions for the batch, and compile the best few.
-        compile_best: How many the search compiles.
-        list_: Only print known topologies.
-        workers: MIN:MAX; only print which numbers of workers are legal for the configuration, and with which mesh.
-        devices: Of a worker, for --workers.
+        compile_best: How many candidates of the search to compile.
+        list_: Only print the known topologies.
+        workers: MIN:MAX; only print the feasible numbers of workers between them, and the mesh of each.
+        devices: Devices per worker, for --workers.
     """
     from dsv3_jax.elastic.command import parse_workers
     from dsv3_jax.plan.command import Request, list_topologies, list_worker_counts, run_plan, run_search
@@ -356,16 +334,16 @@ def plan(
 
 
 def overlap(trace: Annotated[Path, tyro.conf.Positional], plan: Path | None = None) -> None:
-    """Print how much of a run's communication went on behind work, from a trace of jax.profiler (TPU, GPU or CPU).
+    """Print how much of a run's communication was hidden behind computation, from a trace of jax.profiler (TPU, GPU or CPU).
 
-    Trace a few steps after the first with jax.profiler.start_trace(DIR) and stop_trace(), each process of a host into a
-    directory of its own below one.
+    Trace a few steps after the first one with jax.profiler.start_trace(DIR) and stop_trace(). Several processes on a host write
+    into subdirectories of their own.
 
     Example: dsv3 overlap traces/run --plan plans/v3_671b/plan.json
 
     Args:
-        trace: The directory that was given to jax.profiler, or one .xplane.pb.
-        plan: A plan.json, to stand beside.
+        trace: The directory given to jax.profiler, or one .xplane.pb.
+        plan: A plan.json to compare with.
     """
     from dsv3_jax.plan.command import show_overlap
 
@@ -373,16 +351,16 @@ def overlap(trace: Annotated[Path, tyro.conf.Positional], plan: Path | None = No
 
 
 def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:
-    """Run another verb in several processes on this machine's CPU, as a cluster would; the first failure ends them all.
+    """Run another verb in several processes on this machine's CPU, as on a cluster; the first failure ends them all.
 
-    Options of launch stand before the verb.
+    Options of launch go before the verb.
 
     Example: dsv3 launch --processes 2 --devices 4 train configs/tiny.yaml parallel.fsdp=4 parallel.expert=2
 
     Args:
         command: A verb with its arguments.
-        processes: How many processes.
-        devices: Virtual CPU devices of each process.
+        processes: Number of processes.
+        devices: Virtual CPU devices per process.
     """
     from dsv3_jax.cluster.launch import launch as start
 
@@ -410,7 +388,7 @@ _VERBS = {
 
 
 def _protect_command(args: list[str]) -> list[str]:
-    """What follows the verb that `launch` runs is that verb's, options too: `--` keeps it from being read as launch's."""
+    """Put `--` before the verb that `launch` runs, so that the options after it are that verb's and not launch's."""
     verb = next((i for i, a in enumerate(args[1:], 1) if a in _VERBS), None)
     return args if args[:1] != ["launch"] or verb is None or "--" in args else [*args[:verb], "--", *args[verb:]]
 

@@ -1,25 +1,30 @@
-"""Held-out evaluation: sums over whole documents, so that every target counts once."""
+"""Evaluation: sums over complete documents, in which every token is a target exactly once."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsv3_jax.checkpoint.load import load_for_evaluation
 from dsv3_jax.data.batches import PackedWindows
-from dsv3_jax.data.store import TokenStore
+from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import place
 from dsv3_jax.state.train_state import ONE_DEVICE
+from dsv3_jax.train.step import make_eval_step
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    nll: float  # nats, summed
+    """Sums over the evaluated targets, and what follows from them."""
+
+    nll: float  # nats
     correct: float
     tokens: float
-    load: list[np.ndarray]  # tokens per expert, f32[layers, E] a stack
+    load: list[np.ndarray]  # tokens per expert, one f32[layers, E] or f32[E] per stack
 
     @property
     def loss(self) -> float:
@@ -36,10 +41,11 @@ class Evaluation:
 
     @property
     def max_load(self) -> float:
-        """Busiest expert's load over the mean, worst layer."""
+        """The busiest expert's load over the mean load, in the worst layer; 1 is perfect balance."""
         return max((float((a.max(-1) / a.mean(-1)).max()) for a in self.load), default=1.0)
 
     def bits_per_byte(self, text_bytes: int) -> float:
+        """The nll in bits per byte of text; `text_bytes` is the size of the evaluated documents in UTF-8."""
         return self.nll / math.log(2) / text_bytes
 
 
@@ -54,11 +60,11 @@ def eval_batches(store: TokenStore, seq_len: int, batch_size: int, limit: int | 
         yield {name: np.stack([w[name] for w in windows]) for name in padding}
 
 
-def evaluate(
+def evaluate_store(
     eval_step: Callable, params: Any, router_bias: Any, store: TokenStore, seq_len: int, batch_size: int,
     limit: int | None = None, layout: Layout = ONE_DEVICE,
 ) -> Evaluation:  # fmt: skip
-    """Run `eval_step` (see `train/step.py`) over the store, or its first `limit` batches."""
+    """Run `eval_step` (`train.step.make_eval_step`) over the store's documents, or their first `limit` batches."""
     sums, load = np.zeros(3), []
     for batch in eval_batches(store, seq_len, batch_size, limit):
         batch = place(layout, batch, range(batch_size), batch_size)
@@ -68,3 +74,42 @@ def evaluate(
         load = [a + b for a, b in zip(load, batch_load, strict=True)] if load else batch_load
     nll, correct, tokens = sums.tolist()
     return Evaluation(nll, correct, tokens, load)
+
+
+def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str, float]:
+    """Evaluate a run or checkpoint on its held-out documents, or on other text.
+
+    Uses the run's mesh if there are the devices for it, and one device otherwise. Weights are in 16 or 32 bits, whatever
+    `precision.recipe` trains in.
+
+    Args:
+        run_or_checkpoint: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
+        data: A file or glob of .txt, .jsonl or .parquet, several separated by commas; None for the held-out documents of the
+            configuration's own data.
+
+    Returns:
+        `loss` (nats per token), `perplexity`, `accuracy` (share of tokens that were the likeliest), `tokens` (that were
+        predicted), `bits_per_byte` (of the text in UTF-8) and `max_load` (the busiest expert's load over the mean, in the worst
+        layer).
+
+    Raises:
+        UserError: There is no complete, undamaged checkpoint, or no document in `data`.
+    """
+    loaded = load_for_evaluation(run_or_checkpoint)
+    config = loaded.config
+    if data is None:
+        store = load_corpus(config.data, config.model.vocab_size).validation
+    else:
+        store = read_documents(replace(config.data, path=data), loaded.tokenizer())
+    eval_step = make_eval_step(config, loaded.layout)
+    found = evaluate_store(
+        eval_step, loaded.params, loaded.router_bias, store, config.data.seq_len, config.data.batch_size, layout=loaded.layout
+    )
+    return {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "accuracy": found.accuracy,
+        "tokens": int(found.tokens),
+        "bits_per_byte": found.bits_per_byte(int(store.text_bytes.sum())),
+        "max_load": found.max_load,
+    }

@@ -18,7 +18,7 @@ from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.runs.metrics import read_rows
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
-from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.evaluate import evaluate_store
 from dsv3_jax.train.loop import TrainResult
 from dsv3_jax.train.step import make_eval_step
 
@@ -45,7 +45,7 @@ def compression(result: TrainResult) -> dict[str, float]:
     store = first_documents(result.corpus.validation, _MAX_BYTES)
     text = held_out_text(config, len(store))
     assert len(text) == int(store.text_bytes.sum()), "the corpus changed while the run was going on"
-    evaluation = evaluate(
+    evaluation = evaluate_store(
         make_eval_step(config, result.layout), result.state.params, result.state.router_bias, store, config.data.seq_len,
         config.data.batch_size, layout=result.layout,
     )  # fmt: skip

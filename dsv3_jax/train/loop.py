@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
+from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.cluster.processes import agree
 from dsv3_jax.config import Config
-from dsv3_jax.data.batches import batch_windows
+from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import Corpus
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout
@@ -19,7 +20,7 @@ from dsv3_jax.precision import controller
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.state.train_state import TrainState
 from dsv3_jax.train.context import RunContext
-from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.evaluate import evaluate_store
 from dsv3_jax.train.start import start
 from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
 
@@ -71,7 +72,7 @@ def _steps(run: RunContext, state: TrainState) -> tuple[TrainState, bool]:
         metrics = jax.device_get(metrics)
         row = _row(config, step, metrics, time.perf_counter() - began)
         run.watchdog.step_ended(row["step_time_s"])
-        _check_health(run, step, metrics)
+        _check_health(config, run.data.source, step, metrics, run.manager)
         if step % config.train.eval_every == 0 or step == last:
             row |= _evaluate(run, eval_step, state, metrics)
         run.report(row, metrics.decisions)
@@ -118,18 +119,17 @@ def _row(config: Config, step: int, metrics: StepMetrics, seconds: float) -> dic
     } | controller.shares(metrics.decisions)
 
 
-def _check_health(run: RunContext, step: int, metrics: StepMetrics) -> None:
+def _check_health(config: Config, source: PackedWindows, step: int, metrics: StepMetrics, manager: CheckpointManager) -> None:
     """Raise `UserError` if loss or gradient is not finite, or the loss is twice that of uniform guessing."""
-    config = run.resolved.config
     loss, norm = float(metrics.objective.cross_entropy), float(metrics.grad_norm)
     uniform = math.log(config.model.vocab_size)
     if math.isfinite(float(metrics.objective.loss)) and math.isfinite(norm) and loss < 2 * uniform:
         return
     windows = batch_windows(config.data.batch_size, step - 1)
-    names = list(dict.fromkeys(name for w in windows for name in run.data.source.document_ids(w)))
+    names = list(dict.fromkeys(name for w in windows for name in source.document_ids(w)))
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    run.manager.wait()
-    latest = run.manager.latest()
+    manager.wait()
+    latest = manager.latest()
     good = f"last good checkpoint: step {latest}" if latest is not None else "no checkpoint yet"
     raise UserError(
         f"training diverged at step {step}: cross-entropy {loss:.4g} (uniform guessing gives {uniform:.4g}), gradient norm "
@@ -143,7 +143,7 @@ def _evaluate(run: RunContext, eval_step: Any, state: TrainState, metrics: StepM
     run.watchdog.slow()
 
     def of(params: Any) -> Any:
-        return evaluate(
+        return evaluate_store(
             eval_step, params, state.router_bias, run.data.corpus.validation, config.data.seq_len, config.data.batch_size,
             config.train.eval_batches, run.resolved.layout,
         )  # fmt: skip

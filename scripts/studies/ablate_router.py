@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from dsv3_jax.config import load_config
-from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.evaluate import evaluate_store
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.step import make_eval_step
 
@@ -25,7 +25,7 @@ def held_out_load(steps: int, overrides: list[str]) -> float:
     )
     with tempfile.TemporaryDirectory() as root:
         result = train(config, Path(root))
-        evaluation = evaluate(
+        evaluation = evaluate_store(
             make_eval_step(config), result.state.params, result.state.router_bias, result.corpus.validation,
             config.data.seq_len, config.data.batch_size,
         )  # fmt: skip

@@ -47,7 +47,7 @@ from dsv3_jax.exchange.exchange import in_few_bits
 from dsv3_jax.optim.adamw import second_moment
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, new_state
-from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.evaluate import evaluate_store
 from dsv3_jax.train.step import apply_gradients, make_eval_step, replica_gradients, training_recipe
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +209,9 @@ def train(run: Run) -> dict[str, Any]:
 
     def held_out(limit: int | None) -> float:
         d = config.data
-        return evaluate(eval_step, state.params, state.router_bias, corpus.validation, d.seq_len, d.batch_size, limit).loss
+        return evaluate_store(
+            eval_step, state.params, state.router_bias, corpus.validation, d.seq_len, d.batch_size, limit
+        ).loss
 
     began, losses, curve = time.perf_counter(), [], []
     for i in range(run.steps):

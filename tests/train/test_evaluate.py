@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.train.evaluate import Evaluation, evaluate
+from dsv3_jax.train.evaluate import Evaluation, evaluate_store
 from dsv3_jax.train.objective import LossWeights, Share, head_objective, target_counts
 
 
@@ -32,12 +32,12 @@ def test_every_target_of_every_document_counts_once():
         count = float(target_counts(batch["segments"], 0)[0])
         return 2 * count, count / 2, count, (np.array([count, 0.0]),)
 
-    found = evaluate(eval_step, None, None, store, seq_len=2, batch_size=3)
+    found = evaluate_store(eval_step, None, None, store, seq_len=2, batch_size=3)
     assert [batch["tokens"].shape for batch in batches] == [(3, 3), (3, 3)]
     assert (found.nll, found.correct, found.tokens) == (14, 3.5, 7)
     assert [a.tolist() for a in found.load] == [[7, 0]]
     assert (found.loss, found.accuracy) == (2, 0.5)
-    assert evaluate(eval_step, None, None, store, seq_len=2, batch_size=3, limit=1).tokens == 5
+    assert evaluate_store(eval_step, None, None, store, seq_len=2, batch_size=3, limit=1).tokens == 5
 
 
 def test_cross_entropy_and_accuracy_by_hand():

@@ -9,8 +9,9 @@ import pytest
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Traffic
-from dsv3_jax.train import loop
-from dsv3_jax.train.loop import _check_health, _row, _SaveClock
+from dsv3_jax.train import context
+from dsv3_jax.train.context import SaveClock
+from dsv3_jax.train.loop import _check_health, _row
 from dsv3_jax.train.objective import Metrics
 from dsv3_jax.train.step import StepMetrics, batch_checksum
 from tests.conftest import ROOT
@@ -34,10 +35,10 @@ def test_a_row_of_metrics():
 
 def test_checkpoints_are_due_by_steps_and_by_minutes(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    by_step = _SaveClock(load_config(TINY, ["checkpoint.every_steps=4"]))
+    monkeypatch.setattr(context.time, "monotonic", lambda: now[0])
+    by_step = SaveClock(load_config(TINY, ["checkpoint.every_steps=4"]).checkpoint)
     assert [step for step in range(1, 10) if by_step.due(step)] == [4, 8]
-    by_time = _SaveClock(load_config(TINY, ["checkpoint.every_minutes=2"]))
+    by_time = SaveClock(load_config(TINY, ["checkpoint.every_minutes=2"]).checkpoint)
     now[0] += 119
     assert not by_time.due(1)
     now[0] += 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import load_config
-from dsv3_jax.train.evaluate import evaluate
+from dsv3_jax.train.evaluate import evaluate_store
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.step import make_eval_step
 
@@ -18,7 +18,7 @@ def held_out_load(overrides, root) -> float:
     config = load_config(TINY, [*options, *overrides])
     result = train(config, root)
     params, bias = result.state.params, result.state.router_bias
-    return evaluate(make_eval_step(config), params, bias, result.corpus.validation, 128, 8, limit=30).max_load
+    return evaluate_store(make_eval_step(config), params, bias, result.corpus.validation, 128, 8, limit=30).max_load
 
 
 @pytest.mark.slow
