@@ -24,6 +24,7 @@ from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.experts import SLACK
 from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.on_mesh import OnMesh
 from dsv3_jax.parallel.schedule import make_schedule
 from dsv3_jax.precision.recipes import RECIPES
 
@@ -82,8 +83,8 @@ def _abstract_parameters(model: ModelConfig) -> nnx.State:
 
 def compressed_share(config: Config, sizes: dict[str, int]) -> float:
     """Share of a device's parameters whose gradients can cross `data` compressed."""
-    mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-    return share_in_few_bits(_abstract_parameters(config.model), mesh)
+    layout = OnMesh(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES))  # type: ignore[arg-type]  (no device is asked for)
+    return share_in_few_bits(_abstract_parameters(config.model), layout)
 
 
 def pipeline_occupancy(config: Config, sizes: dict[str, int]) -> float:

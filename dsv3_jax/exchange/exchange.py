@@ -12,14 +12,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 
 from dsv3_jax.exchange.compress import Codec, Errors, Part, has_shares, means_of_codes, second_moment_units, split_axis
 from dsv3_jax.model.layout import Layout, is_float32
 from dsv3_jax.model.names import variables_by_name
-from dsv3_jax.parallel.layout import MeshLayout, device_of
-from dsv3_jax.parallel.rules import is_variable, mesh_axes, stored_spec
+from dsv3_jax.parallel.rules import is_variable, mesh_axes
 from dsv3_jax.precision.platforms import platform_of
 
 
@@ -65,24 +64,24 @@ def _buckets(names: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def _leaves(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, _Leaf]:
+def _leaves(params: nnx.State, layout: Layout) -> dict[str, _Leaf]:
     """By name, those whose gradients are sent in few bits."""
     found = {}
     for name, variable in variables_by_name(params).items():
         if not in_few_bits(variable):
             continue
-        spec, shape, replicas = stored_spec(variable, mesh), variable.get_value().shape, mesh.shape["data"]
-        shard = NamedSharding(mesh, spec).shard_shape(shape)
-        if has_shares(shard, replicas):
-            found[name] = _Leaf(shape, spec, split_axis(shard, replicas))
+        spec, shape = layout.stored_spec(variable), variable.get_value().shape
+        shard = layout.sharding(spec).shard_shape(shape)
+        if has_shares(shard, layout.replicas):
+            found[name] = _Leaf(shape, spec, split_axis(shard, layout.replicas))
     return found
 
 
-def share_in_few_bits(params: nnx.State, mesh: Mesh | AbstractMesh) -> float:
+def share_in_few_bits(params: nnx.State, layout: Layout) -> float:
     """Of a device's numbers, those whose gradients can cross `data` in few bits; `params` may be abstract."""
-    leaves, of_device = _leaves(params, mesh), {}
+    leaves, of_device = _leaves(params, layout), {}
     for name, variable in variables_by_name(params).items():
-        sharding = NamedSharding(mesh, stored_spec(variable, mesh))
+        sharding = layout.sharding(layout.stored_spec(variable))
         of_device[name] = math.prod(sharding.shard_shape(variable.get_value().shape))
     return sum(of_device[name] for name in leaves) / sum(of_device.values())
 
@@ -96,24 +95,18 @@ class Exchange:
 
     @property
     def replicas(self) -> int:
-        return self.layout.mesh.shape["data"] if isinstance(self.layout, MeshLayout) and self.bits else 1
+        return self.layout.replicas if self.bits else 1
 
     def _leaves(self, params: nnx.State) -> dict[str, _Leaf]:
-        if self.replicas == 1:
-            return {}
-        assert isinstance(self.layout, MeshLayout)
-        return _leaves(params, self.layout.mesh)
+        return _leaves(params, self.layout) if self.replicas > 1 else {}
 
     def init(self, params: nnx.State) -> dict[str, Errors[jax.Array]]:
         """Nothing is owed: by parameter, float32 [R, ...] of the replicas' gradients, and [...] of their mean if it is cut."""
         return {name: leaf.errors(self.replicas) for name, leaf in self._leaves(params).items()}
 
-    def shardings(self, params: nnx.State) -> dict[str, Errors[NamedSharding]]:
-        if not isinstance(self.layout, MeshLayout):
-            return {}
-        mesh = self.layout.mesh
+    def shardings(self, params: nnx.State) -> dict[str, Errors[Sharding]]:
         specs = {name: leaf.specs for name, leaf in self._leaves(params).items()}
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        return jax.tree.map(self.layout.sharding, specs)
 
     def sum(self, parts: nnx.State, errors: dict[str, Errors], second_moment: nnx.State) -> tuple[nnx.State, dict[str, Errors]]:
         """(the sum over the replicas of [R, ...] gradients, what is owed then), rounded in units of Adam's second moment."""
@@ -121,11 +114,10 @@ class Exchange:
         leaves = self._leaves(whole)
         if not leaves:
             return whole, errors
-        assert isinstance(self.layout, MeshLayout)
         assert self.bits not in (0, "auto"), "`auto` is resolved before anything is made (cost/compression.py)"
         codec, replicas = Codec(self.bits), self.replicas
         # no plug-in has kernels for codes
-        implementation = "auto" if platform_of(device_of(self.layout)).implementation == "auto" else "reference"
+        implementation = "auto" if platform_of(self.layout.device).implementation == "auto" else "reference"
 
         def on_each(parts: dict, errors: dict[str, Errors[jax.Array]], moments: dict) -> tuple[dict, dict]:
             kept = {name: Errors(e.worker[0], e.server) for name, e in errors.items()}
@@ -139,9 +131,8 @@ class Exchange:
 
         specs = {name: leaf.specs for name, leaf in leaves.items()}
         of_replicas, stored = {name: e.worker for name, e in specs.items()}, {name: leaf.spec for name, leaf in leaves.items()}
-        sums, errors = jax.shard_map(
-            on_each, mesh=self.layout.mesh, check_vma=False, in_specs=(of_replicas, specs, stored), out_specs=(stored, specs)
-        )(_values(parts, leaves), errors, _values(second_moment, leaves))
+        exchanged = self.layout.on_each_device(on_each, (of_replicas, specs, stored), (stored, specs))
+        sums, errors = exchanged(_values(parts, leaves), errors, _values(second_moment, leaves))
 
         summed = [
             variable.replace(sums[name]) if name in sums else variable for name, variable in variables_by_name(whole).items()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import ParallelConfig
@@ -17,10 +17,8 @@ from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.parallel.layout import MeshLayout, make_layout
+from dsv3_jax.parallel.layout import make_layout
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.rules import stored_spec
-from dsv3_jax.parallel.serving import for_serving
 from dsv3_jax.precision.recipes import Recipe
 
 _BLOCK = 2**17  # numbers that are transposed at a time
@@ -66,12 +64,6 @@ def _array(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def _sharding(variable: nnx.Variable, layout: Layout) -> Sharding:
-    if isinstance(layout, MeshLayout):
-        return NamedSharding(layout.mesh, stored_spec(variable, layout.mesh))
-    return SingleDeviceSharding(jax.devices()[0])
-
-
 def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelConfig | None = None) -> Transformer:
     """A model from a directory with config.json and safetensors (float32, bfloat16 or DeepSeek's block-FP8).
 
@@ -83,7 +75,7 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelC
     on_first(found.check_copies)
     layout = Layout() if parallel is None else make_layout(parallel, make_mesh(parallel))
     recipe = Recipe(jnp.dtype(dtype).name)
-    model = nnx.eval_shape(lambda: Transformer(found.config, recipe=recipe, layout=for_serving(layout), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(found.config, recipe=recipe, layout=layout.serving, rngs=nnx.Rngs(0)))
 
     of_array: dict[str, list[Source]] = {}
     for s in found.sources:
@@ -92,5 +84,6 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelC
     graph, state = nnx.split(model)
     for name, variable in variables_by_name(state).items():
         shape = variable.get_value().shape
-        variable.set_value(_array(found.files, of_array[name], shape, _sharding(variable, layout)))
+        sharding = layout.sharding(layout.stored_spec(variable))
+        variable.set_value(_array(found.files, of_array[name], shape, sharding))
     return nnx.merge(graph, state)

@@ -1,15 +1,20 @@
 """Where the model's arrays live. The model names axes; a layout knows what they are sharded over.
 
-`Layout` is that of one device: it moves nothing. `parallel/layout.py` has the one for meshes. Names of activation axes:
+`Layout` is that of one device: it moves nothing. What stands around the model (training, checkpoints, serving) asks the same
+object about devices and stored arrays. `parallel/layout.py` has the one for meshes. Names of activation axes:
 batch; sequence (the length as it is split between blocks); heads, ffn, vocab (split inside a block, over the whole length).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import causal_attention, grouped_swiglu, linear_cross_entropy
@@ -120,6 +125,76 @@ class Layout:
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         head_DV = head_DV.astype(x_BLD.dtype)
         return linear_cross_entropy(x_TD, head_DV, target_BL.reshape(-1), weight_BL.reshape(-1), implementation)
+
+    # --- devices and stored arrays: for what stands around the model ---------------------------------------------------
+
+    @property
+    def devices(self) -> tuple[Any, ...]:
+        """All devices of the layout, which are of one kind."""
+        return (jax.devices()[0],)
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The mesh's axes of more than one device."""
+        return {}
+
+    @property
+    def device(self) -> Any:
+        return self.devices[0]
+
+    @property
+    def size(self) -> int:
+        return len(self.devices)
+
+    @property
+    def replicas(self) -> int:
+        return self.axis_sizes.get("data", 1)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, 1 without."""
+        return self.axis_sizes.get("pipe", 1)
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes (of more than one device) of a logical activation axis."""
+        return ()
+
+    def shards(self, name: str) -> int:
+        """How many parts a logical activation axis is split into."""
+        return math.prod(self.axis_sizes[axis] for axis in self.axes(name))
+
+    def spec(self, *names: str | None) -> P:
+        """The spec of an activation with these logical axes."""
+        return P()
+
+    def stored_spec(self, variable: nnx.Variable) -> P:
+        """The spec of a parameter between steps, and of an optimiser's array beside it."""
+        return P()
+
+    def sharding(self, spec: P) -> Sharding:
+        return SingleDeviceSharding(self.device)
+
+    @property
+    def replicated(self) -> Sharding:
+        return self.sharding(P())
+
+    @property
+    def batch_sharding(self) -> Sharding:
+        """The sharding of arrays whose first axis is the rows of a batch."""
+        return self.sharding(P())
+
+    def on_each_device(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`f` of each device's shards."""
+        return f
+
+    def jit(self, f: Callable, arguments: Any, results: Any, donate: tuple[int, ...] = ()) -> Callable:
+        """jit with the shardings of arguments and results; on one device they go without saying."""
+        return jax.jit(f, donate_argnums=donate)
+
+    @property
+    def serving(self) -> "Layout":
+        """The layout with which a model decodes whose weights are stored in this one."""
+        return self
 
 
 def is_float32(variable: nnx.Variable) -> bool:

@@ -7,7 +7,7 @@ the model (see `train/step.py` and `pipeline.py`) and appear nowhere in here.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +23,9 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout, is_float32
 from dsv3_jax.parallel import experts, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
-from dsv3_jax.parallel.rules import AT_THE_ENDS, BATCH, COMPUTED, check, is_variable, mesh_axes, spec, stored_spec
+from dsv3_jax.parallel.on_mesh import OnMesh
+from dsv3_jax.parallel.rules import AT_THE_ENDS, COMPUTED, check, is_variable, mesh_axes, spec
+from dsv3_jax.parallel.serving import ServingLayout
 from pallas_kernels import causal_attention
 from pallas_kernels.linear_cross_entropy import chunked
 from pallas_kernels.registry import PLAIN
@@ -35,11 +36,10 @@ def without_pipe(spec: P) -> P:
 
 
 @dataclass(frozen=True)
-class MeshLayout(Layout):
+class MeshLayout(OnMesh):
     """`ranks_per_node` neighbours along `expert` share fast links; `two_level` sends tokens across nodes first, then inside.
     `expert_parts` at most: pieces of a device's tokens that are sent by themselves."""
 
-    mesh: Mesh
     ranks_per_node: int
     two_level: bool = False
     expert_parts: int = 1
@@ -50,38 +50,21 @@ class MeshLayout(Layout):
         return replace(self, at_the_ends=True)
 
     @property
+    def serving(self) -> ServingLayout:
+        return ServingLayout(self.mesh)
+
+    @property
     def _table(self):
         return AT_THE_ENDS if self.at_the_ends else COMPUTED
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """The mesh axes (of more than one device) of a logical activation axis."""
         return tuple(a for a in self._table[name] if self.mesh.shape[a] > 1)
 
     def spec(self, *names: str | None) -> P:
         return P(*(self.axes(name) or None if name else None for name in names))
 
-    def on_each_device(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """`shard_map` of `f` over the whole mesh. Under `vmap` over a mesh axis, `f` still sees arrays without that axis.
-
-        That keeps what `vmap` would make of a loop or a dynamic slice (selects, gathers) away from code that runs on one
-        device, where such an axis has size 1 anyway.
-        """
-
-        @custom_vmap
-        def body(*args):
-            return f(*args)
-
-        @body.def_vmap
-        def _(axis_size, batched, *args):
-            assert axis_size == 1, f"{axis_size} replicas or stages on one device"
-            args = jax.tree.map(lambda a, b: a[0] if b else a, args, tuple(batched))
-            out = body(*args)
-            return jax.tree.map(lambda a: a[None], out), jax.tree.map(lambda _: True, out)
-
-        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
     def constrain(self, x, *axes):
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, x.shape, self._table, self.mesh)))
+        return lax.with_sharding_constraint(x, self.sharding(spec(axes, x.shape, self._table, self.mesh)))
 
     def gather(self, layer, dtype):
         def of(variable: nnx.Variable) -> Any:
@@ -89,12 +72,12 @@ class MeshLayout(Layout):
             w = w if is_float32(variable) or not jnp.issubdtype(w.dtype, jnp.floating) else w.astype(dtype)
             if "experts" in axes:  # these are gathered where they meet their tokens
                 return variable.replace(w)
-            stored, computed = stored_spec(variable, self.mesh), spec(axes, w.shape, self._table, self.mesh)
+            stored, computed = self.stored_spec(variable), spec(axes, w.shape, self._table, self.mesh)
             split = without_pipe(stored)
             steps = [split, computed]
             if self.at_the_ends:  # `pipe` moves over to the axis that it will split, before the rest is gathered
                 steps = [stored, P(*(after or before for after, before in zip(computed, split, strict=True))), computed]
-            return variable.replace(_gathered(w, tuple(NamedSharding(self.mesh, s) for s in steps)))
+            return variable.replace(_gathered(w, tuple(self.sharding(s) for s in steps)))
 
         return jax.tree.map(of, layer, is_leaf=is_variable)
 
@@ -265,17 +248,3 @@ def layout_for(config: Config, devices: Sequence | None = None) -> Layout:
     mesh = make_mesh(config.parallel, devices)
     check(config, dict(mesh.shape))
     return Layout() if mesh.size == 1 else make_layout(config.parallel, mesh)
-
-
-def device_of(layout: Layout) -> Any:
-    """One of the layout's devices, all of which are of a kind."""
-    return layout.mesh.devices.flat[0] if isinstance(layout, MeshLayout) else jax.devices()[0]
-
-
-def batch_sharding(layout: Layout) -> Any:
-    """Of a batch's rows."""
-    return NamedSharding(layout.mesh, P(BATCH)) if isinstance(layout, MeshLayout) else None
-
-
-def replicated(layout: Layout) -> Any:
-    return NamedSharding(layout.mesh, P()) if isinstance(layout, MeshLayout) else None

@@ -6,7 +6,6 @@ along the sequence). Weights' gradients are summed over the batch's devices, eac
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -38,7 +37,7 @@ def _plan(layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
 
     batch, places = layout.axes("batch"), [place(name) for name in axes]
     summed, outputs = places[0], next((p for p in places[1:] if p), ())
-    parts = math.prod(layout.mesh.shape[a] for a in batch)
+    parts = layout.shards("batch")
     stored = next((i for i, name in enumerate(axes) if name in ("embed", "latent")), None)
     scatter = stored if batch and stored is not None and w_shape[stored] % parts == 0 else None
     dw = [place or (batch if i == scatter else ()) for i, place in enumerate(places)]

@@ -18,9 +18,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.model.layout import is_float32
-from dsv3_jax.parallel.layout import MeshLayout, without_pipe
-from dsv3_jax.parallel.rules import is_variable, stored_spec
+from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.parallel.layout import without_pipe
+from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.parallel.schedule import Schedule
 
 Tree = Any
@@ -52,12 +52,12 @@ def _pipe_axis(spec: P) -> int | None:
     return next((i for i, place in enumerate(spec) if place and "pipe" in place), None)
 
 
-def to_stages(layout: MeshLayout, pieces: Pieces, variable: nnx.Variable, dtype: jnp.dtype) -> nnx.Variable:
+def to_stages(layout: Layout, pieces: Pieces, variable: nnx.Variable, dtype: jnp.dtype) -> nnx.Variable:
     """Stacked layers [N, ...], stored, as [stages, chunks, most, ...] on their stages; matrices in `dtype`."""
     w = variable.get_value()
     if jnp.issubdtype(w.dtype, jnp.floating) and not is_float32(variable):
         w = w.astype(dtype)
-    stored = stored_spec(variable, layout.mesh)
+    stored = layout.stored_spec(variable)
     axis = _pipe_axis(stored)
     stages, chunks, most = pieces.layer.shape
 
@@ -73,9 +73,9 @@ def to_stages(layout: MeshLayout, pieces: Pieces, variable: nnx.Variable, dtype:
     return variable.replace(layout.on_each_device(local, (stored,), out)(w))
 
 
-def from_stages(layout: MeshLayout, pieces: Pieces, stacked: nnx.Variable, gradient: jax.Array) -> nnx.Variable:
+def from_stages(layout: Layout, pieces: Pieces, stacked: nnx.Variable, gradient: jax.Array) -> nnx.Variable:
     """The other way, for gradients: [stages, chunks, most, ...] as `stacked`, [N, ...], is stored."""
-    stored = stored_spec(stacked, layout.mesh)
+    stored = layout.stored_spec(stacked)
     axis = _pipe_axis(stored)
 
     def local(g):
@@ -98,7 +98,7 @@ class Pipeline:
     microbatch)` -> loss, metrics. Losses add up; `microbatches` is a tree of [count, rows, ...] with a leaf "segments".
     """
 
-    layout: MeshLayout
+    layout: Layout
     schedule: Schedule
     pieces: Pieces
     first: Callable
@@ -124,7 +124,7 @@ class Pipeline:
 
     def _unstage(self, s):
         """[stages, chunks, most, ...] -> [N, ...], whole everywhere."""
-        s = lax.with_sharding_constraint(s, jax.sharding.NamedSharding(self.layout.mesh, P()))
+        s = lax.with_sharding_constraint(s, self.layout.replicated)
         return s.reshape(s.shape[0], -1, *s.shape[3:])[self.pieces.place]
 
 
@@ -252,7 +252,7 @@ class _Run:
         """Of one stage's piece, [most, ...]; its arrays are [stages, chunks, most, ...]."""
 
         def of(v):
-            return P(*without_pipe(stored_spec(v, self.layout.mesh))[2:])
+            return P(*without_pipe(self.layout.stored_spec(v))[2:])
 
         return jax.tree.map(of, self.staged, is_leaf=is_variable)
 
@@ -269,8 +269,7 @@ class _Run:
         s, layout = self.schedule, self.layout
 
         def zeros(spec: P, *shape: int):
-            sharding = jax.sharding.NamedSharding(layout.mesh, spec)
-            return lax.with_sharding_constraint(jnp.zeros(shape, x.dtype), sharding)
+            return lax.with_sharding_constraint(jnp.zeros(shape, x.dtype), layout.sharding(spec))
 
         turning = 1 if s.name == "1f1b" else s.microbatches
         f32 = jnp.float32

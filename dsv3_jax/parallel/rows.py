@@ -7,23 +7,18 @@ import jax
 import numpy as np
 
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.parallel.layout import batch_sharding
 
 
 def local_rows(layout: Layout, batch_size: int) -> list[int]:
     """Rows of a batch that this process has to load, ascending. Processes whose devices hold the same rows all load them."""
-    sharding = batch_sharding(layout)
-    if sharding is None:
-        return list(range(batch_size))
-    slices = (index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values())
+    sharding = layout.batch_sharding
+    slices = (index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index)
     return sorted({row for s in slices for row in range(*s.indices(batch_size))})
 
 
 def place(layout: Layout, batch: dict[str, np.ndarray], rows: Sequence[int], batch_size: int) -> dict[str, jax.Array]:
     """A global batch [batch_size, ...] from the `rows` of it that this process has."""
-    sharding = batch_sharding(layout)
-    if sharding is None:
-        return {name: jax.numpy.asarray(a) for name, a in batch.items()}
+    sharding = layout.batch_sharding
     position = {row: i for i, row in enumerate(rows)}
 
     def piece(array: np.ndarray, index: Any) -> np.ndarray:

@@ -9,9 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import Config, divisors
@@ -98,17 +97,6 @@ def stored_spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
 
 def is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
-
-
-def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """Shardings of a training state, from its abstract arrays: parameters and moments by the table, the rest replicated."""
-
-    def of(leaf):
-        if is_variable(leaf):
-            return jax.tree.map(lambda _: NamedSharding(mesh, stored_spec(leaf, mesh)), leaf)
-        return NamedSharding(mesh, P())
-
-    return jax.tree.map(of, state, is_leaf=is_variable)
 
 
 def check(config: Config, sizes: dict[str, int]) -> None:

@@ -10,20 +10,16 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.model.layout import Layout
-from dsv3_jax.parallel.layout import MeshLayout
+from dsv3_jax.parallel.on_mesh import OnMesh
 from dsv3_jax.parallel.rules import SERVED, mesh_axes, spec
 
 
 @dataclass(frozen=True)
-class ServingLayout(Layout):
-    mesh: Mesh
-
+class ServingLayout(OnMesh):
     def constrain(self, x, *axes):
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, x.shape, SERVED, self.mesh)))
+        return lax.with_sharding_constraint(x, self.sharding(spec(axes, x.shape, SERVED, self.mesh)))
 
     def tokenwise(self, f, *arrays):
         # XLA's partitioner would gather top_k's operand from where it finds it
@@ -43,8 +39,3 @@ class ServingLayout(Layout):
 
         run = jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(), P(), P()), out_specs=P(), check_vma=False)
         return run(weights, x_TD, expert_TK, weight_TK)
-
-
-def for_serving(layout: Layout) -> Layout:
-    """The layout with which a model decodes whose weights are stored for training with `layout`."""
-    return ServingLayout(layout.mesh) if isinstance(layout, MeshLayout) else layout

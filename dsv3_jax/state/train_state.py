@@ -17,9 +17,7 @@ from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.adamw import adamw
-from dsv3_jax.parallel.layout import MeshLayout
-from dsv3_jax.parallel.rules import state_shardings
-from dsv3_jax.parallel.serving import for_serving
+from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.recipes import Recipe, recipe_of, unquantised
 from dsv3_jax.precision.switch import EightBit, Probe
@@ -70,7 +68,7 @@ def abstract_model(config: Config, recipe: Recipe, layout: Layout = ONE_DEVICE) 
 def serving_graph(config: Config, layout: Layout) -> nnx.GraphDef:
     """Of the model that decodes with parameters stored for training with `layout`: in 16 or 32 bits, for any batch."""
     recipe = unquantised(recipe_of(config.precision))
-    model = nnx.eval_shape(lambda: Transformer(config.model, recipe=recipe, layout=for_serving(layout), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config.model, recipe=recipe, layout=layout.serving, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, RouterBias)[0]
 
 
@@ -97,13 +95,18 @@ def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing."""
     exchange = Exchange(layout, config.parallel.compress)
     state = jax.eval_shape(functools.partial(_init_on, config, exchange))
-    if not isinstance(layout, MeshLayout):
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
-    return jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        state, replace(state_shardings(layout.mesh, state), errors=exchange.shardings(state.params)),
-    )  # fmt: skip
+    shardings = replace(_shardings(layout, state), errors=exchange.shardings(state.params))
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+
+def _shardings(layout: Layout, state: TrainState) -> TrainState:
+    """Parameters, and arrays of the optimiser beside them, as the layout stores them; the rest replicated."""
+
+    def of(leaf):
+        sharding = layout.sharding(layout.stored_spec(leaf)) if is_variable(leaf) else layout.replicated
+        return jax.tree.map(lambda _: sharding, leaf)
+
+    return jax.tree.map(of, state, is_leaf=is_variable)
 
 
 def _init_on(config: Config, exchange: Exchange) -> TrainState:

@@ -1,6 +1,5 @@
 """The objective cut for a pipeline: embedding and dense layers, MoE layers, head and MTP modules."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ from flax import nnx
 from dsv3_jax.config import Config
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.parallel.layout import MeshLayout
 from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
 from dsv3_jax.parallel.schedule import Schedule, make_schedule
 from dsv3_jax.precision.recipes import Recipe
@@ -21,7 +19,7 @@ from dsv3_jax.train.objective import Batch, Metrics, Share, head_objective, inpu
 
 def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
     """[B, ...] -> [count, B / count, ...], each microbatch spread over all devices, so that no row moves."""
-    shards = math.prod(layout.mesh.shape[a] for a in layout.axes("batch")) if isinstance(layout, MeshLayout) else 1
+    shards = layout.shards("batch")
 
     def split(a):
         a = a.reshape(shards, count, -1, *a.shape[1:]).swapaxes(0, 1)
@@ -38,7 +36,7 @@ def _without_layers(state: nnx.State) -> nnx.State:
     return nnx.State({name: value for name, value in state.raw_mapping.items() if name != "moe_blocks"})
 
 
-def pipelined_gradients(config: Config, recipe: Recipe, layout: MeshLayout, router_bias: nnx.State, share: Share) -> Callable:
+def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_bias: nnx.State, share: Share) -> Callable:
     """(params, batch) -> gradients, metrics; `train.grad_accum_steps` microbatches go through the pipeline."""
     model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
     block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)  # `rules.check` made sure that there are some
@@ -61,9 +59,8 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: MeshLayout, rout
         whole = nnx.merge(ends_graph, ends, ends_bias)
         return head_objective(whole, whole.norm(x_BLD), [], microbatch, share)
 
-    stages = layout.mesh.shape["pipe"]
-    pieces = cut_layers(config.model.num_moe_layers, stages, config.parallel.pipe_chunks)
-    pipeline = Pipeline(layout, schedule_of(config, stages), pieces, first, stage, last)
+    pieces = cut_layers(config.model.num_moe_layers, layout.stages, config.parallel.pipe_chunks)
+    pipeline = Pipeline(layout, schedule_of(config, layout.stages), pieces, first, stage, last)
 
     def gradients(params: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         parts = microbatches(batch, config.train.grad_accum_steps, layout)

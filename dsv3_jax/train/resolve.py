@@ -10,7 +10,7 @@ from dsv3_jax.cost.compression import resolve_compression, topology_of
 from dsv3_jax.cost.feasible import fit_to_devices
 from dsv3_jax.cost.topologies import Topology
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, layout_for
+from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import axis_sizes
 from dsv3_jax.precision import platforms
 from dsv3_jax.precision.recipes import Recipe
@@ -37,9 +37,8 @@ def resolve_on(config: Config, layout: Layout, topology: Topology | None) -> Res
 
     The note says why gradients cross `data` as they do. There is none if `parallel.compress` asks for nothing.
     """
-    definite = platforms.resolve(config, device_of(layout))
-    size = layout.mesh.size if isinstance(layout, MeshLayout) else 1
-    definite, why = resolve_compression(definite, topology, axis_sizes(definite.parallel, size))
+    definite = platforms.resolve(config, layout.device)
+    definite, why = resolve_compression(definite, topology, axis_sizes(definite.parallel, layout.size))
     return Resolved(config, definite, layout, training_recipe(definite, layout), (why,) if why else ())
 
 
@@ -51,31 +50,25 @@ def resolve_for_devices(config: Config, elastic: bool = False) -> Resolved:
     """
     placed = fit_to_devices(config, jax.device_count()) if elastic else config
     layout = layout_for(placed)
-    devices = list(layout.mesh.devices.flat) if isinstance(layout, MeshLayout) else [device_of(layout)]
-    found = resolve_on(with_its_tokenizer(placed), layout, topology_of(devices))
+    found = resolve_on(with_its_tokenizer(placed), layout, topology_of(layout.devices))
     return replace(found, asked=config, notes=(*_about_mesh(found.config, layout), *found.notes))
 
 
 def _about_mesh(config: Config, layout: Layout) -> list[str]:
-    unused = len(jax.devices()) - (layout.mesh.size if isinstance(layout, MeshLayout) else 1)
+    unused = len(jax.devices()) - layout.size
     lines = []
-    if isinstance(layout, MeshLayout):
-        axes = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(layout).items())
-        lines.append(f"{layout.mesh.size} devices in {jax.process_count()} process(es): {axes}")
-        if layout.mesh.shape["pipe"] > 1:
-            schedule = schedule_of(config, layout.mesh.shape["pipe"])
-            lines.append(
-                f"pipeline {schedule.name}: {schedule.stages} stages, {schedule.chunks} chunk(s) each, "
-                f"{schedule.microbatches} microbatches (train.grad_accum_steps): occupancy {schedule.occupancy:.1%}"
-            )
+    if layout.size > 1:
+        axes = " x ".join(f"{axis} {size}" for axis, size in layout.axis_sizes.items())
+        lines.append(f"{layout.size} devices in {jax.process_count()} process(es): {axes}")
+    if layout.stages > 1:
+        schedule = schedule_of(config, layout.stages)
+        lines.append(
+            f"pipeline {schedule.name}: {schedule.stages} stages, {schedule.chunks} chunk(s) each, "
+            f"{schedule.microbatches} microbatches (train.grad_accum_steps): occupancy {schedule.occupancy:.1%}"
+        )
     if unused:
         lines.append(f"{unused} of {len(jax.devices())} devices are not used; parallel.fsdp=-1 would use them all")
     return lines
-
-
-def mesh_sizes(layout: Layout) -> dict[str, int]:
-    """The mesh's axes of more than one device."""
-    return {a: n for a, n in layout.mesh.shape.items() if n > 1} if isinstance(layout, MeshLayout) else {}
 
 
 def tokens_ahead(config: Config) -> int:
@@ -86,15 +79,14 @@ def tokens_ahead(config: Config) -> int:
 def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and sharding of a training batch; allocates nothing."""
     shape = config.data.batch_size, config.data.seq_len + tokens_ahead(config)
-    rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(layout))
+    rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.batch_sharding)
     return {"tokens": rows, "segments": rows}
 
 
 def program_store(resolved: Resolved) -> ProgramStore:
     """The programs on disk of this configuration and these devices."""
     layout = resolved.layout
-    devices = layout.mesh.devices.flat if isinstance(layout, MeshLayout) else jax.devices()[:1]
-    return ProgramStore(compiled_dir(), resolved.config, mesh_sizes(layout), tuple(devices))
+    return ProgramStore(compiled_dir(), resolved.config, layout.axis_sizes, layout.devices)
 
 
 def compile_only(config: Config, elastic: bool) -> None:

@@ -19,7 +19,7 @@ from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
 from dsv3_jax.train.context import RunContext, TrainingData
 from dsv3_jax.train.initial import with_weights
-from dsv3_jax.train.resolve import Resolved, mesh_sizes, program_store, resolve_for_devices
+from dsv3_jax.train.resolve import Resolved, program_store, resolve_for_devices
 from dsv3_jax.train.signals import StopRequest
 from dsv3_jax.train.watchdog import Watchdog
 
@@ -62,7 +62,7 @@ def start(config: Config, root: Path, elastic: bool, until_end: contextlib.ExitS
     programs = program_store(resolved) if several else compiled_now
     watchdog.slow(run.deadline_file if is_first() and elastic else None)
     events = EventLog(run.events_file, is_first())
-    events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=mesh_sizes(layout))
+    events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=layout.axis_sizes)
     manager = CheckpointManager(run.checkpoints, config.checkpoint)
     state = _initial_state(resolved, manager, data, programs)
     done = int(state.step)

@@ -15,7 +15,6 @@ from dsv3_jax.exchange.compress import Errors
 from dsv3_jax.exchange.exchange import Exchange
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.optim.adamw import learning_rate, second_moment
-from dsv3_jax.parallel.layout import MeshLayout, batch_sharding, device_of, replicated
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.platforms import platform_of
 from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
@@ -41,10 +40,6 @@ def _summed(parts: Any) -> Any:
     return jax.tree.map(lambda a: a.sum(0), parts)
 
 
-def replicas_of(layout: Layout) -> int:
-    return layout.mesh.shape["data"] if isinstance(layout, MeshLayout) else 1
-
-
 def over_replicas(f: Callable, replicas: int, reduce: Callable = _summed) -> Callable:
     """f(params, batch), a sum over the batch, as `reduce` of those of the replicas of `data`, their first axis.
 
@@ -62,7 +57,7 @@ def over_replicas(f: Callable, replicas: int, reduce: Callable = _summed) -> Cal
 
 def training_recipe(config: Config, layout: Layout) -> Recipe:
     """The configuration's, with its products, attention and head run by what the layout's devices have kernels for."""
-    platform = platform_of(device_of(layout))
+    platform = platform_of(layout.device)
     return run_by(recipe_of(config.precision), platform.implementation, platform.core, platform.grouped_swiglu)
 
 
@@ -74,7 +69,7 @@ def replica_gradients(
     counts = target_counts(batch["segments"], config.model.num_nextn_predict_layers)
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
     share = Share(LossWeights(mtp, train.sequence_balance_alpha), counts, batch["tokens"].shape[0])
-    if isinstance(layout, MeshLayout) and layout.mesh.shape["pipe"] > 1:
+    if layout.stages > 1:
         return pipelined_gradients(config, recipe, layout, state.router_bias, share), state.params
     model = abstract_model(config, recipe, layout)
     fixed = nnx.merge_state(state.router_bias, controller.flags(model.eight_bit, state.controller))
@@ -91,7 +86,7 @@ def gradients(
     `reduce` makes what is returned of those of several replicas.
     """
     f, variables = replica_gradients(config, layout, state, batch, recipe or training_recipe(config, layout))
-    return over_replicas(f, replicas_of(layout), reduce)(variables, batch)
+    return over_replicas(f, layout.replicas, reduce)(variables, batch)
 
 
 def exchanged_gradients(
@@ -183,13 +178,6 @@ def apply_gradients(
     return new_state, StepMetrics(metrics, grad_norm, lr, max_load_ratio(metrics.load), decisions)
 
 
-def _jit(f: Callable, layout: Layout, arguments: Any, results: Any, donate: tuple[int, ...] = ()) -> Callable:
-    """jit with the shardings of a mesh; on one device they go without saying."""
-    if not isinstance(layout, MeshLayout):
-        return jax.jit(f, donate_argnums=donate)
-    return jax.jit(f, in_shardings=arguments, out_shardings=results, donate_argnums=donate)
-
-
 def make_train_step(
     config: Config, layout: Layout = ONE_DEVICE, recipe: Recipe | None = None, whole: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -205,7 +193,8 @@ def make_train_step(
         return state, metrics._replace(batch_checksum=batch_checksum(batch))
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    return _jit(train_step, layout, (shardings, batch_sharding(layout)), (shardings, replicated(layout)), donate=(0,))
+    arguments, results = (shardings, layout.batch_sharding), (shardings, layout.replicated)
+    return layout.jit(train_step, arguments, results, donate=(0,))
 
 
 class StepKind(NamedTuple):
@@ -271,8 +260,9 @@ def make_eval_step(
             model.mtp = nnx.List([])  # evaluation is of the next token only
             return objective(model, rows, share)[1]
 
-        metrics = over_replicas(of_replica, replicas_of(layout))(params, batch)
+        metrics = over_replicas(of_replica, layout.replicas)(params, batch)
         return metrics.cross_entropy * count, metrics.accuracy * count, count, metrics.load
 
     state = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    return _jit(eval_step, layout, (state.params, state.router_bias, batch_sharding(layout)), replicated(layout))
+    arguments = (state.params, state.router_bias, layout.batch_sharding)
+    return layout.jit(eval_step, arguments, layout.replicated)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.parallel.layout import batch_sharding, layout_for
+from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import gradients, make_train_step
 
@@ -35,7 +35,7 @@ WIDE = [
 
 
 def shapes(config: Config, layout):
-    tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len + 1), jnp.int32, sharding=batch_sharding(layout))
+    tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len + 1), jnp.int32, sharding=layout.batch_sharding)
     return abstract_state(config, layout), {"tokens": tokens, "segments": tokens}
 
 

@@ -48,7 +48,7 @@ def compare(mesh: str, state: TrainState, expected) -> dict[str, float]:
         for a, b in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(grads), strict=True)
     )
     loss = abs(float(metrics.loss) / float(expected[1].loss) - 1)
-    return {"loss": loss, "gradient": worst, "rows": len(rows), "devices": layout.mesh.size}
+    return {"loss": loss, "gradient": worst, "rows": len(rows), "devices": layout.size}
 
 
 def main() -> None:

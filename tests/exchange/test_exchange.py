@@ -66,7 +66,7 @@ def test_what_is_not_sent_is_owed(mesh, more, bits):
         return gradients(config, layout, state, batch, recipe, reduce)
 
     true, sent, errors = both(state, batch_of(config, 0))
-    true, sent, replicas = by_name(true), by_name(sent), layout.mesh.shape["data"]
+    true, sent, replicas = by_name(true), by_name(sent), layout.replicas
     assert errors.keys() == state.errors.keys()
     assert true.keys() == sent.keys()
     few = [name for name in true if any(name.startswith(found) for found in errors)]
