@@ -78,15 +78,25 @@ def run(operation: str, implementation: str, arguments: tuple, interpret: Any = 
     return found[implementation](*arguments)
 
 
+def split_arrays(arguments: tuple) -> tuple[list, Callable]:
+    """(the arrays among nested arguments, a function that puts others in their places)."""
+    leaves, tree = jax.tree.flatten(arguments)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+
+    def fill(arrays: Any) -> tuple:
+        given = dict(zip(at, arrays, strict=True))
+        return tree.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in at], fill
+
+
 def auto(operation: str, call: Callable, arguments: tuple) -> Any:
     """call(name, *arguments) with the name that `auto` takes: among kernels, those that are registered for `operation`."""
-    leaves, tree = jax.tree.flatten(arguments)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    arrays, fill = split_arrays(arguments)
 
     def by(name: str) -> Callable:
         def branch(*arrays):
-            left = iter(arrays)
-            filled = tree.unflatten([next(left) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)])
+            filled = fill(arrays)
             try:
                 return call(name, *filled)
             except Unavailable:
@@ -98,5 +108,4 @@ def auto(operation: str, call: Callable, arguments: tuple) -> Any:
     kernels = {"tpu": by("tpu")} if "tpu" in found else {}
     if "hopper" in found and devices.is_hopper(devices.target()):
         kernels["cuda"] = by("hopper")
-    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     return jax.lax.platform_dependent(*arrays, default=by("xla"), **kernels) if kernels else by("xla")(*arrays)

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import cost
 from pallas_kernels.causal_attention.blockwise import RESIDUALS
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import COLUMN, ROW, over_columns, summed, tiling
@@ -96,12 +97,15 @@ def _pipeline(step, steps, first, matrices: list[tuple[Any, int]], rows: list, c
     )(*(matrix for matrix, _ in matrices), *rows)  # fmt: skip
 
 
-def _kernel(body, out_type, scratch, groups: int, B: int, H: int, L: int, interpret: Any):
+def _run(body, out_type, scratch, groups: int, columns: int, inputs: tuple, interpret: Any):
+    """The kernel's results. `columns` are multiplied for each pair of a query and a key; the first input is q [B, L, H, X]."""
+    B, L, H, _ = inputs[0].shape
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=scratch,
         grid=(H, L // (groups * _ROWS), B), grid_names=("head", "block", "batch"),
         num_threads=groups + 1, thread_name="warpgroup", interpret=interpret,
-    )  # fmt: skip
+        cost_estimate=cost.causal_attention([*inputs], jax.tree.leaves(out_type), B * H * L * L // 2, columns),
+    )(*inputs)  # fmt: skip
 
 
 def _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
@@ -151,11 +155,11 @@ def _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
         plgpu.SMEM((_GROUPS, _ROWS), jnp.float32), _matrix(_ROWS, _BLOCK, dtype, _GROUPS),
         *[plgpu.Barrier(num_barriers=_GROUPS)] * 2,
     )  # fmt: skip
-    return _kernel(body, out, scratch, _GROUPS, B, H, L, interpret)(q_BLHX, k_BLHX, v_BLHU, segment_BL)
+    return _run(body, out, scratch, _GROUPS, X + U, (q_BLHX, k_BLHX, v_BLHU, segment_BL), interpret)
 
 
 def _gradient_of_queries(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL, delta_BHL, scale: float, interpret: Any):
-    (B, L, H, X), U, dtype = q_BLHX.shape, v_BLHU.shape[-1], q_BLHX.dtype
+    X, U, dtype = q_BLHX.shape[-1], v_BLHU.shape[-1], q_BLHX.dtype
     shape = (_ROWS, _BLOCK)
 
     def body(
@@ -198,8 +202,9 @@ def _gradient_of_queries(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL,
         _matrix(_ROWS, X, dtype, 1), _matrix(_ROWS, U, dtype, 1), plgpu.SMEM((1, _ROWS), jnp.int32),
         vector, vector, _matrix(_ROWS, _BLOCK, dtype, 1), *[plgpu.Barrier(num_barriers=1)] * 5,
     )  # fmt: skip
-    kernel = _kernel(body, jax.ShapeDtypeStruct(q_BLHX.shape, dtype), scratch, 1, B, H, L, interpret)
-    return kernel(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL, delta_BHL)
+    out = jax.ShapeDtypeStruct(q_BLHX.shape, dtype)
+    inputs = q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL, delta_BHL
+    return _run(body, out, scratch, 1, 2 * X + U, inputs, interpret)
 
 
 def _gradient_of_keys(
@@ -209,7 +214,7 @@ def _gradient_of_keys(
 
     Scores are transposed, keys as rows, over the blocks of queries from the diagonal on.
     """
-    (B, L, H, X), U, dtype = q_BLHX.shape, v_BLHU.shape[-1], q_BLHX.dtype
+    (_, L, _, X), U, dtype = q_BLHX.shape, v_BLHU.shape[-1], q_BLHX.dtype
     shape, like = (_ROWS, _BLOCK), v_BLHU if of_values else k_BLHX
 
     def body(
@@ -255,8 +260,9 @@ def _gradient_of_keys(
         _matrix(_ROWS, X, dtype, 1), _matrix(_ROWS, U, dtype, 1), plgpu.SMEM((1, _ROWS), jnp.int32),
         _matrix(_ROWS, _BLOCK, dtype, 1), *[plgpu.Barrier(num_barriers=1)] * 3,
     )  # fmt: skip
-    kernel = _kernel(body, jax.ShapeDtypeStruct(like.shape, dtype), scratch, 1, B, H, L, interpret)
-    return kernel(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL, delta_BHL)
+    out = jax.ShapeDtypeStruct(like.shape, dtype)
+    inputs = q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL, delta_BHL
+    return _run(body, out, scratch, 1, X + U if of_values else 2 * X + U, inputs, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import cost
 from pallas_kernels.gradient_codes import reference
 from pallas_kernels.gradient_codes.reference import TINY, Levels
 from pallas_kernels.hopper import ROWS, over_columns
@@ -76,13 +77,15 @@ def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interp
         plgpu.wait_smem_to_gmem(0)
 
     whole = plgpu.SMEM((ROWS, block), jnp.float32)
+    out = (
+        jax.ShapeDtypeStruct((rows + extra, width), jnp.uint8),
+        jax.ShapeDtypeStruct((rows + extra,), jnp.float32),
+        jax.ShapeDtypeStruct((rows + extra, block), jnp.float32),
+    )
     codes, scales, residual = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((rows + extra, width), jnp.uint8),
-            jax.ShapeDtypeStruct((rows + extra,), jnp.float32),
-            jax.ShapeDtypeStruct((rows + extra, block), jnp.float32),
-        ),
+        out_type=out,
+        cost_estimate=cost.pack_codes([x, error, unit], [*out], len(levels.values), levels.of_rms),
         scratch_types=(
             whole, whole, whole, plgpu.SMEM((ROWS, width), jnp.uint8), plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=3),

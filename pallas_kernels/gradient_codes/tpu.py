@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import cost
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.gradient_codes import reference
 from pallas_kernels.gradient_codes.reference import Levels
@@ -27,16 +28,18 @@ def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interp
     reference.require_block("pack_codes", "tpu", block)
     width = block * levels.bits // 8
     whole = pl.BlockSpec((_ROWS, block), lambda i: (i, 0))
+    out = [
+        jax.ShapeDtypeStruct((rows, width), jnp.uint8),
+        jax.ShapeDtypeStruct((1, rows), jnp.float32),
+        jax.ShapeDtypeStruct((rows, block), jnp.float32),
+    ]
     codes, scales, residual = pl.pallas_call(
         functools.partial(_pack_kernel, levels=levels),
         grid=(pl.cdiv(rows, _ROWS),),
         in_specs=[whole] * 3,
         out_specs=[pl.BlockSpec((_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((1, _ROWS), lambda i: (0, i)), whole],
-        out_shape=[
-            jax.ShapeDtypeStruct((rows, width), jnp.uint8),
-            jax.ShapeDtypeStruct((1, rows), jnp.float32),
-            jax.ShapeDtypeStruct((rows, block), jnp.float32),
-        ],
+        out_shape=out,
+        cost_estimate=cost.pack_codes([x, error, unit], out, len(levels.values), levels.of_rms),
         interpret=interpret,
         name="pack_codes",
     )(x, error, unit)
@@ -59,6 +62,7 @@ def mean(codes: jax.Array, scales: jax.Array, levels: Levels, interpret: bool = 
     reference.require_block("mean_of_codes", "tpu", block)
     if replicas > _REPLICAS:
         raise Unavailable(f"mean_of_codes: the tpu kernel takes at most {_REPLICAS} replicas, not {replicas}; use xla")
+    out = jax.ShapeDtypeStruct((rows, block), jnp.float32)
     return pl.pallas_call(
         functools.partial(_mean_kernel, levels=levels),
         grid=(pl.cdiv(rows, _ROWS),),
@@ -67,7 +71,8 @@ def mean(codes: jax.Array, scales: jax.Array, levels: Levels, interpret: bool = 
             pl.BlockSpec((replicas, 1, _ROWS), lambda i: (0, 0, i)),
         ],
         out_specs=pl.BlockSpec((_ROWS, block), lambda i: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((rows, block), jnp.float32),
+        out_shape=out,
+        cost_estimate=cost.mean_of_codes([codes, scales], out, len(levels.values), levels.of_rms),
         interpret=interpret,
         name="mean_of_codes",
     )(codes, scales[:, None])

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import cost
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import BLOCK, ROW, ROWS, over_columns, summed, tiling
 from pallas_kernels.linear_cross_entropy.statistics import NEG, LogitStatistics, over_blocks
@@ -76,9 +77,10 @@ def logit_statistics(x_TD: jax.Array, w_DV: jax.Array, target_T, keep: bool, int
     padded = x_TD.shape[0], w_DV.shape[1]
     of_blocks = jax.ShapeDtypeStruct((tiles(V), padded[0]), jnp.float32)
     logits_smem = plgpu.SMEM((TILE, TILE) if keep else (8, 128), jnp.float32)
+    out = [jax.ShapeDtypeStruct(padded, jnp.float32)] * keep + [of_blocks] * 3
     kernel = plgpu.kernel(
         lambda *refs: _body(V, keep, *refs),
-        out_type=[jax.ShapeDtypeStruct(padded, jnp.float32)] * keep + [of_blocks] * 3,
+        out_type=out, cost_estimate=cost.logit_statistics(x_TD, w_DV, out, tiles(V), padded[0] // TILE),
         scratch_types=[
             plgpu.SMEM((2, ROWS), jnp.int32), plgpu.SMEM((2, 3, ROWS), jnp.float32), logits_smem,
             plgpu.Barrier(num_barriers=2),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import cost
 from pallas_kernels.linear_cross_entropy.statistics import NEG, LogitStatistics, over_blocks
 from pallas_kernels.scaled import TILE
 from pallas_kernels.tpu import block_columns
@@ -49,6 +50,7 @@ def logit_statistics(x_TD: jax.Array, w_DV: jax.Array, target_T, keep: bool, int
     row = pl.BlockSpec((1, 1, _M), lambda i, j, k: (j, 0, i))  # a number for each row, on lanes
     of_blocks = jax.ShapeDtypeStruct((grid[1], 1, T), jnp.float32)
     logits_spec, logits_shape = pl.BlockSpec((_M, block_n), lambda i, j, k: (i, j)), jax.ShapeDtypeStruct((T, V), jnp.float32)
+    out = [logits_shape] * keep + [of_blocks] * 3
     *logits, top, total, at_target = pl.pallas_call(
         functools.partial(_kernel, vocabulary=V, keep=keep),
         grid=grid,
@@ -58,7 +60,8 @@ def logit_statistics(x_TD: jax.Array, w_DV: jax.Array, target_T, keep: bool, int
             pl.BlockSpec((1, _M), lambda i, j, k: (0, i)),
         ],
         out_specs=[logits_spec] * keep + [row] * 3,
-        out_shape=[logits_shape] * keep + [of_blocks] * 3,
+        out_shape=out,
+        cost_estimate=cost.logit_statistics(x_TD, w_DV, out, x_reads=grid[1], w_reads=grid[0]),
         scratch_shapes=[pltpu.VMEM((_M, block_n), jnp.float32)],
         interpret=interpret, name="logit_statistics",
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),

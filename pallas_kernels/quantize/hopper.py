@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import cost
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, pad_to_tiles
 
@@ -29,9 +30,11 @@ def _store(numbers, amax, format: Format, power_of_two: bool, out, scratch) -> N
 def _call(body, inputs: tuple, smem: tuple, shape: tuple[int, ...], format: Format, interpret: Any):
     """One program for each square of the [M, K] result; `smem` holds what it reads of the inputs."""
     M, K = shape
+    out = jax.ShapeDtypeStruct(shape, DTYPES[format]), jax.ShapeDtypeStruct((K // TILE, M), jnp.float32)
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct(shape, DTYPES[format]), jax.ShapeDtypeStruct((K // TILE, M), jnp.float32)),
+        out_type=out,
+        cost_estimate=cost.quantize([*inputs], [*out], dequantizes=len(inputs) > 1),
         scratch_types=(
             *smem, plgpu.SMEM(_SQUARE, DTYPES[format]), plgpu.SMEM((1, TILE), jnp.float32),
             plgpu.Barrier(num_arrivals=len(inputs)),

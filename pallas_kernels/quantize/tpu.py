@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import cost
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, pad_to_tiles
 from pallas_kernels.tpu import block_columns
@@ -32,6 +33,10 @@ def quantize(x: jax.Array, rows: int, format: Format, power_of_two: bool, interp
     M, K = x.shape
     x = pad_to_tiles(x, rows)
     width = block_columns(x.shape[1], _COLUMNS)
+    out = [
+        jax.ShapeDtypeStruct(x.shape, DTYPES[format]),
+        jax.ShapeDtypeStruct((x.shape[1] // TILE, 1, x.shape[0]), jnp.float32),
+    ]
     values, scales = pl.pallas_call(
         functools.partial(_kernel, rows=rows, format=format, power_of_two=power_of_two),
         grid=(pl.cdiv(x.shape[0], _ROWS), x.shape[1] // width),
@@ -40,10 +45,8 @@ def quantize(x: jax.Array, rows: int, format: Format, power_of_two: bool, interp
             pl.BlockSpec((_ROWS, width), lambda i, k: (i, k)),
             pl.BlockSpec((width // TILE, 1, _ROWS), lambda i, k: (k, 0, i)),
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct(x.shape, DTYPES[format]),
-            jax.ShapeDtypeStruct((x.shape[1] // TILE, 1, x.shape[0]), jnp.float32),
-        ],
+        out_shape=out,
+        cost_estimate=cost.quantize([x], out),
         interpret=interpret,
         name="quantize",
     )(x)
@@ -73,6 +76,10 @@ def quantize_transposed(x: jax.Array | Scaled, format: Format, power_of_two: boo
     if isinstance(x, Scaled):
         inputs.append(jnp.pad(x.row_scales(), ((0, 0), (0, values.shape[0] - M)))[:, None])
         in_specs.append(pl.BlockSpec((width // TILE, 1, TILE), lambda i, k: (k, 0, i)))
+    out = [
+        jax.ShapeDtypeStruct(values.shape[::-1], DTYPES[format]),
+        jax.ShapeDtypeStruct((values.shape[0] // TILE, 1, values.shape[1]), jnp.float32),
+    ]
     quantized, scales = pl.pallas_call(
         functools.partial(_transposing_kernel, format=format, power_of_two=power_of_two),
         grid=(values.shape[0] // TILE, values.shape[1] // width),
@@ -81,10 +88,8 @@ def quantize_transposed(x: jax.Array | Scaled, format: Format, power_of_two: boo
             pl.BlockSpec((width, TILE), lambda i, k: (k, i)),
             pl.BlockSpec((1, 1, width), lambda i, k: (i, 0, k)),
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct(values.shape[::-1], DTYPES[format]),
-            jax.ShapeDtypeStruct((values.shape[0] // TILE, 1, values.shape[1]), jnp.float32),
-        ],
+        out_shape=out,
+        cost_estimate=cost.quantize(inputs, out, dequantizes=isinstance(x, Scaled)),
         interpret=interpret,
         name="quantize_transposed",
     )(*inputs)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import cost
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import COLUMN, ROW, tiling
 from pallas_kernels.scaled import TILE, Scaled, tiles
@@ -83,12 +84,12 @@ def _wgrad_body(first_gmem, count_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gm
     )  # fmt: skip
 
 
-def _kernel(body, out_type, grid: dict[str, int], interpret: Any):
+def _kernel(body, out_type, grid: dict[str, int], estimate: pl.CostEstimate, interpret: Any):
     """Two warpgroups that compute and one that fetches, for each point of the grid."""
     scratch = (plgpu.SMEM((TILE, TILE), out_type.dtype, transforms=tiling(out_type.dtype)),)
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=3,
-        thread_name="warpgroup", interpret=interpret,
+        thread_name="warpgroup", cost_estimate=estimate, interpret=interpret,
     )  # fmt: skip
 
 
@@ -103,7 +104,11 @@ def _run(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any
     (a_MK, a_scale), (b_NK, b_scale) = _padded(a), _padded(b)
     M = a_MK.shape[0]
     out = jax.ShapeDtypeStruct((M, N), dtype)
-    return _kernel(_body, out, {"m": M // TILE, "n": N // TILE}, interpret)(group_b, a_MK, a_scale, b_NK, b_scale)
+    K = a_MK.shape[1]
+    # of b, each block of rows of a reads the N rows of its group
+    of_group = [jax.ShapeDtypeStruct((N, K), b_NK.dtype), jax.ShapeDtypeStruct((K // TILE, N), b_scale.dtype)]
+    estimate = cost.scaled_product([a_MK, a_scale], of_group, out, K, N // TILE, M // TILE)
+    return _kernel(_body, out, {"m": M // TILE, "n": N // TILE}, estimate, interpret)(group_b, a_MK, a_scale, b_NK, b_scale)
 
 
 def scaled_matmul(a: Scaled, b: Scaled, dtype, interpret: Any = None) -> jax.Array:
@@ -125,5 +130,7 @@ def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, 
     count_G = jnp.bincount(group_b, length=groups).astype(jnp.int32)
     first_G = (jnp.cumsum(count_G) - count_G).astype(jnp.int32)
     out = jax.ShapeDtypeStruct((groups, A, B), dtype)
-    kernel = _kernel(_wgrad_body, out, {"group": groups, "m": A // TILE, "n": B // TILE}, interpret)
-    return kernel(first_G, count_G, a.values, a.row_scales(), b.values, b.row_scales())
+    a_inputs, b_inputs = ([x.values, x.row_scales()] for x in (a, b))
+    estimate = cost.scaled_product(a_inputs, b_inputs, out, TILE * group_b.size // groups, B // TILE, A // TILE)
+    kernel = _kernel(_wgrad_body, out, {"group": groups, "m": A // TILE, "n": B // TILE}, estimate, interpret)
+    return kernel(first_G, count_G, *a_inputs, *b_inputs)

@@ -6,6 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import cost
 from pallas_kernels.scaled import TILE, Scaled
 from pallas_kernels.tpu import block_columns
 
@@ -52,8 +53,12 @@ def _run(a: Scaled, b: Scaled, group_b: jax.Array, blocks: tuple[int, int], N: i
         out_specs=pl.BlockSpec((block_m, block_n), lambda i, j, k, _: (i, j)),
         scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
     )
+    out = jax.ShapeDtypeStruct((M, N), dtype)
+    # of b, each block of rows of a reads the N rows of its group
+    of_group = [jax.ShapeDtypeStruct((N, K), b_NK.dtype), jax.ShapeDtypeStruct((K // TILE, 1, N), b_scale.dtype)]
     return pl.pallas_call(
-        _kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((M, N), dtype), interpret=interpret, name="scaled_matmul",
+        _kernel, grid_spec=grid, out_shape=out, interpret=interpret, name="scaled_matmul",
+        cost_estimate=cost.scaled_product([a_MK, a_scale], of_group, out, K, per_group, pl.cdiv(M, block_m)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     )(group_b, a_MK, a_scale, b_NK, b_scale)  # fmt: skip
 
@@ -119,8 +124,10 @@ def grouped_scaled_wgrad(a: Scaled, b: Scaled, group_b: jax.Array, groups: int, 
         out_specs=pl.BlockSpec((1, block_a, block_b), lambda i, j, v, group_v, _: (group_v[v], i, j)),
         scratch_shapes=[pltpu.VMEM((block_a, block_b), jnp.float32)],
     )
+    out = jax.ShapeDtypeStruct((groups, A, B), dtype)
+    a_inputs, b_inputs = ([x.values, x.row_scales()[:, None]] for x in (a, b))
     return pl.pallas_call(
-        _wgrad_kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((groups, A, B), dtype), interpret=interpret,
-        name="scaled_wgrad",
+        _wgrad_kernel, grid_spec=grid, out_shape=out, interpret=interpret, name="scaled_wgrad",
+        cost_estimate=cost.scaled_product(a_inputs, b_inputs, out, TILE * group_b.size // groups, B // block_b, A // block_a),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    )(group_v, block_v, a.values, a.row_scales()[:, None], b.values, b.row_scales()[:, None])  # fmt: skip
+    )(group_v, block_v, *a_inputs, *b_inputs)  # fmt: skip

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import cost
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import BLOCK, ROWS, load, over_columns, pad_rows
 from pallas_kernels.quantize.reference import encode, scale_of
@@ -62,7 +63,7 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
     ]
     h, h_scale, kept, kept_scale = plgpu.kernel(
         body,
-        out_type=(*shapes[0], *shapes[1]),
+        out_type=(*shapes[0], *shapes[1]), cost_estimate=cost.swiglu_quantize(gate_up_TX, [*shapes[0], *shapes[1]]),
         scratch_types=(
             plgpu.SMEM(BLOCK, gate_up_TX.dtype), plgpu.SMEM(BLOCK, gate_up_TX.dtype),
             plgpu.SMEM((3, *BLOCK), DTYPES[format]), plgpu.SMEM((3, ROWS), jnp.float32), plgpu.Barrier(num_arrivals=2),
@@ -125,12 +126,13 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
         plgpu.copy_smem_to_gmem(dweight_smem, dweight_gmem.at[pl.ds(j, 1), rows])
         plgpu.wait_smem_to_gmem(0)
 
+    out = (
+        jax.ShapeDtypeStruct((padded, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((padded, F), dh_TF.dtype),
+        jax.ShapeDtypeStruct((halves, padded), jnp.float32),
+    )  # fmt: skip
     d, h, dweight = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((padded, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((padded, F), dh_TF.dtype),
-            jax.ShapeDtypeStruct((halves, padded), jnp.float32),
-        ),
+        out_type=out, cost_estimate=cost.swiglu_backward([values, scales, dh_TF, weight_T], [*out]),
         scratch_types=(
             plgpu.SMEM(BLOCK, values.dtype), plgpu.SMEM(BLOCK, values.dtype), plgpu.SMEM(BLOCK, dh_TF.dtype),
             plgpu.SMEM((3, ROWS), jnp.float32), plgpu.SMEM((3, *BLOCK), dh_TF.dtype), plgpu.SMEM((1, ROWS), jnp.float32),

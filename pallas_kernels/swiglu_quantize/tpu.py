@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import cost
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled
@@ -65,7 +66,7 @@ def swiglu_quantize(gate_up_TX: jax.Array, format: Format, power_of_two: bool, i
         grid=(pl.cdiv(T, _ROWS),),
         in_specs=[_rows(X)],
         out_specs=[_rows(X // 2), _scales(X // 2), _rows(X), _scales(X)],
-        out_shape=[*shapes[0], *shapes[1]],
+        out_shape=[*shapes[0], *shapes[1]], cost_estimate=cost.swiglu_quantize(gate_up_TX, [*shapes[0], *shapes[1]]),
         interpret=interpret, name="swiglu_quantize", compiler_params=_PARAMS,
     )(gate_up_TX)  # fmt: skip
     return Scaled(h, h_scale[:, 0]), Scaled(kept, kept_scale[:, 0])
@@ -86,15 +87,17 @@ def swiglu_backward(kept: Scaled, dh_TF: jax.Array, weight_T: jax.Array, interpr
     """See `api.swiglu_backward`. Raises `Unavailable` as `swiglu_quantize`."""
     _require_whole_tiles("swiglu_backward", dh_TF.shape[1])
     (T, F), row = dh_TF.shape, pl.BlockSpec((1, _ROWS), lambda i: (0, i))
+    inputs = [kept.values, kept.scales[:, None], dh_TF, weight_T[None]]
+    out = [
+        jax.ShapeDtypeStruct((T, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((T, F), dh_TF.dtype),
+        jax.ShapeDtypeStruct((1, T), jnp.float32),
+    ]  # fmt: skip
     d, h, dweight = pl.pallas_call(
         _backward_kernel,
         grid=(pl.cdiv(T, _ROWS),),
         in_specs=[_rows(2 * F), _scales(2 * F), _rows(F), row],
         out_specs=[_rows(2 * F), _rows(F), row],
-        out_shape=[
-            jax.ShapeDtypeStruct((T, 2 * F), dh_TF.dtype), jax.ShapeDtypeStruct((T, F), dh_TF.dtype),
-            jax.ShapeDtypeStruct((1, T), jnp.float32),
-        ],
+        out_shape=out, cost_estimate=cost.swiglu_backward(inputs, out),
         interpret=interpret, name="swiglu_backward", compiler_params=_PARAMS,
-    )(kept.values, kept.scales[:, None], dh_TF, weight_T[None])  # fmt: skip
+    )(*inputs)  # fmt: skip
     return d, h, dweight[0]

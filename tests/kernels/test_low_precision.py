@@ -1,4 +1,4 @@
-"""Quantisation and the products of 8-bit operands: definitions against numpy, kernels (interpreted) against definitions."""
+"""Quantisation and what is made of it: definitions against NumPy. `test_suites` holds the kernels to the definitions."""
 
 import functools
 import importlib
@@ -14,20 +14,31 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped_swiglu, register
+from pallas_kernels.measure import normal
 from pallas_kernels.quantize.api import quantize, quantize_transposed
+from pallas_kernels.quantize.cases import SHAPES, sources
 from pallas_kernels.quantize.reference import rounded
 from pallas_kernels.scaled import DTYPES, LARGEST, Gemms, Scaled, dequantize
 from pallas_kernels.scaled_linear.api import scaled_linear
-from pallas_kernels.scaled_matmul.api import grouped_scaled_matmul, grouped_scaled_wgrad, scaled_matmul
 from pallas_kernels.swiglu_quantize.api import swiglu_backward, swiglu_quantize
+from pallas_kernels.swiglu_quantize.cases import gate_up
 
 INTERPRET = {"tpu": True, "hopper": plgpu.InterpretGPUParams()}
-SHAPES = [(256, 512), (100, 130), (3, 40), (129, 7168 // 8)]  # whole tiles, edges on both sides, less than one tile
 FORMATS = ["e4m3", "e5m2", "int8"]
 
 
-def normal(seed: int, *shape: int, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def quantized(x, rows: int, format: str, power_of_two: bool):
+    """(in 8 bits, what that stands for, the same without the detour)."""
+    found = quantize(x, rows, format, power_of_two)
+    return found, dequantize(found), rounded(x, rows, format, power_of_two)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def transposed(source, format: str, power_of_two: bool):
+    """(in 8 bits, the numbers of the source, what the result stands for)."""
+    found = quantize_transposed(source, format, power_of_two)
+    return found, dequantize(source) if isinstance(source, Scaled) else source.astype(jnp.float32), dequantize(found)
 
 
 def numpy_rounded(x: np.ndarray, rows: int, format: str, power_of_two: bool = False) -> np.ndarray:
@@ -54,11 +65,11 @@ def test_quantisation_is_what_numpy_makes_of_every_tile(format, rows, power_of_t
     for shape in SHAPES:
         x = normal(1, *shape).at[0].set(0)
         expected = numpy_rounded(np.asarray(x), rows, format, power_of_two)
-        found = quantize(x, rows, format, power_of_two)
+        found, numbers, again = quantized(x, rows, format, power_of_two)
         assert found.values.dtype == DTYPES[format]
         assert found.scales.shape == (-(-shape[1] // 128), -(-shape[0] // rows))
-        np.testing.assert_array_equal(dequantize(found), expected)
-        np.testing.assert_array_equal(rounded(x, rows, format, power_of_two), expected)
+        np.testing.assert_array_equal(numbers, expected)
+        np.testing.assert_array_equal(again, expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -69,12 +80,12 @@ def test_quantisation_is_what_numpy_makes_of_every_tile(format, rows, power_of_t
 def test_quantisation_errs_by_half_a_step(exponent, format, rows, seed, power_of_two):
     """Whatever the magnitude: half the format's relative step, or of its smallest number times the tile's scale."""
     x = normal(seed, 40, 200) * 2.0**exponent
-    q = quantize(x, rows, format, power_of_two)
+    q, numbers, _ = quantized(x, rows, format, power_of_two)
     scale = np.repeat(np.asarray(q.row_scales()).T, 128, axis=1)[:, :200]
     relative = {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "int8": 0.0}[format]
     smallest = {"e4m3": 2.0**-9, "e5m2": 2.0**-16, "int8": 1.0}[format]
     bound = np.maximum(relative * np.abs(x), 0.5 * smallest * scale) * (1 + 1e-5)
-    assert (np.abs(np.asarray(dequantize(q)) - x) <= bound).all()
+    assert (np.abs(np.asarray(numbers) - x) <= bound).all()
     if power_of_two:
         assert (np.frexp(np.asarray(q.scales))[0] == 0.5).all()
 
@@ -82,85 +93,30 @@ def test_quantisation_errs_by_half_a_step(exponent, format, rows, seed, power_of
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
 def test_what_is_not_finite_stays_so(format):
     x = normal(0, 4, 256).at[1, 3].set(jnp.inf).at[2, 200].set(jnp.nan)
-    found = np.isfinite(np.asarray(dequantize(quantize(x, 1, format))))
+    found = np.isfinite(np.asarray(quantized(x, 1, format, False)[1]))
     assert not found[1, 3]
     assert not found[2, 200]
     assert found[[0, 3]].all()
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "hopper"])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 128])
-def test_quantising_kernels_equal_the_definition_exactly(implementation, format, rows):
-    for shape, power_of_two in zip(SHAPES, (False, True, False, True), strict=True):
-        x = normal(2, *shape, dtype=jnp.bfloat16)
-        ours = quantize(x, rows, format, power_of_two, implementation, INTERPRET[implementation])
-        theirs = quantize(x, rows, format, power_of_two, "reference")
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
-
-
-@pytest.mark.parametrize("implementation", ["reference", "tpu", "hopper"])
-@pytest.mark.parametrize("format", FORMATS)
-def test_transposed_quantisation_equals_numpy(implementation, format):
+def test_transposed_quantisation_equals_numpy(format):
     """From 16 bits, from 32, and from 8 bits, whose scales change from one axis to the other; int8's from e4m3 too."""
-    for shape, power_of_two in zip(SHAPES, (False, True, False, True), strict=True):
-        x = normal(2, *shape, dtype=jnp.bfloat16)
-        for source in (x, x.astype(jnp.float32) / 3, quantize(x, 1, format), quantize(x, 1, "e4m3", True)):
-            found = quantize_transposed(source, format, power_of_two, implementation, INTERPRET.get(implementation))
-            numbers = dequantize(source) if isinstance(source, Scaled) else source.astype(jnp.float32)
-            np.testing.assert_array_equal(dequantize(found), numpy_rounded(np.asarray(numbers).T, 1, format, power_of_two))
+    for shape, power_of_two in SHAPES.items():
+        for source in sources(shape, format).values():
+            found, numbers, made = transposed(source, format, power_of_two)
+            np.testing.assert_array_equal(made, numpy_rounded(np.asarray(numbers).T, 1, format, power_of_two))
             assert found.values.dtype == DTYPES[format]
 
 
-def operands(M: int, N: int, K: int, rows: int, format: str) -> tuple[Scaled, Scaled]:
-    return quantize(normal(3, M, K), 1, format), quantize(normal(4, N, K), rows, format)
+def values_and_gradients(function, arguments: tuple, dy):
+    """Compiled as one program: op by op, a test would compile a hundred."""
 
+    def run(arguments, dy):
+        y, vjp = jax.vjp(function, *arguments)
+        return y, vjp(dy)
 
-@pytest.mark.parametrize("implementation", ["tpu", "hopper"])
-@pytest.mark.parametrize("rows", [1, 128])
-@pytest.mark.parametrize(("M", "N", "K"), [(256, 128, 384), (100, 70, 130), (3, 200, 40)])
-def test_products_equal_the_definition(implementation, rows, M, N, K):
-    """float32 sums in another order, of up to 384 terms; a result in bfloat16 has 8 bits."""
-    a, b = operands(M, N, K, rows, "e4m3")
-    expected = np.asarray(dequantize(a), np.float64) @ np.asarray(dequantize(b), np.float64).T
-    largest = np.abs(expected).max()
-    np.testing.assert_allclose(scaled_matmul(a, b) / largest, expected / largest, atol=2e-6)
-    for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)):
-        ours = scaled_matmul(a, b, jnp.dtype(dtype), implementation, INTERPRET[implementation])
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(np.asarray(ours, np.float32) / largest, expected / largest, atol=tolerance)
-    # the check can fail: scales that belong to other tiles
-    wrong = Scaled(a.values, jnp.roll(a.scales, 1, axis=1) * 1.5)
-    assert (
-        np.abs(scaled_matmul(wrong, b, jnp.dtype("float32"), implementation, INTERPRET[implementation]) - expected).max() > 0.1
-    )
-
-
-@pytest.mark.parametrize("implementation", ["reference", "tpu", "hopper"])
-@pytest.mark.parametrize("groups", [[2, 0, 2], [1]])
-def test_grouped_products_are_each_groups_own(implementation, groups):
-    """Groups in any order, with several blocks or none; each block against a product of its own."""
-    N, K, E = 256, 130, 3
-    a, w = quantize(normal(3, 128 * len(groups), K), 1), normal(4, E, N, K)
-    b = jax.vmap(lambda w: quantize(w, 128, implementation="reference"))(w)
-    b = Scaled(b.values.reshape(E * N, K), jnp.moveaxis(b.scales, 0, 1).reshape(b.scales.shape[1], -1))
-    ours = grouped_scaled_matmul(
-        a, b, jnp.array(groups, jnp.int32), N, implementation=implementation, interpret=INTERPRET.get(implementation)
-    )
-    for block, group in enumerate(groups):
-        rows = slice(block * 128, (block + 1) * 128)
-        mine = Scaled(a.values[rows], a.scales[:, rows])
-        expected = scaled_matmul(mine, quantize(w[group], 128, implementation="reference"), implementation="reference")
-        np.testing.assert_allclose(ours[rows], expected, atol=2e-6 * np.abs(expected).max())
-
-
-def test_int8_products():
-    a, b = operands(100, 70, 130, 128, "int8")
-    expected = scaled_matmul(a, b, implementation="reference")
-    np.testing.assert_allclose(scaled_matmul(a, b, implementation="tpu", interpret=True), expected, atol=1e-4)
-    with pytest.raises(NotImplementedError, match="int8"):
-        scaled_matmul(a, b, implementation="hopper")
+    return jax.jit(run)(arguments, dy)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +126,7 @@ def test_int8_products():
 def test_all_three_products_of_a_linear_layer(gemms, T, K, N):
     """Against numpy: which operand is rounded in which tiles, in which product."""
     x, w, dy = (np.asarray(normal(5 + i, *shape)) for i, shape in enumerate(((T, K), (K, N), (T, N))))
-    y, vjp = jax.vjp(lambda x, w: scaled_linear(x, w, gemms), x, w)
-    dx, dw = vjp(jnp.asarray(dy))
+    y, (dx, dw) = values_and_gradients(lambda x, w: scaled_linear(x, w, gemms), (x, w), dy)
 
     def r(a, rows, product):
         return numpy_rounded(a, rows, getattr(gemms, product), gemms.power_of_two)
@@ -192,7 +147,7 @@ def test_blocks_withstand_outliers_that_one_scale_for_all_does_not():
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
 
     def error(gemms):
-        return np.linalg.norm(scaled_linear(x, w, gemms) - exact) / np.linalg.norm(exact)
+        return np.linalg.norm(jax.jit(scaled_linear, static_argnums=2)(x, w, gemms) - exact) / np.linalg.norm(exact)
 
     assert error(Gemms()) < 0.5
     assert error(Gemms(per_tensor=True)) > 0.9
@@ -200,22 +155,13 @@ def test_blocks_withstand_outliers_that_one_scale_for_all_does_not():
 
 def _interpreted(name: str) -> str:
     """The kernels of one platform, interpreted, as an implementation that a recipe can name."""
-    for operation in (
-        "quantize",
-        "quantize_transposed",
-        "swiglu_quantize",
-        "swiglu_backward",
-        "grouped_scaled_matmul",
-        "grouped_scaled_wgrad",
-    ):
-        folder = {
-            "quantize": "quantize",
-            "quantize_transposed": "quantize",
-            "swiglu_quantize": "swiglu_quantize",
-            "swiglu_backward": "swiglu_quantize",
-        }
-        kernels = importlib.import_module(f"pallas_kernels.{folder.get(operation, 'scaled_matmul')}.{name}")
-        register(operation, f"{name}_interpreted", functools.partial(getattr(kernels, operation), interpret=INTERPRET[name]))
+    folders = {"quantize": ("quantize", "quantize_transposed"), "swiglu_quantize": ("swiglu_quantize", "swiglu_backward")}
+    folders["scaled_matmul"] = ("grouped_scaled_matmul", "grouped_scaled_wgrad")
+    for folder, operations in folders.items():
+        kernels = importlib.import_module(f"pallas_kernels.{folder}.{name}")
+        for operation in operations:
+            interpreted = functools.partial(getattr(kernels, operation), interpret=INTERPRET[name])
+            register(operation, f"{name}_interpreted", interpreted)
     return f"{name}_interpreted"
 
 
@@ -224,7 +170,7 @@ def experts_by_definition(gemms: Gemms, x, w_gate_up, w_down, expert, weight, dy
     E, D, _, M = w_gate_up.shape
 
     def r(a, rows, product):
-        return np.asarray(rounded(jnp.asarray(a), rows, getattr(gemms, product), gemms.power_of_two), np.float64)
+        return np.float64(numpy_rounded(np.asarray(a, np.float32), rows, getattr(gemms, product), gemms.power_of_two))
 
     y, dx, dweight = np.zeros_like(x, np.float64), np.zeros_like(x, np.float64), np.zeros(weight.shape)
     dw_gate_up, dw_down = np.zeros((E, D, 2 * M)), np.zeros((E, M, D))
@@ -263,9 +209,10 @@ def test_experts_round_every_operand_as_the_definition_does(gemms, implementatio
     expert = (jnp.arange(T)[:, None] + jnp.arange(K)) % (E - 1)
     expert = expert.at[5, 1].set(E)
     weight, dy = jax.random.uniform(jax.random.key(4), (T, K), minval=0.1), normal(5, T, D)
-    y, vjp = jax.vjp(lambda x, a, b, g: grouped_swiglu(x, a, b, expert, g, gemms), x, w_gate_up, w_down, weight)
+    arguments = x, w_gate_up, w_down, weight
+    y, gradients = values_and_gradients(lambda x, a, b, g: grouped_swiglu(x, a, b, expert, g, gemms), arguments, dy)
     expected = experts_by_definition(gemms, x, w_gate_up, w_down, expert, weight, dy)
-    for ours, theirs in zip((y, *vjp(dy)), expected, strict=True):
+    for ours, theirs in zip((y, *gradients), expected, strict=True):
         # an operand that differs in a last bit may round to its neighbour in 8 bits, which moves a row of 20: most numbers
         # agree, and all nearly do
         difference = np.abs(np.asarray(ours) - theirs) / np.abs(theirs).max()
@@ -279,55 +226,28 @@ def test_experts_with_several_tiles_each(gemms):
     T, D, M, E = 300, 128, 128, 2
     args = normal(0, T, D), normal(1, E, D, 2, M) * 0.1, normal(2, E, M, D) * 0.1
     expert, weight, dy = jnp.arange(T)[:, None] % E, jnp.ones((T, 1)), normal(5, T, D)
-    y, vjp = jax.vjp(lambda *a: grouped_swiglu(*a, expert, weight, gemms), *args)
-    exact, exact_vjp = jax.vjp(lambda *a: grouped_swiglu(*a, expert, weight), *args)
-    for ours, theirs in zip((y, *vjp(dy)), (exact, *exact_vjp(dy)), strict=True):
+    y, gradients = values_and_gradients(lambda *a: grouped_swiglu(*a, expert, weight, gemms), args, dy)
+    exact, exact_gradients = values_and_gradients(lambda *a: grouped_swiglu(*a, expert, weight), args, dy)
+    for ours, theirs in zip((y, *gradients), (exact, *exact_gradients), strict=True):
         assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.1  # four or five operands of 2.6-3% each
         assert not np.array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "hopper"])
-def test_groups_of_the_weights_gradient(implementation):
-    """Groups of two blocks, none, and one; a block that is not there counts for nothing."""
-    A, B, G = 128, 256, 4
-    group = jnp.array([0, 0, 2, 3, 4], jnp.int32)
-    a, b = quantize(normal(0, A, 640), 1), quantize(normal(1, B, 640), 1)
-    expected = np.zeros((G, A, B))
-    for block, g in enumerate(group[:-1]):
-        at = slice(block * 128, (block + 1) * 128)
-        expected[g] += np.asarray(dequantize(a), np.float64)[:, at] @ np.asarray(dequantize(b), np.float64)[:, at].T
-    for found in (
-        grouped_scaled_wgrad(a, b, group, G),
-        grouped_scaled_wgrad(a, b, group, G, implementation=implementation, interpret=INTERPRET[implementation]),
-    ):
-        np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("implementation", ["tpu", "hopper"])
 @pytest.mark.parametrize(("T", "F"), [(256, 256), (100, 128)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_swiglu_with_quantisation(implementation, T, F, format):
-    """Values equal the definition's; scales may differ in the last bit, where a platform's exp does."""
-    gate_up, dh = 3 * normal(0, T, 2 * F, dtype=jnp.bfloat16), normal(1, T, F, dtype=jnp.bfloat16)
-    weight = jax.random.uniform(jax.random.key(2), (T,))
-    theirs = swiglu_quantize(gate_up, format, implementation="reference")
-    ours = swiglu_quantize(gate_up, format, implementation=implementation, interpret=INTERPRET[implementation])
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(np.asarray(a.values, np.float32), np.asarray(b.values, np.float32))
-        np.testing.assert_allclose(a.scales, b.scales, rtol=3e-7)
-    expected = swiglu_backward(theirs[1], dh, weight, "reference")
-    found = swiglu_backward(theirs[1], dh, weight, implementation, INTERPRET[implementation])
-    for i in range(2):  # bfloat16
-        np.testing.assert_allclose(*(np.asarray(d[i], np.float32) for d in (found, expected)), rtol=1e-2, atol=1e-5)
-    np.testing.assert_allclose(found[2], expected[2], atol=1e-6 * np.abs(expected[2]).max())  # a sum of F terms
+def test_the_gradient_of_swiglu_is_autodiffs(T, F, format):
+    """At what was kept; and h is what it is there."""
+    dh, weight = normal(1, T, F), jax.random.uniform(jax.random.key(2), (T,))
 
-    # the definition's gradient is autodiff's, at what was kept, and h what it is there
     def weighted(kept, weight):
         gate, up = jnp.split(kept, 2, axis=1)
         return weight[:, None] * jax.nn.silu(gate) * up
 
-    _, vjp = jax.vjp(weighted, dequantize(theirs[1]), weight)
-    dgate_up, h, dweight = swiglu_backward(theirs[1], dh.astype(jnp.float32), weight)
-    autodiff = (*vjp(dh.astype(jnp.float32)), weighted(dequantize(theirs[1]), jnp.ones(T)))
-    for a, b in zip((dgate_up, dweight, h), autodiff, strict=True):
+    @jax.jit
+    def both(gate_up, dh, weight):
+        kept = swiglu_quantize(gate_up, format)[1]
+        dkept, dweight = jax.vjp(weighted, dequantize(kept), weight)[1](dh)
+        return swiglu_backward(kept, dh, weight), (dkept, weighted(dequantize(kept), jnp.ones(T)), dweight)
+
+    for a, b in zip(*both(gate_up(T, F), dh, weight), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
