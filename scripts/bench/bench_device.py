@@ -1,8 +1,9 @@
 """This package's kernels and a training step on the accelerator that is here, beside plain JAX; a table and JSON.
 
-Every kernel first answers the same question as its definition in plain JAX, at the released model's sizes, and the largest
-difference is printed; then both are timed, interleaved, and the ratio is of the medians. `TFLOP/s` counts the products' work,
-`GB/s` what a kernel must read and write. 8-bit products stand beside bfloat16's (`jnp.dot`) too.
+Every kernel first goes through its operation's suite of cases (`pallas_kernels.testing`). Then it answers the same question as
+its definition in plain JAX at the released model's sizes, the largest difference is printed, and both are timed, interleaved;
+the ratio is of the medians. `TFLOP/s` counts the products' work, `GB/s` what a kernel must read and write. 8-bit products stand beside
+bfloat16's (`jnp.dot`) too.
 
 `--model` times whole training steps of a model of 2.4 billion parameters (fits 80 GB) by recipe, checks that each learns one
 batch by heart alike, and that nothing is compiled after the first step.
@@ -34,6 +35,7 @@ from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.precision.platforms import Platform, platform_of
 from dsv3_jax.state.train_state import init_state
 from dsv3_jax.train.step import make_train_step
+from pallas_kernels import registry, testing
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
@@ -111,21 +113,21 @@ def quantising_cases(s: Sizes) -> dict[str, Case]:
 
 
 def code_cases(s: Sizes) -> dict[str, Case]:
-    """A number midway between two levels may become either code: what is sent and what is owed make up for each other, and
-    what is owed is as much. To float32's rounding of sums and roots."""
+    """A number midway between two levels may become either code: what is sent and the residual make up for each other, and
+    the residual is as large. To float32's rounding of sums and roots."""
     shape = s.tokens * s.hidden // 256, 256
-    x, owed = normal(0, *shape, dtype=jnp.float32), normal(1, *shape, dtype=jnp.float32)
+    x, error = normal(0, *shape, dtype=jnp.float32), normal(1, *shape, dtype=jnp.float32)
     unit = jnp.exp(normal(2, *shape, dtype=jnp.float32))
 
     def case(codec: Codec) -> Case:
         def compared(results):
-            codes, scales, left = results
+            codes, scales, residual = results
             sent = mean_of_codes(codes[None], scales[None], codec.table, "reference")
-            return scales, sent * unit + left, jnp.sqrt(jnp.square(left / unit).mean(1))
+            return scales, sent * unit + residual, jnp.sqrt(jnp.square(residual / unit).mean(1))
 
         moved = 4 * nbytes(x) + x.size // codec.block * codec.block_bytes
         return Case(
-            lambda i, x, owed, unit: pack_codes(x, owed, unit, codec.table, i), (x, owed, unit), 1e-5, moved=moved,
+            lambda i, x, error, unit: pack_codes(x, error, unit, codec.table, i), (x, error, unit), 1e-5, moved=moved,
             compared=compared,
         )  # fmt: skip
 
@@ -185,8 +187,8 @@ def core_cases(s: Sizes) -> dict[str, Case]:
 
     return {
         # forward 2 products, backward 5
-        "causal_attention, gradients": Case(attention, (q, k, v), 2e-2, half * 2 * (192 * 4 + 128 * 3), plain="auto"),
-        "linear_cross_entropy, gradients": Case(cross_entropy, (x, w), 1e-2, 3 * 2 * s.tokens * D * V, plain="auto"),
+        "causal_attention, gradients": Case(attention, (q, k, v), 2e-2, half * 2 * (192 * 4 + 128 * 3), plain="xla"),
+        "linear_cross_entropy, gradients": Case(cross_entropy, (x, w), 1e-2, 3 * 2 * s.tokens * D * V, plain="xla"),
     }
 
 
@@ -241,10 +243,32 @@ def measure(case: Case, kernels: str, repeat: int) -> dict[str, Any]:
     return found
 
 
+def check_kernels(kernels: str, only: str) -> dict[str, Any]:
+    """Every operation's suite (`pallas_kernels.testing`), by this platform's kernel where there is one."""
+    results: dict[str, Any] = {}
+    for operation in testing.SUITES:
+        if only not in operation:
+            continue
+        name = kernels if kernels in registry.implementations(operation) else "xla"
+        try:
+            refused = testing.check(operation, name)
+        except Exception as error:  # a kernel that fails is this benchmark's result, and the others still count
+            results[f"check {operation}"] = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+            print(f"{operation:34s} FAILED {results[f'check {operation}']['error']}", flush=True)
+            continue
+        results[f"check {operation}"] = {"ok": True, "implementation": name, "refused": refused}
+        cases = len(testing.SUITES[operation].cases) - len(refused)
+        print(
+            f"{operation:34s} {name}: {cases} cases equal the definition"
+            + (f"; refuses {', '.join(refused)}" if refused else "")
+        )
+    return results
+
+
 def bench_kernels(platform: Platform, only: str, repeat: int) -> dict[str, Any]:
-    small = platform.core == "auto"
-    kernels, sizes = "reference" if small else platform.core, SMALL if small else Sizes()
-    results = {}
+    small = platform.core == "xla"
+    kernels, sizes = platform.core, SMALL if small else Sizes()
+    results = check_kernels(kernels, only)
     print(
         f"{'':34s} {'kernel':>9s} {'plain JAX':>10s} {'ratio':>6s} {'bf16':>9s} {'ratio':>6s}  {'rate':12s} difference",
         flush=True,
@@ -274,7 +298,7 @@ def bench_model(platform: Platform, recipes: list[str], steps: int) -> dict[str,
     for recipe in recipes:
         config = load_config(
             ROOT / "configs" / "tiny.yaml",
-            [*([] if platform.core == "auto" else MODEL), f"precision.recipe={recipe}", "optim.warmup_steps=2"],
+            [*([] if platform.core == "xla" else MODEL), f"precision.recipe={recipe}", "optim.warmup_steps=2"],
         )
         batch: Any = batch_of(config)
         state, step = jax.block_until_ready(jax.jit(functools.partial(init_state, config))()), make_train_step(config)

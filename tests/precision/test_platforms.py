@@ -17,14 +17,16 @@ import pallas_kernels.scaled_matmul.reference
 import pallas_kernels.swiglu_quantize.reference
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision import platforms
 from dsv3_jax.precision.platforms import Platform, platform_of, resolve
 from dsv3_jax.precision.recipes import RECIPES, recipe_of, run_by
 from dsv3_jax.runs.metrics import read_rows
-from dsv3_jax.state.train_state import new_state
+from dsv3_jax.state.train_state import abstract_state, new_state
 from dsv3_jax.train.loop import train
 from dsv3_jax.train.step import make_train_step
-from pallas_kernels import quantize, scaled_matmul, swiglu_quantize
+from pallas_kernels import devices, quantize, scaled_matmul, swiglu_quantize
+from pallas_kernels.grouped_swiglu.reference import grouped_swiglu as experts_by_definition
 from tests.conftest import ROOT
 from tests.parallel.cases import batch_of, config_of
 
@@ -61,6 +63,7 @@ def test_every_device_finds_its_platform_and_recipe(pjrt, kind, name, recipe):
     # what has kernels of this package's own runs them; all else runs as plain JAX rather than fail when it is compiled
     assert (found.implementation == "auto") == (name in ("cpu", "v5e", "v5p", "v6e", "tpu7x", "h100"))
     assert found.core == ("tpu" if pjrt == "tpu" else "hopper" if name == "h100" else "xla")
+    assert devices.is_hopper(SimpleNamespace(platform=pjrt, device_kind=kind)) == (found.core == "hopper")
     assert run_by(RECIPES["bf16"], "auto", found.core).core == found.core
     assert run_by(RECIPES["float32"], "auto", found.core).core == "xla"  # tensor cores take 16 bits
 
@@ -166,6 +169,41 @@ def test_a_plug_in_that_is_installed_is_found(tmp_path):
 def test_a_bad_plug_in_is_refused(registry, formats, rates, text):
     with pytest.raises(UserError, match=text):
         platforms.register(Platform("bad", ("cpu",), "", formats, rates))
+
+
+@pytest.mark.parametrize(
+    ("field", "missing"),
+    [
+        ("implementation", "quantize, quantize_transposed, swiglu_quantize, swiglu_backward, scaled_matmul, "),
+        ("core", "causal_attention, logit_statistics; register each with pallas_kernels.register"),
+        ("grouped_swiglu", "grouped_swiglu; register"),
+    ],
+)
+def test_a_platform_without_its_operations_is_refused(registry, field, missing):
+    """In one line that names them, and nothing is registered."""
+    with pytest.raises(UserError, match=f"platform emptychip: {field}='emptychip' has no {missing}") as error:
+        platforms.register(Platform("emptychip", ("cpu",), "", {"bf16": "native"}, {"bf16": 1.0}, **{field: "emptychip"}))
+    assert "\n" not in str(error.value)
+    assert "emptychip" not in {platform.name for platform in platforms.platforms()}
+
+
+@pytest.mark.parametrize("mesh", [[], ["parallel.expert=2", "parallel.fsdp=2"]])
+def test_a_plug_in_brings_the_experts_in_16_bits(registry, mesh):
+    """The step is traced, not run."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments[0].dtype)
+        return experts_by_definition(*arguments)
+
+    pallas_kernels.register("grouped_swiglu", "fakechip", counted)
+    platforms.register(
+        Platform("fakechip", ("cpu",), "", {"bf16": "native"}, {"bf16": 1.0}, implementation="xla", grouped_swiglu="fakechip")
+    )
+    config = config_of(["precision.recipe=bf16", "model.num_hidden_layers=2", *mesh])
+    layout = layout_for(config)
+    jax.make_jaxpr(make_train_step(config, layout))(abstract_state(config, layout), batch_of(config, 0))
+    assert set(calls) == {np.dtype("bfloat16")}
 
 
 def test_a_bad_operation_is_refused():
