@@ -1,4 +1,4 @@
-"""What each kernel states that it costs (`pl.CostEstimate`), from shapes: XLA schedules other work beside it by that.
+"""The cost that each kernel states (`pl.CostEstimate`), from shapes: XLA schedules other work beside it by that.
 
 A sum, a product or a comparison of two numbers counts as a FLOP; `transcendentals` are exponentials and roots. Bytes are those
 of the device's memory: operands and results once, and operands of a blocked product as often as blocks of the result need them.
@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.scaled import TILE
 
-_QUANTIZE = 5  # of a number: magnitude, maximum, product with the inverse scale, and two bounds
-_SCALES = 3  # of a product's partial sum: both scales, and adding it up
+_QUANTIZE = 5  # FLOPs a number: magnitude, maximum, product with the inverse scale, and two bounds
+_SCALES = 3  # FLOPs a partial sum of 128 terms: both scales, and adding it up
 
 
 def nbytes(*arrays: Any) -> int:

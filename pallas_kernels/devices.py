@@ -1,4 +1,4 @@
-"""Which of this package's kernels can run on the device that a program is traced for."""
+"""The device that a program is traced for, and the kernels of this package that it can run."""
 
 import re
 from typing import Any

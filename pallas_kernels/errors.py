@@ -1,4 +1,4 @@
-"""What an implementation raises for arguments or a device that it does not take."""
+"""The exception of an implementation that does not take its arguments or its device."""
 
 
 class Unavailable(NotImplementedError):

@@ -1,4 +1,4 @@
-"""How an implementation's results are held against an operation's definition."""
+"""Comparison of an implementation's results with those of an operation's definition."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a result may be from what is expected: for each number, relative * |expected| + absolute + of_largest * scale.
+    """The error that a result may have: for each number, relative * |expected| + absolute + of_largest * scale.
 
     `scale` is the largest magnitude that is expected, or `floor` where that is more. Where a number expected is not finite, the
     one found is not either.

@@ -1,4 +1,4 @@
-"""Numbers of 8 bits with one scale for each tile: what the low-precision kernels exchange (arXiv 2412.19437, section 3.3)."""
+"""8-bit numbers with one scale for each tile, which the low-precision kernels exchange (arXiv 2412.19437, section 3.3)."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-TILE: Literal[128] = 128  # numbers along the axis that a matrix product sums over, which share a scale
+TILE: Literal[128] = 128  # numbers that share a scale, along the axis that a matrix product sums over
 
 Format = Literal["e4m3", "e5m2", "int8"]
 DTYPES: dict[Format, jnp.dtype] = {
@@ -15,7 +15,7 @@ DTYPES: dict[Format, jnp.dtype] = {
     "e5m2": jnp.dtype("float8_e5m2"),
     "int8": jnp.dtype("int8"),
 }
-LARGEST: dict[Format, float] = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}  # what a tile's largest magnitude becomes
+LARGEST: dict[Format, float] = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}  # code of a tile's largest magnitude
 
 
 class Scaled(NamedTuple):
@@ -32,18 +32,18 @@ class Scaled(NamedTuple):
         return 1 if self.scales.shape[1] == self.values.shape[0] else TILE
 
     def row_scales(self) -> Float[Array, "k_tiles M"]:
-        """The scales, one for each row."""
+        """float32 scales [k_tiles, M], one for each row."""
         M = self.values.shape[0]
         return self.scales if self.rows == 1 else jnp.repeat(self.scales, TILE, axis=1)[:, :M]
 
     def transposed(self) -> "Scaled":
-        """[K, M], summed along M: the same numbers, because blocks are square."""
+        """The transposed matrix [K, M], whose product sums along M: the same numbers, because blocks are square."""
         assert self.rows == TILE, "tiles of 1 x 128 lie along one axis: quantise the transposed matrix instead"
         return Scaled(self.values.T, self.scales.T)
 
 
 def tiles(size: int) -> int:
-    """How many tiles cover an axis; the last may be smaller."""
+    """Number of tiles that cover an axis of `size` numbers; the last may be smaller."""
     return -(-size // TILE)
 
 
@@ -54,17 +54,17 @@ def pad_to_tiles(x: Float[Array, "M K"], rows: int) -> Float[Array, "..."]:
 
 
 def bits(x: Scaled) -> Scaled:
-    """The values as int8 bit patterns, to move and to keep: XLA:CPU widens whole stacks of float8 numbers to move some."""
+    """x with values as int8 bit patterns, to move and to keep: XLA:CPU widens an entire stack of float8 numbers to move one."""
     return x._replace(values=lax.bitcast_convert_type(x.values, jnp.int8))
 
 
 def from_bits(x: Scaled, format: Format) -> Scaled:
-    """What `bits` was given."""
+    """The inverse of `bits`: values of `format` from int8 bit patterns."""
     return x._replace(values=lax.bitcast_convert_type(x.values, DTYPES[format]))
 
 
 def dequantize(x: Scaled) -> Float[Array, "M K"]:
-    """float32."""
+    """The float32 numbers that values and scales stand for."""
     K = x.values.shape[1]
     return x.values.astype(jnp.float32) * jnp.repeat(x.row_scales().T, TILE, axis=1)[:, :K]
 
@@ -73,9 +73,9 @@ def dequantize(x: Scaled) -> Float[Array, "M K"]:
 class Gemms:
     """The formats of a linear layer's three products, y = x w, dx = dy w^T and dw = x^T dy (arXiv 2412.19437, figure 6).
 
-    Activations have a scale for 1 x 128 numbers along what is summed over (for dw: 128 tokens), weights one for 128 x 128.
-    `per_tensor` gives a whole array one scale instead: what blocks are compared with. `implementation` is that of `quantize`
-    and `scaled_matmul`.
+    Activations have a scale for each 1 x 128 numbers along the axis that is summed over (for dw: 128 tokens), weights one for
+    each 128 x 128.
+    `per_tensor` gives each array a single scale, to compare with. `implementation` is that of every operation in 8 bits.
     """
 
     forward: Format = "e4m3"

@@ -1,7 +1,7 @@
 """Causal attention within segments for NVIDIA Hopper (Mosaic GPU), forward and backward (FlashAttention-2, arXiv 2307.08691).
 
 A warpgroup has 64 queries of one head (or 64 keys, for their gradients), and another fetches blocks of what they meet; forward,
-two of them share what is fetched. Blocks that lie wholly in the future are not visited. Scores are in units of log2, because
+two of them share what is fetched. Blocks that lie entirely in the future are not visited. Scores are in units of log2, because
 the hardware has exp2. One device's heads and sequences: XLA cannot partition a kernel.
 """
 
@@ -21,7 +21,7 @@ from pallas_kernels.causal_attention.blockwise import RESIDUALS
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import COLUMN, ROW, over_columns, summed, tiling
 
-_ROWS = 64  # of a warpgroup, which is what wgmma multiplies at once
+_ROWS = 64  # rows of a warpgroup, as many as wgmma multiplies at once
 _GROUPS = 2  # warpgroups of a program of the forward pass; the backward passes' sums take the registers of two
 _MINE = _ROWS * _GROUPS  # rows of such a program
 _BLOCK = 64  # rows of what they meet in one step
@@ -45,7 +45,7 @@ def _over_rows(x_C, shape):
 
 
 def _dot(a, b_smem, shape):
-    """a b of two blocks, float32."""
+    """The product a b of two blocks, in float32."""
 
     def run(accumulator):
         plgpu.wgmma(accumulator, a, b_smem)
@@ -55,27 +55,27 @@ def _dot(a, b_smem, shape):
 
 
 def _stored(x, smem):
-    """In shared memory, from where the tensor cores read it. Whoever read it before has been waited for."""
+    """`smem` with x in it, for the tensor cores to read. The caller has waited for those that read it before."""
     smem[...] = x.astype(smem.dtype)
     plgpu.commit_smem()
     return smem
 
 
 def _dot_transposed(a, b_smem, shape):
-    """a b^T."""
+    """The product a b^T of two blocks, in float32."""
     return _dot(a, b_smem.transpose((1, 0)), shape)
 
 
 def _visible(first_row, first_column, segment_row, segment_column, shape, queries_are_rows: bool):
-    """Which pairs may meet: the same segment, no key after its query."""
+    """Mask of the pairs that may meet: the same segment, no key after its query."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
     row, column = row + first_row, column + first_column
     ahead = row >= column if queries_are_rows else column >= row
     return ahead & (over_columns(segment_row, shape) == _over_rows(segment_column, shape))
 
 
-def _here(groups: int) -> tuple:
-    """(batch, head, this warpgroup, its first row)."""
+def _position(groups: int) -> tuple:
+    """This program's batch, head and warpgroup, and the warpgroup's first row."""
     group = lax.axis_index("warpgroup")
     return lax.axis_index("batch"), lax.axis_index("head"), group, (lax.axis_index("block") * groups + group) * _ROWS
 
@@ -109,14 +109,14 @@ def _run(body, out_type, scratch, groups: int, columns: int, inputs: tuple, inte
 
 
 def _forward(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: Any):
-    """(out, the rows' log2-sum-exp2 [B, H, L])."""
+    """The output [B, L, H, U] and the rows' log2-sum-exp2 [B, H, L], float32."""
     (B, L, H, X), U, dtype = q_BLHX.shape, v_BLHU.shape[-1], q_BLHX.dtype
     shape = (_ROWS, _BLOCK)
 
     def body(
         q_gmem, k_gmem, v_gmem, segment_gmem, out_gmem, lse_gmem, q_smem, segment_smem, out_smem, lse_smem, p_smem, *barriers
     ):
-        batch, head, group, row = _here(_GROUPS)
+        batch, head, group, row = _position(_GROUPS)
         mine = pl.ds(row, _ROWS)
 
         def compute(run):
@@ -166,7 +166,7 @@ def _gradient_of_queries(q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL,
         q_gmem, k_gmem, v_gmem, segment_gmem, dout_gmem, lse_gmem, delta_gmem, dq_gmem,
         q_smem, dout_smem, segment_smem, lse_smem, delta_smem, ds_smem, *barriers,
     ):  # fmt: skip
-        batch, head, group, row = _here(1)
+        batch, head, group, row = _position(1)
         mine, sums = pl.ds(row, _ROWS), []
 
         def compute(run):
@@ -221,7 +221,7 @@ def _gradient_of_keys(
         q_gmem, k_gmem, v_gmem, segment_gmem, dout_gmem, lse_gmem, delta_gmem, d_gmem,
         k_smem, v_smem, segment_smem, p_smem, *barriers,
     ):  # fmt: skip
-        batch, head, group, row = _here(1)
+        batch, head, group, row = _position(1)
         mine, sums = pl.ds(row, _ROWS), []
         first = lax.axis_index("block") * (_ROWS // _BLOCK)
 

@@ -13,7 +13,7 @@ from pallas_kernels.gradient_codes import reference
 from pallas_kernels.gradient_codes.reference import TINY, Levels
 from pallas_kernels.hopper import ROWS, over_columns
 
-_NUMBERS = 64  # of a block at a time, in registers
+_NUMBERS = 64  # numbers of a block that are in registers at a time
 
 
 def _piece(smem, at: int, width: int) -> jax.Array:
@@ -76,7 +76,7 @@ def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interp
         plgpu.copy_smem_to_gmem(error_smem, residual_gmem.at[at])
         plgpu.wait_smem_to_gmem(0)
 
-    whole = plgpu.SMEM((ROWS, block), jnp.float32)
+    blocks = plgpu.SMEM((ROWS, block), jnp.float32)
     out = (
         jax.ShapeDtypeStruct((rows + extra, width), jnp.uint8),
         jax.ShapeDtypeStruct((rows + extra,), jnp.float32),
@@ -87,7 +87,7 @@ def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interp
         out_type=out,
         cost_estimate=cost.pack_codes([x, error, unit], [*out], len(levels.values), levels.of_rms),
         scratch_types=(
-            whole, whole, whole, plgpu.SMEM((ROWS, width), jnp.uint8), plgpu.SMEM((ROWS,), jnp.float32),
+            blocks, blocks, blocks, plgpu.SMEM((ROWS, width), jnp.uint8), plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=3),
         ),
         grid=((rows + extra) // ROWS,), grid_names=("rows",), interpret=interpret,

@@ -17,7 +17,7 @@ TINY = 1e-30  # a block of smaller numbers is sent as zeros: dividing by its sca
 
 
 class Levels(NamedTuple):
-    """Static: what codes stand for."""
+    """The numbers that codes stand for; static."""
 
     values: tuple[float, ...]  # 2^bits of them, ascending
     of_rms: bool  # in units of a block's root mean square; else of its largest magnitude, and equally spaced
@@ -45,7 +45,7 @@ def scaled(x: Float[Array, "*rows block"], levels: Levels) -> tuple[Float[Array,
 
 
 def code_of(unit: Float[Array, "..."], levels: Levels) -> Array:
-    """int32, of the nearest level."""
+    """int32 code of the nearest level."""
     if levels.of_rms:
         edges = [float(edge) for edge in (np.array(levels.values[1:]) + np.array(levels.values[:-1])) / 2]
         code = jnp.zeros(unit.shape, jnp.int32)
@@ -57,7 +57,7 @@ def code_of(unit: Float[Array, "..."], levels: Levels) -> Array:
 
 
 def level_of(code: Array, levels: Levels) -> Float[Array, "..."]:
-    """By comparisons, which vectorise where looking up does not; equally spaced ones by arithmetic."""
+    """The level of each code: by comparisons, which vectorise where looking up does not, or arithmetic for equal spacing."""
     if not levels.of_rms:
         return code.astype(jnp.float32) * (2 / (len(levels.values) - 1)) - 1
     level = jnp.full(code.shape, levels.values[0], jnp.float32)
@@ -67,7 +67,7 @@ def level_of(code: Array, levels: Levels) -> Float[Array, "..."]:
 
 
 def rounded(x: Float[Array, "*rows block"], levels: Levels) -> Float[Array, "*rows block"]:
-    """What the codes of x stand for, without the bytes between."""
+    """The numbers that the codes of x stand for, without the bytes between."""
     numbers, scale = scaled(x, levels)
     return level_of(code_of(numbers, levels), levels) * scale
 
@@ -82,7 +82,7 @@ def packed(code: Array, bits: int) -> UInt8[Array, "*rows bytes"]:
 
 
 def unpacked(codes: UInt8[Array, "*rows bytes"], bits: int) -> Array:
-    """int32 codes."""
+    """int32 codes [*rows, block] out of bytes."""
     wide = codes.astype(jnp.int32)
     return jnp.concatenate([(wide >> (place * bits)) & (2**bits - 1) for place in range(8 // bits)], axis=-1)
 

@@ -27,7 +27,7 @@ def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interp
     rows, block = x.shape
     reference.require_block("pack_codes", "tpu", block)
     width = block * levels.bits // 8
-    whole = pl.BlockSpec((_ROWS, block), lambda i: (i, 0))
+    blocks = pl.BlockSpec((_ROWS, block), lambda i: (i, 0))
     out = [
         jax.ShapeDtypeStruct((rows, width), jnp.uint8),
         jax.ShapeDtypeStruct((1, rows), jnp.float32),
@@ -36,8 +36,8 @@ def pack(x: jax.Array, error: jax.Array, unit: jax.Array, levels: Levels, interp
     codes, scales, residual = pl.pallas_call(
         functools.partial(_pack_kernel, levels=levels),
         grid=(pl.cdiv(rows, _ROWS),),
-        in_specs=[whole] * 3,
-        out_specs=[pl.BlockSpec((_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((1, _ROWS), lambda i: (0, i)), whole],
+        in_specs=[blocks] * 3,
+        out_specs=[pl.BlockSpec((_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((1, _ROWS), lambda i: (0, i)), blocks],
         out_shape=out,
         cost_estimate=cost.pack_codes([x, error, unit], out, len(levels.values), levels.of_rms),
         interpret=interpret,

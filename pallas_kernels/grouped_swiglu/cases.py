@@ -45,7 +45,7 @@ def _results(implementation, interpret, *arguments):
 
 
 def _expected(*arguments):
-    """In float32 whatever the dtype."""
+    """The definition's results, computed in float32 whatever the dtype."""
     wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, arguments)
     found = jax.device_get(jax.jit(functools.partial(_results, "reference", None))(*wide))
     return {name: array.astype("float64") for name, array in found.items()}

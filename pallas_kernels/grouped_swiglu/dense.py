@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 
 def dense_is_worthwhile(tokens: int, choices: int, experts: int) -> bool:
-    """Few tokens, whose choices reach most experts."""
+    """Whether there are few tokens, whose choices reach most experts."""
     return tokens <= 16 and tokens * choices >= experts
 
 
@@ -21,7 +21,7 @@ def dense_swiglu(
     expert_TK: Int[Array, "T K"],
     weight_TK: Float[Array, "T K"],
 ) -> Float[Array, "T D"]:
-    """What `grouped_swiglu` computes, from weights whose first axes are swapped."""
+    """The result of `grouped_swiglu`, from weights whose first axes are swapped."""
     D, E, _, M = w_gate_up_DE2M.shape
     T = x_TD.shape[0]
     gate_up_TX = jnp.dot(x_TD, w_gate_up_DE2M.reshape(D, -1), preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""What cross-entropy needs of logits: each row's largest, the sum of exponentials, and the one at the target."""
+"""The statistics of logits that cross-entropy needs: each row's largest, the sum of exponentials, and the one at the target."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ NEG = -1e30  # in place of a logit that is not there: exp(0), never NaN, once th
 
 
 class LogitStatistics(NamedTuple):
-    """float32, of the logits x w. With columns of a sharded vocabulary, of those."""
+    """float32 statistics of the logits x w; with a sharded vocabulary, of this device's columns."""
 
     top_T: Float[Array, " T"]  # largest logit
     total_T: Float[Array, " T"]  # sum of exp(logit - top)
@@ -31,7 +31,7 @@ def logit_statistics(
 
 
 def over_blocks(top_bT: Array, total_bT: Array, at_target_bT: Array, logits_TV: jax.Array | None) -> LogitStatistics:
-    """From those of b blocks of columns."""
+    """The statistics of all columns from those of b blocks of columns."""
     top_T = top_bT.max(0)
     total_T = jnp.sum(total_bT * jnp.exp(top_bT - top_T), axis=0)
     return LogitStatistics(top_T, total_T, at_target_bT.sum(0), logits_TV)

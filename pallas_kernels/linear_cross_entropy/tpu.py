@@ -12,7 +12,7 @@ from pallas_kernels.linear_cross_entropy.statistics import NEG, LogitStatistics,
 from pallas_kernels.scaled import TILE
 from pallas_kernels.tpu import block_columns
 
-_M, _N, _K = 512, 512, 1024  # of a program's block: 9 MB of VMEM with double buffering
+_M, _N, _K = 512, 512, 1024  # sizes of a program's block: 9 MB of VMEM with double buffering
 
 
 def _kernel(x_ref, w_ref, target_ref, *rest, vocabulary: int, keep: bool):

@@ -9,7 +9,7 @@ from pallas_kernels.measure import EXACT, Case, Suite, normal
 from pallas_kernels.quantize import reference
 from pallas_kernels.scaled import DTYPES, Format
 
-# whole tiles, edges on both sides, less than one tile, wide; and whether scales are powers of two
+# full tiles, edges on both sides, less than one tile, wide; and whether scales are powers of two
 SHAPES = {(256, 512): False, (100, 130): True, (3, 40): False, (129, 896): True}
 _BOTH = {"values": EXACT, "scales": EXACT}
 
@@ -34,7 +34,7 @@ def _quantize_cases() -> dict[str, Case]:
 
 
 def sources(shape: tuple[int, int], format: Format) -> dict:
-    """What can be quantised transposed: numbers of 16 and 32 bits, and tiles along the other axis, of e4m3 too."""
+    """Matrices to quantise transposed: numbers of 16 and 32 bits, and tiles along the other axis, of e4m3 too."""
     x = normal(2, *shape, dtype=jnp.bfloat16)
     return {
         "bfloat16": x,

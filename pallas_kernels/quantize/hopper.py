@@ -16,7 +16,7 @@ _SQUARE = (TILE, TILE)
 
 
 def _store(numbers, amax, format: Format, power_of_two: bool, out, scratch) -> None:
-    """128 x 128 numbers with one scale a row, to their places in global memory."""
+    """Write 128 x 128 numbers with one scale a row to global memory."""
     (values_gmem, scales_gmem), (values_smem, scales_smem) = out, scratch
     scale = scale_of(amax, format, power_of_two)
     values_smem[...] = encode(numbers, lax.broadcast_in_dim(1 / scale, _SQUARE, (0,)), format)
@@ -43,8 +43,8 @@ def _call(body, inputs: tuple, smem: tuple, shape: tuple[int, ...], format: Form
     )(*inputs)  # fmt: skip
 
 
-def _here() -> tuple:
-    """Rows and columns of this program's square, and the number of the latter's tile."""
+def _square() -> tuple:
+    """This program's square of 128 x 128: slices of its rows and columns, and the numbers of their tiles."""
     i, k = lax.axis_index("rows"), lax.axis_index("columns")
     return pl.ds(i * TILE, TILE), pl.ds(k * TILE, TILE), i, k
 
@@ -55,7 +55,7 @@ def quantize(x: jax.Array, rows: int, format: Format, power_of_two: bool, interp
     x = pad_to_tiles(x, TILE)
 
     def body(x_gmem, values_gmem, scales_gmem, x_smem, values_smem, scales_smem, barrier):
-        at_row, at_column, _, k = _here()
+        at_row, at_column, _, k = _square()
         plgpu.copy_gmem_to_smem(x_gmem.at[at_row, at_column], x_smem, barrier)
         plgpu.barrier_wait(barrier)
         numbers = plgpu.load(x_smem, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -93,7 +93,7 @@ def _transposed(x: jax.Array, scales: jax.Array | None, format: Format, power_of
     def body(*refs):
         x_gmem, *scales_gmem = refs[: len(inputs)]
         values_gmem, out_scales_gmem, x_smem, *more_smem, values_smem, out_scales_smem, barrier = refs[len(inputs) :]
-        at_row, at_column, i, k = _here()  # of the result: column and row of x
+        at_row, at_column, i, k = _square()  # of the result: column and row of x
         plgpu.copy_gmem_to_smem(x_gmem.at[at_column, at_row], x_smem, barrier)
         if scales_gmem:
             plgpu.copy_gmem_to_smem(scales_gmem[0].at[i, at_column], more_smem[0], barrier)

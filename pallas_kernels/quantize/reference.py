@@ -6,7 +6,7 @@ from jax import lax
 
 from pallas_kernels.scaled import DTYPES, LARGEST, TILE, Format, Scaled, dequantize, pad_to_tiles, tiles
 
-SMALLEST = 1e-30  # of a tile's largest magnitude: a tile of zeros has a scale too
+SMALLEST = 1e-30  # least that is taken for a tile's largest magnitude: a tile of zeros has a scale too
 
 
 def to_power_of_two(scale):
@@ -49,7 +49,7 @@ def with_one_scale(values, scale) -> Scaled:
 
 
 def rounded(x: jax.Array, rows: int | None, format: Format, power_of_two: bool) -> jax.Array:
-    """What quantisation makes of x, in float32: `dequantize(quantize(x))` without the detour over layouts."""
+    """x after quantisation, in float32: `dequantize(quantize(x))` without the detour over layouts."""
     (M, K), group = x.shape, rows or 1
     x = pad_to_tiles(x.astype(jnp.float32), group).reshape(-1, group, tiles(K), TILE)
     amax = jnp.max(jnp.abs(x), axis=(1, 3) if rows else None, keepdims=True)

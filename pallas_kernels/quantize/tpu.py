@@ -11,7 +11,7 @@ from pallas_kernels.quantize.reference import encode, scale_of
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, pad_to_tiles
 from pallas_kernels.tpu import block_columns
 
-_ROWS = 256  # of a program's block; both kinds of groups fit
+_ROWS = 256  # rows of a program's block, a multiple of both kinds of groups
 _COLUMNS = 1024
 
 

@@ -13,14 +13,14 @@ from pallas_kernels.swiglu_quantize.api import swiglu_quantize
 
 
 def quantized(x, rows: Literal[1, 128], format: Format, gemms: Gemms) -> Scaled:
-    """As `gemms` says: with scales for tiles or blocks, or with one."""
+    """x in 8 bits with scales for tiles of 1 x 128 or blocks of 128 x 128, or with one scale, as `gemms` says."""
     if gemms.per_tensor:
         return reference.quantize(x, None, format, gemms.power_of_two)
     return quantize(x, rows, format, gemms.power_of_two, gemms.implementation)
 
 
 def quantized_transposed(x: jax.Array | Scaled, gemms: Gemms) -> Scaled:
-    """An operand of the weights' gradient: x^T, with scales for tiles along tokens or with one."""
+    """x^T, an operand of the weights' gradient, with scales for tiles along tokens or with one."""
     if gemms.per_tensor:
         x = dequantize(x) if isinstance(x, Scaled) else x
         return reference.quantize(x.T, None, gemms.wgrad, gemms.power_of_two)
@@ -32,7 +32,7 @@ def weights_transposed(w: Scaled, gemms: Gemms) -> Scaled:
 
 
 def swiglu_quantized(gate_up_TX: Float[Array, "T 2*F"], gemms: Gemms) -> tuple[Scaled, Scaled]:
-    """As `swiglu_quantize`."""
+    """(silu(gate) * up, [gate, up]) in 8 bits; see `swiglu_quantize`."""
     if not gemms.per_tensor:
         return swiglu_quantize(gate_up_TX, gemms.forward, gemms.power_of_two, gemms.implementation)
     gate, up = jnp.split(gate_up_TX.astype(jnp.float32), 2, axis=1)

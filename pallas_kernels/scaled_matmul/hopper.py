@@ -105,7 +105,7 @@ def _run(a: Scaled, b: Scaled, group_b: jax.Array, N: int, dtype, interpret: Any
     M = a_MK.shape[0]
     out = jax.ShapeDtypeStruct((M, N), dtype)
     K = a_MK.shape[1]
-    # of b, each block of rows of a reads the N rows of its group
+    # each block of rows of a reads the N rows of b that its group has
     of_group = [jax.ShapeDtypeStruct((N, K), b_NK.dtype), jax.ShapeDtypeStruct((K // TILE, N), b_scale.dtype)]
     estimate = cost.scaled_product([a_MK, a_scale], of_group, out, K, N // TILE, M // TILE)
     return _kernel(_body, out, {"m": M // TILE, "n": N // TILE}, estimate, interpret)(group_b, a_MK, a_scale, b_NK, b_scale)

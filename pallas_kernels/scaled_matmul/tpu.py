@@ -10,7 +10,7 @@ from pallas_kernels import cost
 from pallas_kernels.scaled import TILE, Scaled
 from pallas_kernels.tpu import block_columns
 
-_M, _N, _K = 512, 512, 1024  # of a program's block: 4 MB of VMEM with double buffering
+_M, _N, _K = 512, 512, 1024  # sizes of a program's block: 4 MB of VMEM with double buffering
 
 
 def _kernel(_, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref, sum_ref):
@@ -54,7 +54,7 @@ def _run(a: Scaled, b: Scaled, group_b: jax.Array, blocks: tuple[int, int], N: i
         scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
     )
     out = jax.ShapeDtypeStruct((M, N), dtype)
-    # of b, each block of rows of a reads the N rows of its group
+    # each block of rows of a reads the N rows of b that its group has
     of_group = [jax.ShapeDtypeStruct((N, K), b_NK.dtype), jax.ShapeDtypeStruct((K // TILE, 1, N), b_scale.dtype)]
     return pl.pallas_call(
         _kernel, grid_spec=grid, out_shape=out, interpret=interpret, name="scaled_matmul",

@@ -2,8 +2,8 @@
 
 Every kernel first goes through its operation's suite of cases (`pallas_kernels.testing`). Then it answers the same question as
 its definition in plain JAX at the released model's sizes, the largest difference is printed, and both are timed, interleaved;
-the ratio is of the medians. `TFLOP/s` counts the products' work, `GB/s` what a kernel must read and write. 8-bit products stand beside
-bfloat16's (`jnp.dot`) too.
+the ratio is of the medians. `TFLOP/s` counts the products' work, `GB/s` what a kernel must read and write. 8-bit products stand
+beside bfloat16's (`jnp.dot`) too.
 
 `--model` times whole training steps of a model of 2.4 billion parameters (fits 80 GB) by recipe, checks that each learns one
 batch by heart alike, and that nothing is compiled after the first step.
