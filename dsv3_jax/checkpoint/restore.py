@@ -14,7 +14,7 @@ from dsv3_jax.checkpoint.manifest import MANIFEST, check_format, verify
 from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, joined, state_from_arrays, state_to_arrays
 from dsv3_jax.checkpoint.retention import complete_steps, set_aside
 from dsv3_jax.checkpoint.storage import load_arrays, optimizer_shapes, read_metadata
-from dsv3_jax.cluster.processes import first_complaint, first_says, on_first
+from dsv3_jax.cluster.processes import broadcast_from_first, first_nonempty, on_first
 from dsv3_jax.errors import UserError
 from dsv3_jax.state.train_state import TrainState
 
@@ -78,7 +78,7 @@ def _candidate(directory: Path, wanted: Arrays, copies: LocalCopies | None) -> _
         return _Candidate(directory, templates, partial, LocalCopy({}), set(), reads_shared=True)
     arrays, copy = joined(templates), copies.of(int(directory.name), directory / MANIFEST)
     local = copy.covered(arrays)
-    missing = first_complaint("" if len(local) == len(arrays) else "some of it")
+    missing = first_nonempty("" if len(local) == len(arrays) else "some of it")
     return _Candidate(directory, templates, partial, copy, local - {_ALWAYS_SHARED} if missing else local, bool(missing))
 
 
@@ -88,13 +88,13 @@ def _latest_undamaged(
     """The same for all processes, each of which verifies a share of the files."""
     damaged: dict[int, str] = {}
     while True:
-        step = first_says(lambda: max(set(complete_steps(checkpoints)) - set(damaged), default=-1))
+        step = broadcast_from_first(lambda: max(set(complete_steps(checkpoints)) - set(damaged), default=-1))
         if step < 0:
             raise UserError(f"no checkpoint in {checkpoints} is undamaged: {'; '.join(damaged.values())}")
         directory = checkpoints / str(step)
         on_first(functools.partial(check_format, directory))  # one that is newer is not damaged: nothing else is tried
         candidate = _candidate(directory, wanted, copies)
-        complaint = first_complaint(candidate.complaint())
+        complaint = first_nonempty(candidate.complaint())
         if not complaint:
             on_first(functools.partial(set_aside, checkpoints, damaged, step, report))
             return candidate

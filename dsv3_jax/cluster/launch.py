@@ -11,13 +11,19 @@ from typing import IO
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.errors import UserError
 
-_GRACE_S = 10.0
+_GRACE_S = 10.0  # for the others to end by themselves once one has failed
 
 
 def launch(command: list[str], processes: int, devices: int) -> int:
-    """Run `dsv3 COMMAND` in `processes` processes with `devices` virtual CPU devices each; the first failure ends all.
+    """Run `dsv3 COMMAND` in several processes on this machine's CPU. The first failure ends all; SIGINT and SIGTERM go to all.
 
-    Returns the exit code of the process that failed first, or 0. SIGINT and SIGTERM are passed on.
+    Args:
+        command: A verb of `dsv3` and its arguments.
+        processes: How many processes.
+        devices: Virtual CPU devices of each process.
+
+    Returns:
+        The exit code of the process that failed first, or 0.
     """
     if processes < 1 or devices < 1:
         raise UserError(f"--processes {processes} --devices {devices}: use 1 or more of each")
@@ -34,7 +40,7 @@ def launch(command: list[str], processes: int, devices: int) -> int:
         )
         for i in range(processes)
     ]  # fmt: skip
-    # Gloo, which connects CPU processes, reports each connection on standard output
+    # Gloo, which connects CPU processes, prints every connection to standard output
     copier = threading.Thread(target=_copy_without_gloo, args=(running[0].stdout,), daemon=True)
     copier.start()
 

@@ -1,9 +1,9 @@
-"""`dsv3 train --engine`: a supervised run, from what the command line says."""
+"""`dsv3 train --engine` and `--workers`: from the command line's options to a supervised run."""
 
 import os
 import re
 
-from dsv3_jax.cluster.processes import place_from, seconds_from
+from dsv3_jax.cluster.processes import cluster_spec, seconds_from
 from dsv3_jax.config import Config
 from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
@@ -12,11 +12,11 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import run_directory
 
 _HEARTBEAT_S = 15.0
-_JOIN_S = 60.0  # hosts have answered just before: their workers come within seconds, where all is well
+_JOIN_S = 60.0  # hosts have just answered, so that their workers join within seconds unless one is lost
 
 
 def parse_workers(workers: str | None) -> tuple[int, int]:
-    """MIN:MAX, or one number for both."""
+    """(MIN, MAX) of MIN:MAX, or of one number for both. Raises `UserError` for anything else."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", workers or "")
     if match is None:
         raise UserError(f"--workers {workers or '(missing)'}: use MIN:MAX, e.g. --workers 2:4")
@@ -27,15 +27,18 @@ def parse_workers(workers: str | None) -> tuple[int, int]:
 
 
 def job_for(config: Config, args: list[str], workers: str | None, devices: int | None, rehearse: bool = False) -> Job:
-    """Raises `UserError` where nothing could ever run: no devices, or no legal mesh."""
+    """What a supervisor is to run: the `dsv3` command `args` on MIN:MAX `workers` with `devices` each.
+
+    Raises `UserError` where nothing could ever run: bad numbers, or no feasible mesh.
+    """
     least, most = parse_workers(workers)
     if devices is None or devices < 1:
-        raise UserError(f"--devices {devices or '(missing)'}: say how many devices each worker has, 1 or more")
-    legal = feasible_worker_counts(config, devices, range(1, most + 1))
-    if not any(count >= least for count in legal):
+        raise UserError(f"--devices {devices or '(missing)'}: give the number of devices of each worker, 1 or more")
+    feasible = feasible_worker_counts(config, devices, range(1, most + 1))
+    if not any(count >= least for count in feasible):
         raise UserError(
             f"--workers {workers}: no mesh over {least} to {most} workers of {devices} devices divides the model and "
-            f"data.batch_size={config.data.batch_size}; numbers that do: {', '.join(map(str, legal)) or 'none'}"
+            f"data.batch_size={config.data.batch_size}; numbers that do: {', '.join(map(str, feasible)) or 'none'}"
         )
     run = run_directory(config)
     run.check_belongs_to(config)
@@ -44,29 +47,41 @@ def job_for(config: Config, args: list[str], workers: str | None, devices: int |
 
 
 def leave_spares(config: Config, devices: int) -> None:
-    """Of the processes that the environment describes, those beyond the largest legal number end well; the rest are the run.
+    """End this process, with exit code 0, if the run cannot use it; else leave the number of those it can in the environment.
 
-    Where the environment is SLURM's or Kubernetes', which start a worker on whatever is left. Raises `UserError` if no number
-    is legal.
+    SLURM and Kubernetes start a worker on every node that is left; a run uses the largest number of them, with `devices` each,
+    that has a feasible mesh. Raises `UserError` if no number has.
     """
-    place = place_from(os.environ)
-    if place is None:
+    spec = cluster_spec(os.environ)
+    if spec is None:
         return
-    count = largest_feasible_count(config, devices, place.processes)
+    count = largest_feasible_count(config, devices, spec.processes)
     if count == 0:
-        raise UserError(f"no mesh over {place.processes} or fewer workers of {devices} devices divides the model and the batch")
-    if place.process >= count:
-        print(f"process {place.process} is spare: the largest legal number of workers is {count} of {place.processes}")
+        raise UserError(f"no mesh over {spec.processes} or fewer workers of {devices} devices divides the model and the batch")
+    if spec.process >= count:
+        print(f"process {spec.process} is spare: the largest feasible number of workers is {count} of {spec.processes}")
         raise SystemExit(0)
     os.environ |= {
-        "DSV3_COORDINATOR": place.coordinator, "DSV3_PROCESSES": str(count), "DSV3_PROCESS_ID": str(place.process),
+        "DSV3_COORDINATOR": spec.coordinator, "DSV3_PROCESSES": str(count), "DSV3_PROCESS_ID": str(spec.process),
     }  # fmt: skip
 
 
 def supervise(
     config: Config, args: list[str], engine: str, workers: str | None, devices: int | None, rehearse: bool = False
 ) -> int:
-    """Run `dsv3 ARGS` on an engine's hosts until it is done. Returns the exit code; raises `UserError` for bad input."""
+    """Run the `dsv3` command `args` on an engine's hosts until it is done.
+
+    Args:
+        config: What `args` train.
+        args: A verb of `dsv3` and its arguments.
+        engine: local or ray.
+        workers: MIN:MAX, or one number.
+        devices: Devices per worker.
+        rehearse: First compile for every smaller feasible number of workers.
+
+    Returns:
+        The exit code. Raises `UserError` for bad input.
+    """
     job = job_for(config, args, workers, devices, rehearse)
     hosts = _engine(engine, job)
     try:

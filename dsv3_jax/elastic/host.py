@@ -1,9 +1,9 @@
-"""A host of a supervised run: a process with everything imported, which forks workers, so that a new one starts in no time.
+"""A host of a supervised run: a process that has imported everything and forks workers, so that a new one starts at once.
 
 Run by `python -m dsv3_jax.elastic.host`. Standard input takes one JSON object a line,
 {"start": {"entry", "args", "environ", "log"}} or {"signal": number}; standard output gives {"ready": pid},
-{"pid": of the worker}, {"exit": code}. No device and no thread is opened before the fork. The worker ends with the host, and
-the host with its standard input. Linux only.
+{"pid": of the worker}, {"exit": code of the worker}. No device and no thread is opened before the fork. The worker ends with
+the host, and the host with its standard input. Linux only.
 """
 
 import contextlib
@@ -55,7 +55,10 @@ def _commands(worker_fd: list[int]) -> Iterator[dict[str, Any] | None]:
 
 
 def serve() -> dict[str, Any] | None:
-    """Fork workers until standard input ends. Returns None then; and in each worker, what it was started with."""
+    """Fork a worker for each start command until standard input ends.
+
+    Returns None in the host, and in each worker the start command.
+    """
     worker, worker_fd = 0, []
     for command in _commands(worker_fd):
         if command is None:
@@ -80,13 +83,14 @@ def serve() -> dict[str, Any] | None:
 
 
 def _end_with(host: int) -> None:
+    """Have the kernel kill this process when its host ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != host:
         os._exit(1)
 
 
 def _work(start: dict[str, Any]) -> int:
-    """Become one of the run's processes, and do what the command line would. Returns its exit code."""
+    """Become one of the run's processes and call the entry point that `start` names. Returns its exit code."""
     log = os.open(start["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)

@@ -1,4 +1,4 @@
-"""What a supervisor sees of a host, and an engine whose hosts are all on this machine."""
+"""What a supervisor knows of hosts and engines, and an engine whose hosts are all on this machine."""
 
 import dataclasses
 import json
@@ -17,42 +17,50 @@ from dsv3_jax.cluster.processes import free_port
 
 @dataclass(frozen=True)
 class Start:
-    """What a worker is started with: arguments of `dsv3`, environment, the file for what it prints."""
+    """What a worker is started with."""
 
-    args: list[str]
-    environ: dict[str, str]
-    log: str
+    args: list[str]  # of `entry`
+    environ: dict[str, str]  # added to the host's
+    log: str  # the file for what it prints
     entry: str = "dsv3_jax.cli:main"  # module:function that takes `args`
 
 
 class Host(Protocol):
-    """A place for one worker. Its attributes change as things happen; no call waits for the worker."""
+    """A machine, or a part of one, that runs one worker at a time. Attributes are updated meanwhile; no call waits."""
 
     name: str
-    ready: bool  # it can start a worker
-    lost: bool  # for good: should the machine come back, then as another host
-    pid: int | None  # of the worker that runs
+    ready: bool  # can start a worker
+    lost: bool  # for good: a machine that comes back is another host
+    pid: int | None  # of the running worker
     code: int | None  # exit code of the last worker (negative: killed by that signal); None while it runs
 
     def address(self) -> str:
-        """host:port, free now, at which other hosts reach a worker of this one."""
+        """host:port, free now, at which the workers of other hosts can reach one of this host."""
         ...
 
-    def start(self, start: Start) -> None: ...
+    def start(self, start: Start) -> None:
+        """Start a worker."""
+        ...
 
-    def signal(self, number: int) -> None: ...
+    def signal(self, number: int) -> None:
+        """Send the worker a signal; without a worker, do nothing."""
+        ...
 
 
 class Engine(Protocol):
+    """Where hosts come from."""
+
     def hosts(self) -> list[Host]:
-        """Those that are ready, and answer."""
+        """The hosts that are ready and answer."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End all hosts and their workers."""
+        ...
 
 
 class HostProcess:
-    """A `Host` that is a child of this process (see host.py)."""
+    """A `Host` that is a child process of this one (see host.py)."""
 
     def __init__(self, name: str, environ: dict[str, str], prefix: Sequence[str] = ()):
         self.name, self.ready, self.lost = name, False, False
@@ -67,14 +75,14 @@ class HostProcess:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            said = json.loads(line)
-            if "ready" in said:
+            message = json.loads(line)
+            if "ready" in message:
                 self.ready = True
-            self.pid = said.get("pid")
-            self.code = said.get("exit")
+            self.pid = message.get("pid")
+            self.code = message.get("exit")
         self.lost, self.ready, self.pid = True, False, None
 
-    def _tell(self, command: dict[str, Any]) -> None:
+    def _send(self, command: dict[str, Any]) -> None:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write((json.dumps(command) + "\n").encode())
@@ -87,10 +95,10 @@ class HostProcess:
 
     def start(self, start: Start) -> None:
         self.code = None
-        self._tell({"start": dataclasses.asdict(start)})
+        self._send({"start": dataclasses.asdict(start)})
 
     def signal(self, number: int) -> None:
-        self._tell({"signal": number})
+        self._send({"signal": number})
 
     def close(self) -> None:
         """End the host, and its worker with it."""
@@ -103,22 +111,25 @@ class HostProcess:
 
 
 def host_environment(devices: int | None) -> dict[str, str]:
-    """This process's, for a host: without its place in another run; with `devices` virtual ones if the platform is the CPU."""
+    """The environment of a host: this process's, without the variables that make it a process of another run.
+
+    `devices`: virtual CPU devices of the host's workers; None on accelerators.
+    """
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV3_COORDINATOR", "DSV3_PROCESS"))}
-    # what `dsv3` sets for itself by starting again, which a fork cannot
+    # `dsv3` sets this for itself by starting again, which a forked worker cannot
     environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return environ if devices is None else environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 @dataclass
 class LocalEngine:
-    """`count` hosts on this machine's CPU, for trying out what a cluster will do. One that is lost is back after a while."""
+    """`count` hosts on this machine's CPU, for trying out what a cluster will do."""
 
     count: int
-    devices: int
-    back_after_s: float = 5.0
+    devices: int  # virtual CPU devices per worker
+    back_after_s: float = 5.0  # a lost host is replaced after this time
     slots: dict[str, HostProcess] = field(default_factory=dict)
-    _due: dict[str, float] = field(default_factory=dict)
+    _replace_at: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._environ = host_environment(self.devices) | {"JAX_PLATFORMS": "cpu"}
@@ -132,9 +143,9 @@ class LocalEngine:
 
     def hosts(self) -> list[Host]:
         for name, host in self.slots.items():
-            if host.lost and time.monotonic() >= self._due.setdefault(name, time.monotonic() + self.back_after_s):
+            if host.lost and time.monotonic() >= self._replace_at.setdefault(name, time.monotonic() + self.back_after_s):
                 self.slots[name] = self._host(name)
-                del self._due[name]
+                del self._replace_at[name]
         return [host for host in self.slots.values() if host.ready]
 
     def close(self) -> None:

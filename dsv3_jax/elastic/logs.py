@@ -1,4 +1,4 @@
-"""What workers print, read from their files while they write them."""
+"""Reading the workers' log files while they are written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,10 @@ _TAIL_BYTES = 2**18
 
 
 class Follower:
-    """Says each line of a file that grows, when `read` is called. As a context manager it reads the rest at its end."""
+    """Passes the new lines of a growing file to `say` whenever `read` is called; as a context manager, also at its end."""
 
     def __init__(self, path: Path, say: Callable[[str], None]):
-        self._path, self._say, self._at = path, say, 0
+        self._path, self._say, self._offset = path, say, 0
 
     def __enter__(self) -> Self:
         return self
@@ -22,19 +22,19 @@ class Follower:
     def read(self) -> None:
         try:
             with open(self._path, "rb") as file:
-                file.seek(self._at)
+                file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:  # the worker has not begun
             return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._at += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
-            if not line.startswith("[Gloo]"):  # which connects CPU processes, and reports each connection
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.decode(errors="replace").splitlines():
+            if not line.startswith("[Gloo]"):  # which prints every connection between CPU processes
                 self._say(line)
 
 
 def tail(path: Path) -> str:
-    """The last lines; '' if there is no file."""
+    """The end of a log; '' if there is no file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -43,6 +43,6 @@ def tail(path: Path) -> str:
         return ""
 
 
-def says_stuck(log: Path) -> bool:
-    """Whether its process was ended by its watchdog (train/watchdog.py)."""
+def ended_by_watchdog(log: Path) -> bool:
+    """Whether the log ends with the stacks that the watchdog prints (train/watchdog.py) before it ends its process."""
     return "Timeout (" in tail(log)

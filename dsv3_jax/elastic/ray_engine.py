@@ -1,6 +1,6 @@
-"""Hosts on a Ray cluster: an actor each, which Ray places on a node with room for it, and replaces when the node is gone.
+"""Hosts on a Ray cluster: each is an actor, which Ray schedules on a node with room for it.
 
-Ray knows the nodes, notices their death and starts the actors; the supervisor decides what runs. Ray Train's `JaxTrainer` is
+Ray knows the nodes, notices when one dies and starts the actors; the supervisor decides what runs. Ray Train's `JaxTrainer` is
 not used: it starts a whole group of new interpreters for every attempt, and waits out its start timeout for the dead among
 them (see docs/elastic.md).
 """
@@ -19,14 +19,14 @@ from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.elastic.hosts import Host, HostProcess, Start, host_environment
 from dsv3_jax.errors import UserError
 
-_ANSWER_S = 2.0  # within which a host that is well answers
+_ANSWER_S = 2.0  # a healthy host answers within this
 _ACCELERATORS = ("GPU", "TPU")
-_PASSED_ON = ("JAX_", "XLA_", "DSV3_", "XDG_", "LIBTPU_", "NCCL_")  # beginnings of variables that hosts get from here
+_PASSED_ON = ("JAX_", "XLA_", "DSV3_", "XDG_", "LIBTPU_", "NCCL_")  # prefixes of environment variables that hosts get
 
 
 @ray.remote(max_concurrency=4)  # type: ignore[call-overload]
 class _Actor:
-    """On a node: one host process, started in the directory and with the paths of whoever supervises."""
+    """On a node: one host process, started in the supervisor's directory and with its paths."""
 
     def __init__(self, name: str, directory: str, environ: dict[str, str], devices: int):
         os.chdir(directory)
@@ -34,9 +34,9 @@ class _Actor:
         on_accelerator = any(ray.get_runtime_context().get_accelerator_ids().values())
         self._host = HostProcess(name, host_environment(None if on_accelerator else devices))
 
-    def wait(self, said: tuple) -> tuple:
-        """(ready, lost, pid, code), as soon as they differ from `said`."""
-        while (now := (self._host.ready, self._host.lost, self._host.pid, self._host.code)) == said:
+    def wait(self, known: tuple) -> tuple:
+        """(ready, lost, pid, code), as soon as they differ from `known`."""
+        while (now := (self._host.ready, self._host.lost, self._host.pid, self._host.code)) == known:
             time.sleep(0.02)
         return now
 
@@ -65,13 +65,13 @@ class RayHost:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        said = (False, False, None, None)
+        known = (False, False, None, None)
         while not self.lost:
             try:
-                said = ray.get(self.actor.wait.remote(said))
+                known = ray.get(self.actor.wait.remote(known))
             except Exception:  # the actor's node, its process, or the whole cluster: whatever is gone, the host is
                 break
-            self.ready, self.lost, self.pid, self.code = said
+            self.ready, self.lost, self.pid, self.code = known
         self.ready, self.lost, self.pid = False, True, None
 
     def address(self) -> str:
@@ -89,9 +89,9 @@ class RayHost:
 
 
 class RayEngine:
-    """`count` hosts at most, on the cluster of RAY_ADDRESS or of this machine (or on a cluster of this machine alone).
+    """At most `count` hosts on the cluster of RAY_ADDRESS, or else on one of this machine alone.
 
-    A worker takes all accelerators of a node, or one CPU where there are none.
+    A worker takes all accelerators of a node, or one CPU where there are none; it then has `devices` virtual devices.
     """
 
     def __init__(self, count: int, devices: int):
@@ -113,7 +113,7 @@ class RayEngine:
     def hosts(self) -> list[Host]:
         for i, host in enumerate(self._hosts):
             if host.lost:
-                with contextlib.suppress(Exception):  # it may be cut off rather than gone: what it holds must be free
+                with contextlib.suppress(Exception):  # it may be cut off rather than gone, and must free its devices
                     ray.kill(host.actor)
                 self._hosts[i] = self._host()
         ready = [host for host in self._hosts if host.ready]
@@ -131,12 +131,12 @@ class RayEngine:
 def _is_true(answer: Any) -> bool:
     try:
         return ray.get(answer)
-    except Exception:  # it died while it was asked
+    except Exception:  # it died before it answered
         return False
 
 
 def _resources() -> dict[str, Any]:
-    """Options of an actor that takes a node's accelerators, as many as the first node with some has."""
+    """Options of an actor that takes all accelerators of a node, as many as the first node with some has."""
     for node in ray.nodes():
         for kind in _ACCELERATORS:
             if node["Alive"] and (number := int(node["Resources"].get(kind, 0))):

@@ -1,8 +1,8 @@
-"""Keeps a run going: starts workers on the hosts that there are, notices when one fails, and starts again on what is left.
+"""Keeps a run going: starts workers on the available hosts, notices when one fails, and starts again on what is left.
 
-A run is a sequence of attempts. Each has as many workers as its configuration has a legal mesh for (cost/feasible.py), goes
-on from the latest undamaged checkpoint, and ends as a whole: JAX's processes cannot go on without one of theirs. What engine
-the hosts come from makes no difference here.
+A run is a sequence of attempts. Each has the largest number of workers for which its configuration has a feasible mesh
+(cost/feasible.py) and goes on from the latest undamaged checkpoint. When one worker ends, the attempt does: JAX's processes
+cannot go on without one of theirs. Nothing here depends on the engine that the hosts come from.
 """
 
 import signal
@@ -16,7 +16,7 @@ from typing import Any
 from dsv3_jax.config import Config
 from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, Host, Start
-from dsv3_jax.elastic.logs import Follower, says_stuck
+from dsv3_jax.elastic.logs import Follower, ended_by_watchdog
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_NOT_JOINED, EXIT_STOPPED
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.events import EventLog
@@ -24,23 +24,27 @@ from dsv3_jax.runs.metrics import last_row
 
 _POLL_S = 0.05
 _LOOK_S = 2.0  # between looks for more hosts, and at the deadline of process 0
-_LATE_S = 10.0  # how much later than a worker the supervisor loses patience with it
+_LATE_S = 10.0  # how long after a worker's own deadline the supervisor gives it up
 _GRACE_S = 120.0  # for a save after SIGTERM
-_WORDS_S = 1.0  # for the others to say what they have to say, once one has ended
-_ATTEMPTS_IN_VAIN = 6  # without a new step
-_BAD_ERRORS = (EXIT_BAD_INPUT,)  # exit codes that no other attempt would change: bad input, divergence, a full disk
+_LAST_MESSAGES_S = 1.0  # for the others to write their errors, once one has ended
+_ATTEMPTS_IN_VAIN = 6  # in a row, without a new step
+_BAD_ERRORS = (EXIT_BAD_INPUT,)  # exit codes after which another attempt would fail too: bad input, divergence, a full disk
 
 
 class End(Enum):
+    """How an attempt ended."""
+
     DONE = auto()
-    REFUSED = auto()
-    STOPPED = auto()  # by the user
+    REFUSED = auto()  # bad input
+    STOPPED = auto()  # by the user, and saved
     RESIZE = auto()  # saved, to go on with more hosts
     FAILED = auto()
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """How an attempt ended, and if it failed, why and on which host."""
+
     end: End
     cause: str = ""
     host: str = ""
@@ -48,33 +52,34 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run: `args` of `dsv3` for each worker, and on how many of them with how many devices each."""
+    """What a supervisor runs."""
 
     config: Config
-    args: list[str]
+    args: list[str]  # of `dsv3`, for each worker
     run: RunDirectory
-    least: int
-    most: int
-    devices: int
-    heartbeat_s: float
-    join_s: float
-    rehearse: bool = False
+    least: int  # workers
+    most: int  # workers
+    devices: int  # per worker
+    heartbeat_s: float  # DSV3_HEARTBEAT_S of the workers
+    join_s: float  # their DSV3_JOIN_TIMEOUT_S, and how long the first attempt waits for all hosts
+    rehearse: bool = False  # compile for all smaller feasible numbers of workers first
 
 
 class Supervisor:
-    """`run` returns the exit code of the whole: 0, 2 for bad input, 130 if stopped and saved, 1 if it was given up."""
+    """Runs a job on an engine's hosts; `say` gets the lines that process 0 and the supervisor print."""
 
     def __init__(self, job: Job, engine: Engine, say: Callable[[str], None] = print):
         self._job, self._engine, self._say = job, engine, say
         job.run.logs.mkdir(parents=True, exist_ok=True)
         self._events = EventLog(job.run.events_file)
         self._signals = 0
-        self.attempt = len(list(job.run.logs.glob("attempt-*-process-0.log")))  # of earlier supervisors
-        self.launched = 0.0  # this attempt, in seconds since 1970
-        self._far = 0  # the step that earlier attempts have reached
+        self.attempt = len(list(job.run.logs.glob("attempt-*-process-0.log")))  # goes on from earlier supervisors'
+        self.launched = 0.0  # start of this attempt, in seconds since 1970
+        self._reached_before = 0  # the last step of earlier attempts
         self.workers: list[Host] = []  # of this attempt, by process number
 
     def run(self) -> int:
+        """Returns the run's exit code: 0, 2 for bad input, 130 if it was stopped and saved, 1 if it was given up."""
         old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             code = self._attempts()
@@ -115,24 +120,24 @@ class Supervisor:
                 return 1
 
     def _gather(self, patience_s: float) -> list[Host] | None:
-        """The hosts of the next attempt: of those there are, the largest legal number; None if the user wants an end.
+        """The hosts of the next attempt, the largest feasible number; None once the user has sent a signal.
 
-        As long as not all have come, others are waited for until `patience_s`; and without end for the least number.
+        Waits up to `patience_s` for all hosts, and without limit for the least number.
         """
-        job, said, deadline = self._job, "", time.monotonic() + patience_s
+        job, printed, deadline = self._job, "", time.monotonic() + patience_s
         while not self._signals:
             hosts = self._engine.hosts()[: job.most]
             count = largest_feasible_count(job.config, job.devices, len(hosts))
             if count >= job.least and (len(hosts) == job.most or time.monotonic() >= deadline):
                 return hosts[:count]
             line = f"waiting for hosts: {len(hosts)} of {job.least} to {job.most}"
-            if said != line and time.monotonic() >= deadline:
-                self._say(said := line)
+            if printed != line and time.monotonic() >= deadline:
+                self._say(printed := line)
             time.sleep(_POLL_S)
         return None
 
     def _start(self, hosts: list[Host], args: list[str], name: str) -> list[Path]:
-        """A worker on each; the files for what they print."""
+        """Start a worker on each host. Returns their log files."""
         job = self._job
         address = hosts[0].address()
         logs = [job.run.logs / f"{name}-process-{i}.log" for i in range(len(hosts))]
@@ -146,29 +151,29 @@ class Supervisor:
         return logs
 
     def _rehearse(self, hosts: list[Host]) -> None:
-        """Compile for every legal number of workers below this one, so that none has to when hosts are lost."""
+        """Compile for every smaller feasible number of workers, so that nothing is compiled when hosts are lost."""
         job = self._job
         for count in reversed(feasible_worker_counts(job.config, job.devices, range(job.least, len(hosts)))):
             began = time.monotonic()
             self._start(hosts[:count], [*job.args, "--rehearse"], f"rehearsal-{count}")
             while not self._signals and any(host.code is None and not host.lost for host in hosts[:count]):
                 time.sleep(_POLL_S)
-            well = all(host.code == 0 for host in hosts[:count])
+            succeeded = all(host.code == 0 for host in hosts[:count])
             self._end_all(hosts[:count])
             seconds = time.monotonic() - began
-            self._events.write("rehearsed", workers=count, seconds=round(seconds, 1), well=well)
-            self._say(f"rehearsal for {count} workers: {'compiled' if well else 'failed'} in {seconds:.0f} s")
+            self._events.write("rehearsed", workers=count, seconds=round(seconds, 1), well=succeeded)
+            self._say(f"rehearsal for {count} workers: {'compiled' if succeeded else 'failed'} in {seconds:.0f} s")
 
     def _try(self, hosts: list[Host]) -> Outcome:
-        """One attempt, to its end."""
+        """Run one attempt to its end."""
         job = self._job
         self.attempt += 1
-        self.launched, self._far = time.time(), self._reached()
+        self.launched, self._reached_before = time.time(), self._reached()
         self._events.write("launch", attempt=self.attempt, workers=len(hosts), hosts=[h.name for h in hosts])
         job.run.deadline_file.unlink(missing_ok=True)
         try:
             logs = self._start(hosts, job.args, f"attempt-{self.attempt}")
-        except OSError as error:  # the first host is gone since it was asked
+        except OSError as error:  # the first host has been lost since it answered
             outcome, logs = Outcome(End.FAILED, f"{hosts[0].name} does not answer: {error}", hosts[0].name), []
         else:
             with Follower(logs[0], self._say) as follower:
@@ -182,7 +187,7 @@ class Supervisor:
         return outcome
 
     def _watch(self, hosts: list[Host], follower: Follower) -> Outcome:
-        """Until all workers have ended well, or one has not."""
+        """Wait until all workers have ended well, or one has failed."""
         resizing, look, patience = False, time.monotonic() + _LOOK_S, None
         while True:
             follower.read()
@@ -190,8 +195,8 @@ class Supervisor:
                 if host.lost:
                     return Outcome(End.FAILED, f"{host.name}, of process {i}, is lost", host.name)
             codes = {i: host.code for i, host in enumerate(hosts) if host.code is not None}
-            if any(code in _BAD_ERRORS for code in codes.values()):  # also where others die of its end
-                _wait_for(hosts, _WORDS_S)
+            if any(code in _BAD_ERRORS for code in codes.values()):  # even if others have failed because of it
+                _wait_for(hosts, _LAST_MESSAGES_S)
                 refusing = next(i for i, host in enumerate(hosts) if host.code in _BAD_ERRORS)
                 if refusing != 0:
                     self._say(f"process {refusing} on {hosts[refusing].name} says why in a log of {self._job.run.logs}")
@@ -211,7 +216,7 @@ class Supervisor:
             if time.monotonic() >= look and not codes:
                 look = time.monotonic() + _LOOK_S
                 if self._is_overdue():
-                    return Outcome(End.FAILED, "process 0 has neither ended its step in time nor itself")
+                    return Outcome(End.FAILED, "process 0 has neither finished its step in time nor ended itself")
                 if not resizing and self._could_grow(len(hosts)):
                     resizing = True
                     for host in hosts:
@@ -219,19 +224,19 @@ class Supervisor:
             time.sleep(_POLL_S)
 
     def _could_grow(self, workers: int) -> bool:
-        """Whether a larger mesh is to be had, and this attempt has made a step, so that it is not interrupted in vain."""
+        """Whether more workers could run, and this attempt has made a step, so that interrupting it loses nothing."""
         job = self._job
         if workers == job.most or last_row(job.run.metrics_file).get("time", 0.0) < self.launched:
             return False
-        there = min(len(self._engine.hosts()), job.most)
-        more = largest_feasible_count(job.config, job.devices, there) if there > workers else workers
+        available = min(len(self._engine.hosts()), job.most)
+        more = largest_feasible_count(job.config, job.devices, available) if available > workers else workers
         if more > workers:
-            self._say(f"{there} hosts are there: saving, to go on with {more} workers instead of {workers}")
+            self._say(f"{available} hosts are available: saving, to go on with {more} workers instead of {workers}")
         return more > workers
 
     def _reached(self) -> int:
-        """The last step that has ended, in whatever attempt."""
-        return max(self._far, int(last_row(self._job.run.metrics_file).get("step", 0)))
+        """The last finished step of any attempt."""
+        return max(self._reached_before, int(last_row(self._job.run.metrics_file).get("step", 0)))
 
     def _is_overdue(self) -> bool:
         try:
@@ -240,7 +245,7 @@ class Supervisor:
             return False
 
     def _end_all(self, hosts: list[Host]) -> None:
-        """Whatever still runs. Workers are killed: an attempt has ended, and none of them could go on."""
+        """Kill the workers that still run: the attempt has ended, and none of them could go on."""
         for host in hosts:
             host.signal(signal.SIGKILL)
         _wait_for(hosts, _LATE_S)
@@ -250,13 +255,14 @@ _CODES = {End.DONE: 0, End.REFUSED: EXIT_BAD_INPUT, End.STOPPED: EXIT_STOPPED}
 
 
 def _wait_for(hosts: list[Host], seconds: float) -> None:
-    """Until their workers have ended, but no longer."""
+    """Wait until their workers have ended, at most this long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(not host.lost and host.code is None for host in hosts):
         time.sleep(_POLL_S / 5)
 
 
 def _ending(code: int) -> str:
+    """How a worker ended, by its exit code."""
     if code == EXIT_NOT_JOINED:
         return "could not join the others"
     if code < 0:
@@ -265,9 +271,9 @@ def _ending(code: int) -> str:
 
 
 def _explained(outcome: Outcome, logs: list[Path]) -> Outcome:
-    """With the cause that a worker's log names, if one was stuck. The others get a moment to find the same."""
-    if not any(says_stuck(log) for log in logs):
+    """The outcome with the cause from the workers' logs if one was stuck; the others get a moment to notice it, too."""
+    if not any(ended_by_watchdog(log) for log in logs):
         return outcome
-    time.sleep(_WORDS_S)
-    stuck = next(log for log in logs if says_stuck(log))
-    return replace(outcome, cause=f"no step ended in time; see the stacks in {stuck} and those beside it")
+    time.sleep(_LAST_MESSAGES_S)
+    stuck = next(log for log in logs if ended_by_watchdog(log))
+    return replace(outcome, cause=f"no step finished in time; see the stacks in {stuck} and those beside it")

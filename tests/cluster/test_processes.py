@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dsv3_jax.cluster.processes import Place, free_port, place_from
+from dsv3_jax.cluster.processes import ClusterSpec, cluster_spec, free_port
 from dsv3_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -28,19 +28,19 @@ def start(program: list[str], process: int, processes: int, port: int, **more: s
     [
         ({}, None),
         ({"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "1", "DSV3_PROCESS_ID": "0"}, None),
-        ({"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "3", "DSV3_PROCESS_ID": "2"}, Place("h:1", 3, 2)),
-        ({"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "3", "JOB_COMPLETION_INDEX": "1"}, Place("h:1", 3, 1)),
+        ({"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "3", "DSV3_PROCESS_ID": "2"}, ClusterSpec("h:1", 3, 2)),
+        ({"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "3", "JOB_COMPLETION_INDEX": "1"}, ClusterSpec("h:1", 3, 1)),
         (
             {"SLURM_STEP_NODELIST": "gpu[003-007,011],x1", "SLURM_NTASKS": "48", "SLURM_PROCID": "9", "SLURM_JOB_ID": "4100"},
-            Place("gpu003:60004", 48, 9),
+            ClusterSpec("gpu003:60004", 48, 9),
         ),
         ({"SLURM_STEP_NODELIST": "node7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "2"}, Place("a:8476", 3, 2)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "2"}, ClusterSpec("a:8476", 3, 2)),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
     ],
 )  # fmt: skip
 def test_environments(environ, expected):
-    assert place_from(environ) == expected
+    assert cluster_spec(environ) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_environments(environ, expected):
 )  # fmt: skip
 def test_contradictions_are_named(environ, named):
     with pytest.raises(UserError, match=named.replace("(", r"\(")):
-        place_from(environ)
+        cluster_spec(environ)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")

@@ -95,7 +95,7 @@ def test_a_killed_worker_is_started_again_with_the_others(play):
     assert first.log != second.log
 
 
-def test_a_lost_host_leaves_the_largest_legal_number(play):
+def test_a_lost_host_leaves_the_largest_feasible_number(play):
     code, said, events, hosts = play({"a": ["runs", 0], "b": ["lost"], "c": ["runs", 0], "d": ["runs", 0]})
     assert code == 0
     assert [e["hosts"] for e in of(events, "launch")] == [["a", "b", "c", "d"], ["a", "c", "d"]]
@@ -142,7 +142,7 @@ def test_hosts_that_come_later_are_taken_in(play):
     )
     assert code == 0
     assert [e["workers"] for e in of(events, "launch")] == [2, 4]
-    assert "4 hosts are there: saving, to go on with 4 workers instead of 2" in said
+    assert "4 hosts are available: saving, to go on with 4 workers instead of 2" in said
     assert not of(events, "failure")
 
 
@@ -177,11 +177,11 @@ def test_process_0_that_cannot_even_end_itself_is_noticed(play, monkeypatch):
 
     code, said, _, _ = play({"a": ["runs", 0], "b": ["runs", 0]}, "2", meanwhile)
     assert code == 0
-    assert "process 0 has neither ended its step in time nor itself" in said[0]
+    assert "process 0 has neither finished its step in time nor ended itself" in said[0]
 
 
 def test_a_stuck_worker_is_named_by_its_stacks(play, monkeypatch):
-    monkeypatch.setattr(module, "_WORDS_S", 0.01)
+    monkeypatch.setattr(module, "_LAST_MESSAGES_S", 0.01)
 
     def meanwhile(actors, supervisor):
         while not all(a.started for a in actors):
@@ -192,7 +192,7 @@ def test_a_stuck_worker_is_named_by_its_stacks(play, monkeypatch):
 
     code, said, _, _ = play({"a": ["runs", 0], "b": ["runs", 0]}, "2", meanwhile)
     assert code == 0
-    assert "no step ended in time; see the stacks in " in said[0]
+    assert "no step finished in time; see the stacks in " in said[0]
     assert "attempt-1-process-1.log" in said[0]
 
 
@@ -215,16 +215,16 @@ def test_requests_that_cannot_be(workers, devices, named, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_workers_beyond_a_legal_number_leave(monkeypatch, capsys):
+def test_workers_beyond_a_feasible_number_leave(monkeypatch, capsys):
     """As under SLURM, which starts one on each node that is up."""
-    config = load_config(TINY, OVERRIDES)  # 24 rows: 5 workers of 2 devices are not legal, 4 are
+    config = load_config(TINY, OVERRIDES)  # 24 rows: 5 workers of 2 devices have no mesh, 4 have
     named = {"DSV3_COORDINATOR": "h:1", "DSV3_PROCESSES": "5"}
     for name, value in (named | {"DSV3_PROCESS_ID": "4"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         leave_spares(config, 2)
     assert ended.value.code == 0
-    assert "process 4 is spare: the largest legal number of workers is 4 of 5" in capsys.readouterr().out
+    assert "process 4 is spare: the largest feasible number of workers is 4 of 5" in capsys.readouterr().out
     monkeypatch.setenv("DSV3_PROCESS_ID", "3")
     leave_spares(config, 2)
     assert os.environ["DSV3_PROCESSES"] == "4"
