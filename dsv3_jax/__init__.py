@@ -1,9 +1,11 @@
 """dsv3_jax: the DeepSeek-V3 stack in JAX.
 
 >>> import dsv3_jax as dsv3
->>> model = dsv3.load_hf("dir")              # or dsv3.load("runs/tiny"): a flax.nnx module
->>> logits = model(tokens)                   # i32[B, T] -> f32[B, T, V]
->>> ids = dsv3.generate(model, prompt_ids)   # greedy unless a temperature is given; i32[B, T + N]
+>>> dsv3.train(dsv3.load_config("configs/tiny.yaml"))   # into runs/tiny
+>>> dsv3.evaluate("runs/tiny")                          # {"loss": ..., "perplexity": ..., ...}
+>>> model = dsv3.load("runs/tiny")                      # or dsv3.load_hf("dir"): a flax.nnx module
+>>> logits = model(tokens)                              # i32[B, T] -> f32[B, T, V]
+>>> ids = dsv3.generate(model, prompt_ids)              # greedy unless a temperature is given; i32[B, T + N]
 
 Names are imported on first use, so that importing the package is quick and touches no device.
 """
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
     from dsv3_jax.config import load_config as load_config
     from dsv3_jax.errors import UserError as UserError
     from dsv3_jax.interop.hf_export import save_hf as save_hf
+    from dsv3_jax.interop.hf_import import import_hf as import_hf
     from dsv3_jax.interop.hf_load import load_hf as load_hf
     from dsv3_jax.model.transformer import Transformer as Transformer
     from dsv3_jax.serve.generate import generate as generate
+    from dsv3_jax.train.evaluate import evaluate as evaluate
+    from dsv3_jax.train.loop import train as train
 
 _HOME = {
     "Config": "config",
@@ -29,6 +34,9 @@ _HOME = {
     "ParallelConfig": "config",
     "load_config": "config",
     "UserError": "errors",
+    "train": "train.loop",
+    "evaluate": "train.evaluate",
+    "import_hf": "interop.hf_import",
     "load_hf": "interop.hf_load",
     "save_hf": "interop.hf_export",
     "load": "checkpoint.load",
@@ -37,9 +45,14 @@ _HOME = {
 }
 
 __all__ = [
-    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "generate", "load", "load_config", "load_hf",
-    "save_hf",
+    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "evaluate", "generate", "import_hf", "load",
+    "load_config", "load_hf", "save_hf", "train",
 ]  # fmt: skip
+
+# `train` is also the name of a room. Importing a package binds its name in the parent, once: that happens here, before
+# `__getattr__` below can give the name to the function.
+importlib.import_module("dsv3_jax.train")
+del globals()["train"]
 
 
 def __getattr__(name: str) -> Any:

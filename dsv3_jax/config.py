@@ -446,7 +446,18 @@ def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML preset and apply `key=value` overrides (values are YAML: `1e-3`, `null`, `true`, `text`)."""
+    """Read a YAML preset and apply overrides.
+
+    Args:
+        path: A YAML file, such as configs/tiny.yaml or a run's config.yaml. What it does not state has its default.
+        overrides: `key=value`, e.g. `optim.lr=1e-3`; values are YAML (`1e-3`, `null`, `true`, `text`).
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UserError: The file cannot be read, or a key or value is wrong; the message names it and what would be valid.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

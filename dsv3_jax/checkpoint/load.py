@@ -109,8 +109,16 @@ def load_with_config(run_or_checkpoint: str | Path) -> LoadedModel:
 
 
 def load(run_or_checkpoint: str | Path) -> Transformer:
-    """The model of a run (its latest checkpoint) or of one checkpoint, on the run's mesh if there are enough devices.
+    """Load the model of a run or checkpoint, on the run's mesh if there are the devices for it, and on one device otherwise.
 
-    Raises as `open_checkpoint`.
+    Args:
+        run_or_checkpoint: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
+
+    Returns:
+        A flax.nnx module that maps tokens, i32[B, L], to logits, f32[B, L, V]. Parameters are float32; activations and products
+        are in 16 or 32 bits, as `precision.recipe` has them outside its 8-bit products.
+
+    Raises:
+        UserError: There is no complete, undamaged checkpoint.
     """
     return load_with_config(run_or_checkpoint).model

@@ -28,10 +28,20 @@ def save_hf(
     model: Transformer, directory: str | Path, format: str = "hf-bf16", *, tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:  # fmt: skip
-    """Write a model as a Hugging Face checkpoint, and return its directory, which appears only once it is complete.
+    """Write a model as a Hugging Face checkpoint that transformers, vLLM and SGLang load.
 
-    `format` is hf-f32, hf-bf16 or hf-fp8; `tokenizer` is a tokenizer.json to put beside the weights; a shard has at most
-    `shard_bytes`, or a single tensor. Raises `UserError` as `write_hf`, and where there are several processes.
+    Args:
+        model: On one device or a mesh of this process.
+        directory: The export's directory, which exists only once it is complete.
+        format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8).
+        tokenizer: A tokenizer.json to put beside the weights.
+        shard_bytes: Largest size of a safetensors file; a single tensor may be larger.
+
+    Returns:
+        The export's directory.
+
+    Raises:
+        UserError: `directory` exists, `format` or `shard_bytes` is not valid, or there are several processes.
     """
     if jax.process_count() > 1:
         raise UserError("save_hf writes from one process; save a checkpoint, and `dsv3 export` it from any machine")

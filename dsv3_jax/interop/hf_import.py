@@ -82,12 +82,22 @@ def _chunk_index(s: Source) -> tuple[int, ...]:
 
 
 def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[str, ...] = (), bfloat16: bool = False) -> Path:
-    """Write `directory`'s model as a checkpoint that `load`, `eval`, `generate`, `export` and training take, on any mesh.
+    """Convert a Hugging Face checkpoint to one of this project's, a few tensors at a time.
 
-    Numbers are kept as they are (float32, bfloat16; 8 bits become float32), or matrices are rounded to bfloat16 with
-    `bfloat16`. An interrupted import continues when called again; `checkpoint` exists only once it is complete. `overrides`
-    set config keys of other sections than the model's. Several processes (`jax.distributed`) share the tensors. Raises
-    `UserError` as `hf_files.open_hf`, and for a `checkpoint` that exists.
+    `load`, `evaluate` and `train.init_from` take the result on any mesh. An interrupted import continues when called again.
+    Several processes (`jax.distributed`) share the tensors.
+
+    Args:
+        directory: Has config.json and safetensors in float32, bfloat16 or DeepSeek's block-FP8.
+        checkpoint: The new checkpoint's directory, which exists only once it is complete.
+        overrides: `key=value` for other sections of the configuration than the model's.
+        bfloat16: Round matrices to bfloat16. Otherwise every number is kept; 8 bits become float32.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        UserError: As `load_hf`; `checkpoint` exists; an override is wrong; the disk has too little room.
     """
     target = Path(checkpoint)
     found = open_hf(directory)

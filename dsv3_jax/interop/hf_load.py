@@ -65,11 +65,21 @@ def _array(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...]
 
 
 def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelConfig | None = None) -> Transformer:
-    """A model from a directory with config.json and safetensors (float32, bfloat16 or DeepSeek's block-FP8).
+    """Load the model of a Hugging Face checkpoint of DeepSeek-V3's architecture.
 
-    Parameters are float32, exactly the checkpoint's numbers; activations and products are in `dtype`. With `parallel` they
-    are sharded over that mesh as training stores them, and every process reads only what its devices hold. Raises `UserError`
-    as `hf_files.open_hf`.
+    Args:
+        directory: Has config.json and safetensors in float32, bfloat16 or DeepSeek's block-FP8.
+        dtype: Of activations and products: jnp.float32 or jnp.bfloat16.
+        parallel: The mesh over which parameters are sharded, as training stores them; every process reads only what its devices
+            hold. None for one device.
+
+    Returns:
+        A flax.nnx module that maps tokens, i32[B, L], to logits, f32[B, L, V]. Parameters are float32 and hold exactly the
+        checkpoint's numbers.
+
+    Raises:
+        UserError: config.json asks for what this architecture does not have, a tensor is missing, damaged or of another shape,
+            or the mesh does not fit the devices.
     """
     found = open_hf(directory)
     on_first(found.check_copies)

@@ -78,10 +78,23 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Int[Array, "B T+N"]:
-    """The prompts, each followed by `max_new_tokens` tokens; greedy unless a temperature is given.
+    """Continue prompts with the latent cache; greedy unless a temperature is given.
 
-    With `eos_id`, a row that produced it repeats it to the end. Raises `UserError` for an empty prompt, an id outside the
-    vocabulary, a length beyond `max_position_embeddings`, or a temperature or top_p that makes no sense.
+    Args:
+        model: From `load` or `load_hf`.
+        prompt_ids: i32[B, T] token ids; all prompts have the same length.
+        max_new_tokens: The number N of tokens to add.
+        temperature: Divides the logits before sampling; 0 takes the likeliest token.
+        top_p: Sample from the smallest set of tokens that has this probability.
+        seed: Seed of the sampling.
+        eos_id: A row that produces this token repeats it to the end. None: no token ends a row.
+
+    Returns:
+        i32[B, T + N]: the prompts, each followed by its continuation.
+
+    Raises:
+        UserError: An empty prompt, an id outside the vocabulary, a length beyond `max_position_embeddings`, or a temperature or
+            top_p outside its range.
     """
     config = model.config
     prompt_BT = np.asarray(prompt_ids)

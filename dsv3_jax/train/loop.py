@@ -40,9 +40,20 @@ class TrainResult:
 def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> TrainResult:
     """Train to `train.steps`, going on from the run's latest checkpoint if it has one.
 
-    `elastic`: on all devices that there are, on the mesh over them that comes nearest to the configuration's. Raises
-    `UserError` for bad input, a directory of another run, one that another process is training, divergence (with the last good
-    checkpoint named), and a checkpoint that cannot be written.
+    SIGINT or SIGTERM saves a checkpoint after the current step; the same call goes on from it. Beyond this, `dsv3 train` writes
+    a report, a loss curve and a sample: see `train.finish.finish`.
+
+    Args:
+        config: What to train, from `load_config`.
+        root: The directory of all runs; this one is ROOT/NAME.
+        elastic: Use all devices that there are, on the mesh over them that comes nearest to the configuration's.
+
+    Returns:
+        The last state, the run's directory, and what it was trained with. `interrupted` says whether a signal ended it.
+
+    Raises:
+        UserError: Bad input, a directory of another run or one that another process is training, divergence (the message names
+            the last good checkpoint), or a checkpoint that cannot be written.
     """
     with contextlib.ExitStack() as until_end:
         run, state = start(config, root, elastic, until_end)
