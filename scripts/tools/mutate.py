@@ -1,7 +1,7 @@
 """Change one line of the code at a time, and run the tests that should notice: what they let through is printed.
 
 `mutations.yaml` beside this file lists the changes: a file, a text that stands in it exactly once, what replaces it, and the
-tests that should fail then. Each is made in a copy of the checkout, never in the checkout itself. Exit code 1 if any survives.
+tests that should fail then. Each is made in a copy of the checkout, never in the checkout itself. Exit code 1 if any survives or cannot be made.
 
     python scripts/tools/mutate.py                       # all of them: seconds each
     python scripts/tools/mutate.py --only schedule clip  # those whose name contains one of these
@@ -100,8 +100,12 @@ def run_tests(copy: Path, tests: list[str], timeout_s: float) -> int | None:
 
 
 def try_one(mutation: Mutation, copy: Path, timeout_s: float) -> str:
-    """killed, survived or broken (pytest could not run). A test that no longer ends has noticed."""
-    before = mutation.apply(copy)
+    """killed, survived, or broken: its text is not there, or pytest could not run. A test that no longer ends has noticed."""
+    try:
+        before = mutation.apply(copy)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return "broken"
     try:
         code = run_tests(copy, mutation.tests, timeout_s)
     finally:
@@ -125,8 +129,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         copy = Path(scratch)
         copy_checkout(copy)
-        for m in chosen:  # all are checked before any is tried
-            (copy / m.file).write_text(m.apply(copy))
         if args.unchanged and run_tests(copy, sorted({t for m in chosen for t in m.tests}), 10 * args.timeout_s) != _PASSED:
             raise SystemExit("the tests fail without any mutation")
         outcomes: dict[str, list[str]] = {"killed": [], "survived": [], "broken": []}
