@@ -11,6 +11,9 @@ from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, weights_from_arrays, we
 from dsv3_jax.errors import UserError
 
 _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
+# An array that several devices hold is written in slices, one by each; of small ones each slice would cost more, a compiled
+# program of its own in a process's first save, than it spares.
+_SMALLEST_SLICE_BYTES = 2**20
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
 
 
@@ -25,6 +28,7 @@ def begin_save(directory: Path, arrays: Arrays, metadata: dict[str, Any]) -> ocp
     """Write arrays in the background; returns once they are copied, so that the caller may overwrite them."""
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_options  # type: ignore[assignment]
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_SLICE_BYTES
     with context:
         return ocp.save_checkpointables_async(str(directory), arrays, custom_metadata=metadata)
 
