@@ -1,7 +1,7 @@
 """Run by a test: children that go on from the last checkpoint and save, killed in the middle; prints one JSON line.
 
 save_storm.py DIRECTORY KILLS. Children are forked after everything is imported and before JAX has a device or a thread. Each is
-killed once a random part of a save is on disk; what it finds at its start must be the whole state of the step that it names.
+killed once a random part of a save is on disk; what it finds at its start must be the complete state of the step that it names.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ def main() -> None:
         while not started.exists():
             assert not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), "a child failed at its start"
             time.sleep(0.002)
-        assert int(started.read_text()) == newest  # nothing that was whole is lost
+        assert int(started.read_text()) == newest  # no complete checkpoint is lost
         found["steps"].append(newest)
         later = newest + rng.randrange(3)  # in its first save, or in one that follows
         while max(complete_steps(directory), default=0) < later:

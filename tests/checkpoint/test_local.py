@@ -1,4 +1,4 @@
-"""Copies of a checkpoint on the host: read instead of it where they are whole, never where they are not."""
+"""Copies of a checkpoint on the host: read instead of it where they are complete and undamaged, never otherwise."""
 
 import json
 import shutil
@@ -17,10 +17,8 @@ from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
-from tests.checkpoint.cases import assert_is, state_of
+from tests.checkpoint.cases import ABOUT, assert_is, state_of
 from tests.cluster.test_processes import start
-
-ABOUT = {"config": {}, "data": {}}
 
 
 def on(state, mesh: Mesh):
@@ -40,7 +38,7 @@ def mesh_of(devices: int) -> Mesh:
 
 @pytest.fixture
 def saved(tmp_path):
-    """(the configuration, the run's checkpoints with step 1, which 8 devices saved, the place of the copies)."""
+    """(the configuration, the run's checkpoints with step 1, which 8 devices saved, the directory of the copies)."""
     config = CheckpointConfig(local_dir=str(tmp_path / "local"))
     manager = CheckpointManager(tmp_path / "run", config)
     manager.save(on(state_of(1), mesh_of(8)), ABOUT)
@@ -56,7 +54,7 @@ def flip(path):
 
 @pytest.mark.parametrize("devices", [8, 4, 1])
 def test_a_host_that_has_all_reads_nothing_else(saved, devices):
-    """On the same mesh and on smaller ones; a file of the shared checkpoint that is spoilt does not matter."""
+    """The mesh may be the same or a smaller one; a damaged file of the shared checkpoint does not matter."""
     config, run, _ = saved
     flip(max((run / "1").rglob("d/*"), key=lambda p: p.stat().st_size))
     manager = CheckpointManager(run, config)
@@ -72,11 +70,11 @@ def test_what_else_a_checkpoint_holds_is_verified_all_the_same(saved):
     others = [p for p in (run / "1").rglob("*") if p.is_file() and p.parent.name != "d" and p.stat().st_size]
     assert len(others) > 5
     for path in others:
-        whole = path.read_bytes()
+        content = path.read_bytes()
         flip(path)
         with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged"):
             CheckpointManager(run, config).restore(template_of(on(state_of(0), mesh_of(8))))
-        path.write_bytes(whole)
+        path.write_bytes(content)
 
 
 def test_what_is_damaged_is_read_from_the_checkpoint(saved):

@@ -1,4 +1,4 @@
-"""Saving beside training, what is kept, what is set aside, and kills in the middle."""
+"""Saving beside training, which checkpoints are kept or set aside, and kills in the middle."""
 
 import json
 import os
@@ -10,29 +10,19 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.checkpoint import save, storage
-from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
-from tests.checkpoint.cases import assert_is, state_of
+from tests.checkpoint.cases import ABOUT, KEEP_ALL, assert_is, saved, state_of
 from tests.cluster.test_processes import start
 from tests.conftest import ROOT
-
-KEEP_ALL = CheckpointConfig(keep=9)
-ABOUT = {"config": {}, "data": {}}
-
-
-def saved(directory, steps, config=KEEP_ALL, losses=()) -> CheckpointManager:
-    manager = CheckpointManager(directory, config)
-    for i, step in enumerate(steps):
-        manager.save(state_of(step), ABOUT | ({"held_out_loss": losses[i]} if losses else {}))
-    manager.wait()
-    return manager
 
 
 def test_a_state_may_change_once_save_has_returned(tmp_path):
@@ -86,58 +76,8 @@ def test_nothing_is_set_aside_where_all_are_damaged(tmp_path):
     assert complete_steps(tmp_path) == [1, 2]
 
 
-def renumber(directory, number):
-    """Write another format, or none, into a checkpoint's manifest."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    files = manifest["files"]
-    manifest = files if number is None else {"format": number, "files": files}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize("number", [None, 1])
-def test_formats_of_this_version_and_the_one_before_are_read(tmp_path, number):
-    """Manifests without a number are of format 0, which listed the files alone."""
-    saved(tmp_path, [1])
-    renumber(tmp_path / "1", number)
-    verify(tmp_path / "1")
-    assert_is(CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)))[0], 1)
-
-
-def test_a_newer_format_is_refused(tmp_path):
-    """It is not damaged: it is not set aside, and no earlier checkpoint is taken in its place."""
-    saved(tmp_path, [1, 2])
-    renumber(tmp_path / "2", 2)
-    message = r"checkpoint /.*/2 has format 2, and this version of dsv3_jax reads formats up to 1; load it with the version"
-    for directory in (tmp_path, tmp_path / "2"):
-        with pytest.raises(UserError, match=message):
-            open_checkpoint(directory)
-    (tmp_path / "2" / "manifest.json").write_text('{"format": 3, "tables": 5}')  # whatever else it holds
-    for _ in range(2):
-        with pytest.raises(UserError, match="has format 3"):
-            CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)), pytest.fail)
-    assert complete_steps(tmp_path) == [1, 2]
-
-
-@pytest.mark.parametrize("number", [0, -1, 1.0, True, "1", [1], {}, float("nan")])
-def test_a_format_that_no_version_has_written_is_damage(tmp_path, number):
-    saved(tmp_path, [1, 2])
-    renumber(tmp_path / "2", number)
-    with pytest.raises(UserError, match=r"damaged manifest\.json: format .* must be a whole number from 1 on"):
-        verify(tmp_path / "2")
-    said = []
-    assert_is(CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)), said.append)[0], 1)
-    assert len(said) == 1
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", "5", '{"format": 1}', '{"format": 1, "files": [1]}', "[" * 100_000])
-def test_a_manifest_that_is_none_is_damage(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"damaged manifest\.json"):
-        verify(tmp_path)
-
-
 def test_a_save_that_fails_beside_training(tmp_path, monkeypatch):
-    """It is known before the next one is due, said by `wait`, and nothing of it is left."""
+    """The failure is known before the next save is due, `wait` raises it, and nothing is left of the failed save."""
     manager = saved(tmp_path, [1])
 
     def full(*_):
@@ -161,12 +101,12 @@ def test_any_flipped_bit_is_noticed(tmp_path):
     for n in range(200):
         victim = files[n % len(files)]
         content = bytearray(victim.read_bytes())
-        place, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
-        content[place] ^= bit
+        at, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        content[at] ^= bit
         victim.write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             verify(tmp_path / "1")
-        content[place] ^= bit
+        content[at] ^= bit
         victim.write_bytes(content)
     verify(tmp_path / "1")
 
@@ -187,7 +127,7 @@ def test_killed_saves_cost_no_checkpoint(tmp_path):
 
 
 def test_chunks_are_layers(tmp_path):
-    """Of stacked layers; nothing else is cut up, since every chunk is a write and a read of its own."""
+    """Stacked layers are cut into one chunk each, and nothing else, since every chunk is a write and a read of its own."""
     params = {"moe_blocks": {"w": jnp.zeros((3, 40, 5))}, "embed_VD": jnp.zeros((400, 8)), "norm": jnp.zeros(100)}
     state = state_of(1)
     state.params = params  # type: ignore[assignment]
@@ -197,6 +137,16 @@ def test_chunks_are_layers(tmp_path):
     found = storage.ocp.checkpointables_metadata(str(tmp_path / "1")).metadata["weights"]
     chunks = {name: tuple(a.storage_metadata.chunk_shape) for name, a in found.items()}
     assert chunks == {"params/moe_blocks/w": (1, 40, 5), "params/embed_VD": (400, 8), "params/norm": (100,)}
+
+
+def test_small_arrays_are_not_cut_up_among_the_devices_that_hold_them(tmp_path):
+    """Each piece would be a program to compile in a process's first save."""
+    everywhere = NamedSharding(Mesh(jax.devices(), "x"), P())
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    manager.save(jax.tree.map(lambda a: jax.device_put(a, everywhere), state_of(1)), ABOUT)
+    manager.wait()
+    found = storage.ocp.checkpointables_metadata(str(tmp_path / "1")).metadata["weights"]["params/a"]
+    assert tuple(found.storage_metadata.chunk_shape) == (1000,)
 
 
 def test_two_processes_list_and_verify_together(tmp_path):

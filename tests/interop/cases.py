@@ -80,7 +80,7 @@ def dequantized(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def is_fp8(name: str) -> bool:
-    """Which tensors the release has in 8 bits."""
+    """Whether the release has a tensor in 8 bits."""
     projection = name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
     return projection and not name.endswith("eh_proj.weight")
 

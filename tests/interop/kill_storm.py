@@ -2,7 +2,7 @@
 
 kill_storm.py import|export SOURCE TARGET KILLS [FORMAT]. Children are forked after everything is imported and before any
 thread or device exists, so that a kill falls into the work: a quarter at any time of the start, the others once a random part
-is on disk, so that slow machines see the same storm. After each, the target must not be there, or be whole; exports that finish
+is on disk, so that slow machines see the same storm. After each, the target is complete or not there; exports that finish
 are removed and begun again, an import that finishes ends the storm. Then one is let finish, unless LEAVE is set.
 """
 

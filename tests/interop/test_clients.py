@@ -59,7 +59,7 @@ def test_transformers_computes_the_same(name, format, tmp_path):
 
 
 def test_a_trained_run_with_its_tokenizer(run_on_a_mesh, tmp_path):  # noqa: F811
-    """From eight devices; AutoTokenizer gives the run's tokens."""
+    """A run on eight devices is exported; AutoTokenizer gives the run's tokens."""
     export(run_on_a_mesh, tmp_path / "out", "hf-f32")
     code, found, text = check(tmp_path / "out")
     assert code == 0, text[-3000:]

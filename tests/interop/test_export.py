@@ -1,4 +1,4 @@
-"""Exports: what stands in them, whole or not at all, from any mesh. Another program reads them in test_clients.py."""
+"""Exports: what they contain, complete or not at all, from any mesh. Another program reads them in test_clients.py."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def ragged(tmp_path_factory):
 
 
 def test_fp8_is_the_releases_layout(ragged, tmp_path):
-    """Which tensors are in 8 bits, their scales' shapes (blocks that end early too), and how near value * scale is."""
+    """The right tensors are in 8 bits, their scales have the right shapes (blocks end early too), values are near."""
     directory, weights = ragged
     tensors = read_all(dsv3.save_hf(dsv3.load_hf(directory), tmp_path / "fp8", "hf-fp8"))
     assert json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"] == FP8_CONFIG
@@ -113,7 +113,7 @@ def run_on_a_mesh(tmp_path_factory, corpus_dir):
 
 
 def test_a_run_of_a_mesh_is_exported_without_one(run_on_a_mesh, tmp_path):
-    """By the command, in a process with one device: the weights that the run's model has, and all that a client wants."""
+    """The command, in a process with one device, writes the weights of the run's model, and all that a client wants."""
     done = dsv3_process(
         "export", str(run_on_a_mesh), str(tmp_path / "out"), "--format", "hf-f32", "--shard-gb", "0.0001", cwd=ROOT
     )
@@ -192,7 +192,7 @@ def test_an_export_that_fails_leaves_nothing(ragged, tmp_path, monkeypatch):
 
 
 def test_twenty_killed_exports_leave_nothing_that_loads_wrongly(tmp_path):
-    """SIGKILL at random points: the directory is not there, or it is whole. The next export clears up and finishes."""
+    """SIGKILL at random points: the directory is not there, or it is complete. The next export clears up and finishes."""
     from tests.interop.cases import noise_checkpoint
 
     source = noise_checkpoint(tmp_path / "hf", 16)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints become ours: the same numbers, in little memory, whole or not at all, by several processes too."""
+"""Hugging Face checkpoints become ours: the same numbers, in little memory, all or nothing, by several processes too."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_block_fp8_is_its_formula(ragged_fp8, tmp_path):
     ],
 )
 def test_wrong_tensors_are_refused_by_name(ragged_fp8, tmp_path, change, expected):
-    """By loading and importing alike, and nothing is written."""
+    """Loading and importing refuse them alike, and nothing is written."""
     tensors, config = read_all(ragged_fp8[0]), json.loads((ragged_fp8[0] / "config.json").read_text())
     change(tensors, config)
     directory = write(tmp_path / "bad", tensors, config)
@@ -191,7 +191,7 @@ def large(tmp_path_factory):
 
 
 def digests(checkpoint) -> dict:
-    """Of the arrays."""
+    """Digests of the arrays' files."""
     listing = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: entry for name, entry in listing.items() if "/c/" in name}
 
@@ -220,7 +220,7 @@ def cut_off(large, tmp_path):
 
 
 def test_a_line_of_the_journal_may_be_cut_off(large, cut_off):
-    """As a machine that loses power leaves it: what the line stood for is written again, and the lines after it count."""
+    """A machine that loses power may leave a broken line: its chunk is written again, and the lines after it count."""
     journal = scratch_of(cut_off) / "done-0.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     assert lines

@@ -1,0 +1,63 @@
+"""The manifest: formats of checkpoints, and what no version has written."""
+
+import json
+
+import jax
+import pytest
+
+from dsv3_jax.checkpoint.load import open_checkpoint
+from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.checkpoint.retention import complete_steps
+from dsv3_jax.errors import UserError
+from tests.checkpoint.cases import KEEP_ALL, assert_is, saved, state_of
+
+
+def renumber(directory, number):
+    """Write another format, or none, into a checkpoint's manifest."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    files = manifest["files"]
+    manifest = files if number is None else {"format": number, "files": files}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_formats_of_this_version_and_the_one_before_are_read(tmp_path, number):
+    """Manifests without a number are of format 0, which listed the files alone."""
+    saved(tmp_path, [1])
+    renumber(tmp_path / "1", number)
+    verify(tmp_path / "1")
+    assert_is(CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)))[0], 1)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    """It is not damaged: it is not set aside, and no earlier checkpoint is taken in its place."""
+    saved(tmp_path, [1, 2])
+    renumber(tmp_path / "2", 2)
+    message = r"checkpoint /.*/2 has format 2, and this version of dsv3_jax reads formats up to 1; load it with the version"
+    for directory in (tmp_path, tmp_path / "2"):
+        with pytest.raises(UserError, match=message):
+            open_checkpoint(directory)
+    (tmp_path / "2" / "manifest.json").write_text('{"format": 3, "tables": 5}')  # whatever else it holds
+    for _ in range(2):
+        with pytest.raises(UserError, match="has format 3"):
+            CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)), pytest.fail)
+    assert complete_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.0, True, "1", [1], {}, float("nan")])
+def test_a_format_that_no_version_has_written_is_damage(tmp_path, number):
+    saved(tmp_path, [1, 2])
+    renumber(tmp_path / "2", number)
+    with pytest.raises(UserError, match=r"damaged manifest\.json: format .* must be a whole number from 1 on"):
+        verify(tmp_path / "2")
+    said = []
+    assert_is(CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)), said.append)[0], 1)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "5", '{"format": 1}', '{"format": 1, "files": [1]}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_damage(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"damaged manifest\.json"):
+        verify(tmp_path)
