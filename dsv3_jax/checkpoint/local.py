@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.checkpoint.manifest import HASHING_THREADS
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import write_atomically
 
 type Bounds = tuple[tuple[int, int], ...]  # a block's [start, stop) along each axis of its array
 
@@ -171,7 +171,7 @@ class LocalCopies:
                 file.write(_bytes(block))
                 listing.append([name, shape, bounds, block.dtype.name, offset, _sha256(block)])
                 offset += block.nbytes
-        write_whole(index, json.dumps({"manifest": _digest(manifest), "blocks": listing}))
+        write_atomically(index, json.dumps({"manifest": _digest(manifest), "blocks": listing}))
         for other in self._root.iterdir():
             if other.name.isdigit() and int(other.name) < step:
                 shutil.rmtree(other, ignore_errors=True)

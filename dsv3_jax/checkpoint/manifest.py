@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the checkpoints that this version writes; raise it when a version before could not read them
@@ -31,7 +31,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=1))
+    write_atomically(path, json.dumps(content, indent=1))
 
 
 def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import write_atomically
 
 # Keys that may change when a run goes on: they decide how long, how often and where, never what a step computes.
 _MAY_CHANGE = {
@@ -116,8 +116,8 @@ class RunDirectory:
         """Write config.yaml and tokenizer.json. Raises `UserError` if the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.tokenizer_file, tokenizer.to_str())
-            write_whole(self.config_file, config_to_yaml(config))
+            write_atomically(self.tokenizer_file, tokenizer.to_str())
+            write_atomically(self.config_file, config_to_yaml(config))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
 

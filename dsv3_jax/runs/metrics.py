@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import write_atomically
 from dsv3_jax.runs.directory import RunDirectory
 
 _TAIL_BYTES = 2**16  # longer than a row
@@ -19,7 +19,7 @@ def _reopen(path: Path, resumed_step: int) -> tuple[TextIO, list[dict[str, Any]]
     """The file, open to append to, without the rows after `resumed_step`; and those rows."""
     rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= resumed_step]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     return open(path, "a", buffering=1), rows[len(kept) :]
 
 

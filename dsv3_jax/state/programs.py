@@ -25,7 +25,7 @@ from jax.extend.backend import get_backend
 from jax.stages import Compiled
 
 from dsv3_jax.config import Config, config_to_dict
-from dsv3_jax.files import user_cache, write_whole
+from dsv3_jax.files import user_cache, write_atomically
 
 _NO_MATTER = ("name", "checkpoint")  # sections that no program follows from
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -109,7 +109,7 @@ class ProgramStore:
             compiled = compiled_now(name, jitted, *args)
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(file, pickle.dumps(serialize_executable.serialize(compiled)))
+            write_atomically(file, pickle.dumps(serialize_executable.serialize(compiled)))
         except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):  # no room, or a backend that can't
             pass
         return compiled

@@ -1,28 +1,25 @@
-"""The end of a run: held-out bits per byte beside general compressors, the loss curve, a sample."""
+"""The end of a run: report.json (held-out loss, and bits per byte beside those of gzip and xz), loss.png and sample.txt."""
 
 import gzip
 import json
 import lzma
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from flax import nnx
-from matplotlib.figure import Figure
 
 from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import documents, is_validation
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.data.tokenizer import special_ids
-from dsv3_jax.runs.metrics import read_rows
+from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
 from dsv3_jax.train.evaluate import evaluate_store
 from dsv3_jax.train.loop import TrainResult
 from dsv3_jax.train.step import make_eval_step
 
-_MAX_BYTES = 2**21  # of held-out text: enough for a stable figure, and seconds to evaluate
+_MAX_BYTES = 2**21  # held-out text to evaluate: enough for a stable figure, and takes seconds
 _SAMPLE_TOKENS = 120
 
 
@@ -34,13 +31,13 @@ def first_documents(store: TokenStore, max_bytes: int) -> TokenStore:
 
 
 def held_out_text(config: Config, count: int) -> bytes:
-    """The text of the first `count` validation documents, in the store's order."""
+    """The text of the first `count` validation documents, in the store's order, in UTF-8."""
     texts = (d.text for d in documents(config.data) if is_validation(d.text, config.data.validation_fraction))
     return "".join(text for text, _ in zip(texts, range(count), strict=False)).encode()
 
 
 def compression(result: TrainResult) -> dict[str, float]:
-    """Bits per byte of the same held-out bytes: the model's, and those of `gzip -9` and `xz -9`."""
+    """Evaluate on held-out text: loss, accuracy, load, and bits per byte of the model, `gzip -9` and `xz -9`."""
     config = result.config
     store = first_documents(result.corpus.validation, _MAX_BYTES)
     text = held_out_text(config, len(store))
@@ -60,25 +57,8 @@ def compression(result: TrainResult) -> dict[str, float]:
     }
 
 
-def plot_loss(metrics_file: Path, png: Path, title: str) -> None:
-    """Training and held-out loss against tokens."""
-    matplotlib.use("Agg")
-    rows = read_rows(metrics_file)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    tokens = np.array([row["tokens"] for row in rows]) / 1e6
-    axes.plot(tokens, [row["cross_entropy"] for row in rows], linewidth=0.8, alpha=0.7, label="training")
-    held_out = [(row["tokens"] / 1e6, row["eval_loss"]) for row in rows if "eval_loss" in row]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), marker="o", label="held out")
-    axes.set(xlabel="tokens (millions)", ylabel="cross-entropy (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(png, dpi=120)
-
-
 def sample(result: TrainResult) -> str:
-    """A continuation of the beginning of a held-out document."""
+    """The beginning of the first held-out document, continued by the model."""
     config = result.config
     model = nnx.merge(serving_graph(config, result.layout), result.state.params, result.state.router_bias)
     tokenizer, store = result.corpus.tokenizer, result.corpus.validation
@@ -92,7 +72,7 @@ def sample(result: TrainResult) -> str:
 
 
 def finish(result: TrainResult) -> None:
-    """Write report.json, loss.png and sample.txt into the run, and print them (process 0)."""
+    """Write report.json, loss.png and sample.txt into the run's directory, and print them. Every process has to call this."""
     run = result.run
     figures, text = compression(result), sample(result)  # all processes' devices take part
     if not is_first():

@@ -1,4 +1,4 @@
-"""Beginning a run with the weights of another one, or of an imported checkpoint."""
+"""Starting a run with the weights of another run or of an imported checkpoint: `train.init_from`."""
 
 import dataclasses
 from dataclasses import replace
@@ -22,7 +22,7 @@ def _check_same_model(config: Config, found: Checkpoint) -> None:
 
 
 def with_its_tokenizer(config: Config) -> Config:
-    """A configuration that begins with a checkpoint reads text by that one's tokenizer, unless it names one.
+    """The configuration with the tokenizer of `train.init_from`, unless `data.tokenizer` names one.
 
     Raises `UserError` if `train.init_from` has another model, or no tokenizer where none is named.
     """
@@ -39,7 +39,7 @@ def with_its_tokenizer(config: Config) -> Config:
 
 
 def with_weights(config: Config, layout: Layout, state: TrainState, init_from: str) -> TrainState:
-    """A fresh state with the weights of a checkpoint of any mesh."""
+    """A fresh state with the weights of a checkpoint, which any mesh may have written."""
     template = abstract_state(config, layout)
     params, router_bias = load_weights(open_checkpoint(init_from).path, template.params, template.router_bias)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)

@@ -1,4 +1,4 @@
-"""Ends a process in which no step ends in time: a stuck rank keeps its heartbeat, and its peers would wait for ever."""
+"""Aborts a process in which no step ends in time: a stuck rank keeps its heartbeat, and its peers would wait for ever."""
 
 import faulthandler
 import statistics
@@ -8,17 +8,17 @@ from collections import deque
 from pathlib import Path
 from typing import Self
 
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import write_atomically
 
-_MEDIANS = 10  # a step that takes so many times the median is taken for stuck
-_REMEMBERED = 50  # steps
+_MEDIANS = 10  # a step that takes this many times the median counts as stuck
+_REMEMBERED = 50  # last steps, of which the median is taken
 
 
 class Watchdog:
-    """Where no step ends within max(10 medians, `stuck_after_s`), every thread's stack goes to standard error, and exit code 1.
+    """Prints every thread's stack and exits with code 1 if no step ends within max(10 median steps, `stuck_after_s`).
 
-    The clock is faulthandler's thread, which needs no interpreter lock, so that native code that holds it is noticed too. What
-    is slower than a step by nature (start, evaluation, waiting for a save) is given `slow_s` by `slow`. A context manager.
+    The clock is faulthandler's thread, which needs no interpreter lock: it also notices native code that holds the lock.
+    `slow` allows `slow_s` for what takes longer than a step (start, evaluation, waiting for a save). A context manager.
     """
 
     def __init__(self, stuck_after_s: float, slow_s: float, enabled: bool = True):
@@ -28,16 +28,21 @@ class Watchdog:
         self.slow()
 
     def step_ended(self, seconds: float) -> None:
+        """A step that took `seconds` has ended, and the next one begins."""
         self._steps.append(seconds)
         self.step_begins()
 
     def step_begins(self) -> None:
-        """After what was `slow`, where steps have been timed."""
+        """Something `slow` is over. Before the first step has been timed, its limit stays."""
         if self._steps:
             self._allow(max(_MEDIANS * statistics.median(self._steps), self._floor))
 
     def slow(self, file: Path | None = None) -> None:
-        """From here on `file` gets the deadline, in seconds since 1970, for a supervisor: it ends who cannot end itself."""
+        """Something slower than a step begins.
+
+        From here on the deadline is written into `file` (seconds since 1970), if one is given here or was before: a supervisor
+        kills a process that outlives it.
+        """
         self._file = file or self._file
         self._allow(max(self._slow, self._floor))
 
@@ -46,7 +51,7 @@ class Watchdog:
             return
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         if self._file is not None:
-            write_whole(self._file, f"{time.time() + seconds:.1f}")
+            write_atomically(self._file, f"{time.time() + seconds:.1f}")
 
     def __enter__(self) -> Self:
         return self
