@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from tokenizers import Tokenizer
 
+from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, unstack
@@ -127,3 +129,13 @@ def generate(
         np.float32(top_p), np.uint32(seed), np.int32(-1 if eos_id is None else eos_id),
     )  # fmt: skip
     return out_BS[:, : T + max_new_tokens]
+
+
+def continue_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
+    """`generate` for text: the prompt and its continuation, which ends early at the tokenizer's end-of-text token."""
+    bos, eos = special_ids(tokenizer)
+    ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    out = generate(model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=eos)
+    return tokenizer.decode(np.asarray(out)[0].tolist())
