@@ -1,4 +1,4 @@
-"""`dsv3 describe` and `dsv3 platforms`: what a configuration amounts to, and what platforms can multiply, as tables."""
+"""`dsv3 describe` and `dsv3 platforms`: sizes and FLOPs of a configuration, and formats of platforms, as tables."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from dsv3_jax.progress import human
 
 
 def _billions(parameters: int) -> str:
-    """As papers write it: 671B, 36.6B, 3.34M."""
+    """A count as papers write it: 671B, 36.6B, 3.34M."""
     return human(parameters).replace("G", "B")
 
 
@@ -53,7 +53,7 @@ def _format(platform: Platform, format: str) -> str:
 
 
 def describe_platforms(device: Any, console: Console) -> None:
-    """Print the table of platforms, what `auto` takes on each and why, and what the device of this machine is."""
+    """Print the formats of all platforms, which recipe `auto` takes on each and why, and what this machine's device is."""
     title = "matrix products by format; below a native one its dense peak, 10^12 operations a second a device"
     table = Table("platform", *FORMATS, "auto", title=title)
     for platform in platforms():

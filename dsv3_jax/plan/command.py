@@ -1,4 +1,4 @@
-"""`dsv3 plan`: what the verb does, in order."""
+"""`dsv3 plan` and `dsv3 overlap`: what the verbs do, in order."""
 
 import json
 import sys
@@ -32,14 +32,15 @@ _LINE_EVERY_S = 10.0
 
 
 def list_topologies(console: Console) -> None:
-    table = Table("kind", "examples", "bf16, 10^12/s", "GiB", "links, GB/s one way", title="topologies; facts are of a device")
+    """Print the kinds of devices that can be planned for, with examples and their main figures."""
+    table = Table("kind", "examples", "bf16, 10^12/s", "GiB", "links, GB/s one way", title="topologies; figures per device")
     for kind, facts in HARDWARE.items():
         links = ", ".join(f"{name} {link['gb_s']:g}" for name, link in facts["links"].items())
         table.add_row(kind, " ".join(facts["topologies"]), f"{facts['tera_ops']['bf16']:g}", f"{facts['memory_gib']:g}", links)
     console.print(table)
     console.print(
-        "TPU names give the torus of a slice, GPU names HOSTSxGPUS; N*v5p:8x8x8 are N slices. Any shape will do that the "
-        "compiler takes."
+        "TPU names give the torus of a slice, GPU names HOSTSxGPUS; N*v5p:8x8x8 means N slices. Any other shape works that the "
+        "compiler accepts."
     )
 
 
@@ -62,7 +63,10 @@ def list_worker_counts(config: Config, workers: range, devices: int, console: Co
 
 @contextmanager
 def _progress(topology: str) -> Iterator[Callable[[str, float, float], None]]:
-    """What the compiler is doing: a line that moves on a terminal, one every few seconds in a pipe."""
+    """Report what the compiler is doing: a status line on a terminal, a line every few seconds elsewhere.
+
+    Yields a function of the phase, seconds and the compiler's memory in GB.
+    """
     bar, last = make_console(sys.stderr), [time.monotonic(), ""]
     if bar.is_terminal:
         with bar.status(f"{topology}: starting") as status:
@@ -79,7 +83,7 @@ def _progress(topology: str) -> Iterator[Callable[[str, float, float], None]]:
 
 @dataclass(frozen=True)
 class Request:
-    """What the verb was called with."""
+    """The arguments of `dsv3 plan`. Raises `UserError` for a bad topology, price or compiler option."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -91,7 +95,7 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler, by name; values as YAML reads them, because XLA wants true and not 'true'."""
+        """The compiler's options by name; values as YAML reads them, because XLA expects true and not 'true'."""
         found = {}
         for option in self.xla:
             name, sign, value = option.partition("=")
@@ -113,7 +117,7 @@ def _compile(request: Request, config: Config, topology: str) -> Plan:
 
 
 def run_plan(request: Request, console: Console) -> None:
-    """Compile for each topology, print, and write plan.json and plan.html. Raises `UserError` for bad input."""
+    """Compile for each topology, print the plans, and write plan.json and plan.html. Raises `UserError` for bad input."""
     config, plans = load_config(request.config, request.overrides), []
     for topology in request.topologies:
         plans.append(_compile(request, config, topology))
@@ -124,19 +128,22 @@ def run_plan(request: Request, console: Console) -> None:
 
 
 def run_search(request: Request, compiled: int, console: Console) -> None:
-    """Rank every mesh by arithmetic, compile the best few, and say why the best of these is. Raises `UserError`."""
+    """Rank every mesh by arithmetic, compile the best `compiled`, and explain the winner.
+
+    Prints, and writes the plans of those compiled. Raises `UserError` for bad input, or if none compiles.
+    """
     config = load_config(request.config, request.overrides)
     for name in request.topologies:
         topology = parse_topology(name)
         auto = next(p for p in platforms() if p.name == topology.platform).auto[0]
         ranked = search(config, topology, request.assume.efficiency, tuple(dict.fromkeys(("bf16", auto))))
-        table = Table("mesh", "GiB", "work s", "communication s", "occupancy", "step s", title=f"{name}: by arithmetic")
+        table = Table("mesh", "GiB", "work s", "communication s", "occupancy", "step s", title=f"{name}: estimated")
         for c in ranked[:10]:
             sent = f"{sum(c.communication.values()):.2f}"
             table.add_row(c.label, f"{c.memory / GIB:.0f}", f"{c.work:.2f}", sent, f"{c.occupancy:.0%}", f"{c.seconds:.2f}")
         console.print(table)
         console.print(
-            f"{len(ranked):,} combinations fit by arithmetic; compiling {min(compiled, len(ranked))} of different meshes"
+            f"{len(ranked):,} combinations fit by estimate; compiling {min(compiled, len(ranked))} of different meshes"
         )
         tried: list[tuple[Candidate, Plan]] = []
         for candidate in _different(ranked, compiled):
@@ -151,13 +158,13 @@ def run_search(request: Request, compiled: int, console: Console) -> None:
         (winner, best), *others = tried
         console.print(f"best: {winner.label}", soft_wrap=True)
         if others:
-            console.print(f"against {others[0][0].label}: {explain(winner, others[0][0])} (by arithmetic)", soft_wrap=True)
+            console.print(f"against {others[0][0].label}: {explain(winner, others[0][0])} (estimated)", soft_wrap=True)
         show(best, console)
         _write(request, config, [plan for _, plan in tried], console)
 
 
 def _different(ranked: list[Candidate], count: int) -> list[Candidate]:
-    """The best of each of the best few meshes: neighbours on the list differ in little."""
+    """The best candidate of each of the best `count` meshes: neighbours on the list differ in little."""
     best: dict[tuple[int, ...], Candidate] = {}
     for candidate in ranked:
         best.setdefault(tuple(candidate.sizes.values()), candidate)
@@ -173,7 +180,10 @@ def _write(request: Request, config: Config, plans: list[Plan], console: Console
 
 
 def show_overlap(trace: Path, plan: Path | None, console: Console) -> None:
-    """A row a device, and the plans' figures. Raises `UserError` for what is no trace, or no plan."""
+    """Print how much communication each device of a trace hid behind work, beside a plan.json's figures.
+
+    Raises `UserError` if `trace` is no trace, or `plan` no plan.json.
+    """
     planned = _planned(plan) if plan else []
     found = overlaps(trace)
     table = Table("device", "work s", "communication s", "hidden s", "hidden", title="communication behind work")
@@ -183,7 +193,7 @@ def show_overlap(trace: Path, plan: Path | None, console: Console) -> None:
     for kind in sorted({kind for o in found for kind in o.by_kind}):
         seconds, hidden = (sum(o.by_kind.get(kind, (0.0, 0.0))[n] for o in found) for n in (0, 1))
         console.print(f"{kind}: {seconds:.3f} s of all devices, {_percent(hidden / seconds if seconds else None)} hidden")
-    console.print(f"all devices: {_percent(_together(found))} hidden (goal: more than 70%)")
+    console.print(f"all devices: {_percent(_together(found))} hidden")
     for topology, share in planned:
         console.print(f"planned for {topology}: {_percent(share)}")
 

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: their groups of devices, the mesh axes they run along, what a device sends."""
+"""The collectives of a compiled program: their groups of devices, the mesh axes they run along, what a device sends."""
 
 import math
 import re
@@ -16,13 +16,17 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """Of a collective or of the begin of an asynchronous one; None of anything else, its end included."""
+    """The kind of a collective, or of the start of an asynchronous one; None for anything else, such as its end."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def groups_of(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Listed, as an iota list, by names of mesh axes, or as pairs; without any, all devices. Raises `ValueError`."""
+    """The groups of partitions in an instruction's attributes; for a permute, pairs (source, target).
+
+    Reads lists, iota lists, names of mesh axes and pairs; an empty list means all `devices`. Raises `ValueError` for none of
+    these.
+    """
     if named := _NAMED.search(attributes):
         sizes = {name.strip("' "): int(size) for name, size in (part.split("=") for part in named[1].split(","))}
         along = [list(sizes).index(name.strip("' ")) for name in named[2].split(",")]
@@ -45,13 +49,16 @@ def groups_of(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 def axes_of(groups: tuple[tuple[int, ...], ...], mesh: dict[str, int]) -> tuple[str, ...]:
     """The mesh axes along which members of a group differ."""
-    places = np.stack(np.unravel_index(np.array(groups), tuple(mesh.values())), -1)  # groups, members, axes
-    differ = (places != places[:, :1]).any((0, 1))
+    positions = np.stack(np.unravel_index(np.array(groups), tuple(mesh.values())), -1)  # groups, members, axes
+    differ = (positions != positions[:, :1]).any((0, 1))
     return tuple(axis for axis, d in zip(mesh, differ, strict=True) if d)
 
 
 def read_collective(i: Instruction, inside: Computation, mesh: dict[str, int], ragged_fill: float) -> Collective:
-    """Of a ragged exchange, whose rows depend on routing, `ragged_fill` of the buffer is sent."""
+    """The collective that an instruction of computation `inside` is.
+
+    `ragged_fill`: the share of its buffer that a ragged exchange sends, whose rows depend on routing.
+    """
     kind = kind_of(i)
     assert kind, i
     operands = [inside.instructions[name] for name in i.operands]

@@ -1,4 +1,4 @@
-"""Compiling a training step for a mesh that is not here: in a process of its own, watched, and kept by content."""
+"""Compiling a training step for a mesh that is not here: in a process of its own, with limits, and cached by content."""
 
 import contextlib
 import gzip
@@ -30,7 +30,7 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the compiling process."""
+    """Limits of the compiling process; it is stopped beyond them."""
 
     memory_gb: float = 16.0
     seconds: float = 3600.0
@@ -53,13 +53,13 @@ class Compiled:
 
 
 def compilers() -> str:
-    """A Python that has the targets' compilers: DSV3_PLAN_PYTHON, this one, or the checkout's .venv-aot.
+    """The path of a Python that has the TPU and GPU compilers: DSV3_PLAN_PYTHON, this one, or the checkout's .venv-aot.
 
-    Raises `UserError` where there is none.
+    Raises `UserError` if there is none.
     """
     if named := os.environ.get("DSV3_PLAN_PYTHON"):
         if not shutil.which(named):
-            raise UserError(f"DSV3_PLAN_PYTHON={named} is no program")
+            raise UserError(f"DSV3_PLAN_PYTHON={named} is not an executable")
         return named
     if importlib.util.find_spec("libtpu"):
         return sys.executable
@@ -67,13 +67,13 @@ def compilers() -> str:
     if beside.is_file():
         return str(beside)
     raise UserError(
-        "plan needs the compilers of TPU and NVIDIA GPUs: scripts/tools/setup_aot.sh makes .venv-aot with them, or name a "
+        "plan needs the compilers for TPUs and NVIDIA GPUs: scripts/tools/setup_aot.sh makes .venv-aot with them, or name a "
         "Python that has libtpu and jax-cuda13-plugin as DSV3_PLAN_PYTHON"
     )
 
 
 def _source_digest() -> str:
-    """Of everything that a program is made of."""
+    """SHA-256 of all sources that a compiled program depends on."""
     digest = hashlib.sha256()
     for package in ("dsv3_jax", "pallas_kernels"):
         for path in sorted((_PACKAGES / package).rglob("*.py")):
@@ -83,7 +83,7 @@ def _source_digest() -> str:
 
 
 def _key(config: Config, topology: Topology, options: dict[str, Any]) -> str:
-    """What a compiled program depends on; the sections of the configuration that it does not are left out."""
+    """The cache's key: a hash of all that a compiled program depends on, without the configuration's other sections."""
     tree = {k: v for k, v in config_to_dict(config).items() if k not in ("name", "checkpoint")}
     asked = json.dumps([tree, str(topology), options, compilers(), _source_digest()], sort_keys=True)
     return hashlib.sha256(asked.encode()).hexdigest()[:24]
@@ -96,10 +96,13 @@ def compile_step(
     limits: Limits = Limits(),
     say: Callable[[str, float, float], None] = lambda phase, seconds, gb: None,
 ) -> Compiled:
-    """The training step of `config`, compiled for `topology` with these compiler options, or read from the cache.
+    """The training step of `config`, compiled for `topology`, or read from the cache.
 
-    `say` is told the phase, the seconds and the memory in GB while it works. Raises `UserError` for bad input, and where the
-    compiler fails or a limit is passed, with what it said.
+    Args:
+        options: XLA's compiler options by name.
+        say: Called with the phase, the seconds and the compiler's memory in GB while it works.
+
+    Raises `UserError` for bad input, and with the compiler's message if it fails or passes a limit.
     """
     parsed = parse_topology(topology)
 
@@ -112,6 +115,7 @@ def compile_step(
 
 
 def read(directory: Path) -> Compiled:
+    """Read what plan/worker.py has written."""
     facts = json.loads((directory / "facts.json").read_text())
     with gzip.open(directory / "program.txt.gz", "rt") as file:
         program = parse(file.read())
@@ -161,11 +165,12 @@ def _run(request: dict[str, Any], limits: Limits, say: Callable[[str, float, flo
     error = Path(request["out"]) / "error.txt"
     if error.is_file():
         raise UserError(error.read_text())
-    raise UserError(f"topology={request['topology']}: {stopped or _last_words(log.read_text(), child.returncode)}")
+    raise UserError(f"topology={request['topology']}: {stopped or _failure(log.read_text(), child.returncode)}")
 
 
-def _last_words(log: str, code: int) -> str:
+def _failure(log: str, code: int) -> str:
+    """Why the compiler ended, from its log and exit code."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    telling = [line for line in lines if "RESOURCE_EXHAUSTED" in line or "Error" in line] or lines
+    errors = [line for line in lines if "RESOURCE_EXHAUSTED" in line or "Error" in line] or lines
     how = f"was ended by signal {-code}" if code < 0 else "failed"
-    return f"the compiler {how}: {telling[-1][:600] if telling else 'it said nothing'}"
+    return f"the compiler {how}: {errors[-1][:600] if errors else 'it wrote nothing'}"

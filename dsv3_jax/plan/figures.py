@@ -1,4 +1,4 @@
-"""The figures of a plan: memory, FLOPs, communication, step time, what a run takes; each with where it comes from."""
+"""The figures of a plan: memory, FLOPs, communication, step time and a run's cost, each with its source."""
 
 import math
 from collections.abc import Callable
@@ -33,16 +33,16 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """`imbalance`: of the rows that devices get for their experts. `price`: of a device, an hour."""
+    """What a plan takes as given."""
 
-    imbalance: Imbalance = BALANCED
-    price: float | None = None
+    imbalance: Imbalance = BALANCED  # of the rows that devices get for their experts
+    price: float | None = None  # per device and hour
     efficiency: Efficiency = ASSUMED
 
 
 @dataclass
 class Plan:
-    """Figures of a device and a step, unless they say otherwise; bytes, seconds and FLOPs are plain numbers."""
+    """Figures per device and step unless they say otherwise, in bytes, seconds and FLOPs. plan.json holds these fields."""
 
     name: str
     topology: str
@@ -51,16 +51,16 @@ class Plan:
     precision: str
     remat: str
     batch: dict[str, int]
-    memory: dict[str, float]  # by class, in bytes; `total` and `room` among them
-    flops: dict[str, float]
+    memory: dict[str, float]  # bytes by class; `total`, and `room` for what a program may use, are among them
+    flops: dict[str, float]  # executed, by format of the operands
     useful_flops: float
     recomputed: float
     communication: list[dict[str, Any]]
-    across_data: list[dict[str, Any]]  # how gradients could cross `data`: algorithm, seconds, whether this step does it so
-    step: dict[str, float]
-    parts: dict[str, float]
+    across_data: list[dict[str, Any]]  # ways for gradients to cross `data`: algorithm, seconds, whether this step takes it
+    step: dict[str, float]  # seconds, tokens/s, MFU
+    parts: dict[str, float]  # seconds of work by part of the model
     pipeline_occupancy: float | None
-    run: dict[str, float]
+    run: dict[str, float]  # of the whole training: tokens, days, device-hours, cost
     assumed: dict[str, Any]
     notes: list[str]
     compiled: dict[str, Any]
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def hidden(self) -> float | None:
-        """Share of the communication's time behind which there is work."""
+        """Share of the communication's time that is hidden behind work; None without any."""
         return self.step.get("hidden")
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Plan:
 
 
 def kept_bytes(program: Program) -> float:
-    """What loops over layers stack for the backward pass: results of a forward loop with a place for each round."""
+    """Bytes of activations kept for the backward pass: what forward loops over layers stack, one entry per iteration."""
     total = 0.0
     entry = program.computations[program.entry]
     for loop in entry:
@@ -97,7 +97,7 @@ def kept_bytes(program: Program) -> float:
 
 
 def memory_of(compiled: Compiled, kept: float) -> dict[str, float]:
-    """By class, in bytes."""
+    """Bytes per device by class of memory; `kept` are those of activations (`kept_bytes`)."""
     m, state = compiled.memory, compiled.state
     gradients = float(state["parameters"])  # float32, as the master weights
     rest = m["temp"] - gradients - kept
@@ -121,7 +121,7 @@ def _communication(line: Timeline) -> list[dict[str, Any]]:
 
 
 def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumptions()) -> Plan:
-    """Everything about the compiled step of `config`."""
+    """The plan of the compiled step of `config`."""
     topology, program, mesh = compiled.topology, compiled.program, compiled.mesh
     devices = math.prod(mesh.values())
     tokens, microbatches = config.data.batch_size * config.data.seq_len, config.train.grad_accum_steps
@@ -165,7 +165,7 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
 
 
 def _notes(compiled: Compiled, line: Timeline, unreached: list[str], uncounted: set[str], useful: float) -> list[str]:
-    """What a reader must know: what is missing, and what is not as it should be."""
+    """Warnings: what is missing in the figures, and what is not as it should be."""
     notes = [compiled.exchange] if compiled.exchange else []
     notes += [f"a collective that the schedule does not reach is missing: {name}" for name in unreached]
     notes += [f"loop of unknown length, counted once, so that figures are too low: {name}" for name in line.refused]
@@ -187,7 +187,7 @@ def _notes(compiled: Compiled, line: Timeline, unreached: list[str], uncounted: 
 
 
 def _run(config: Config, step_seconds: float, devices: int, price: float | None) -> dict[str, float]:
-    """The whole run, without failures."""
+    """Tokens, days, device-hours and cost of all steps, without failures."""
     seconds = step_seconds * config.train.steps
     hours = seconds / 3600 * devices
     found = {"tokens": float(config.train.steps * config.data.batch_size * config.data.seq_len)}
@@ -199,6 +199,6 @@ def plan_step(
     config: Config, topology: str, assume: Assumptions, limits: Limits, options: dict[str, Any],
     say: Callable[[str, float, float], None],
 ) -> Plan:  # fmt: skip
-    """Compile (or read from the cache) and count. Raises `UserError` as `compile_step`."""
+    """Compile (or read from the cache) and count; arguments and errors as those of `compile_step`."""
     plan = figures(config, compile_step(config, topology, options, limits, say), assume)
     return replace(plan, compiled=plan.compiled | {"options": options})

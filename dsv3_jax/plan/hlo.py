@@ -1,7 +1,7 @@
 """Reading compiled HLO text: computations, instructions in their scheduled order, shapes, trip counts of loops.
 
-XLA offers no Python interface to a compiled program's instructions, so that its text is parsed; the grammar is that of
-`HloModule::ToString`. Nothing here knows what a program is for.
+XLA has no Python interface to a compiled program's instructions, so its text is parsed; the grammar is that of
+`HloModule::ToString`. Nothing here depends on what the program computes.
 """
 
 import functools
@@ -62,7 +62,7 @@ class Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]  # names
-    arguments: str  # what stands between the parentheses: the value of a constant, the number of a parameter
+    arguments: str  # the text between the parentheses: the value of a constant, the number of a parameter
     attributes: str
     root: bool
 
@@ -76,17 +76,17 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from."""
+        """The scopes and the primitive of the traced program that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, key: str) -> str | None:
-        """The computation of one attribute, such as body, condition, calls or to_apply."""
+        """The computation that an attribute names, such as body, condition, calls or to_apply."""
         return next((name for k, name in _CALLED.findall(self.attributes) if k == key), None)
 
     @property
     def branches(self) -> list[str]:
-        """Of a conditional."""
+        """The computations of a conditional."""
         found = _BRANCHES.findall(self.attributes)
         return [name.strip().lstrip("%") for listed, one in found for name in (listed or one).split(",")]
 
@@ -94,7 +94,7 @@ class Instruction:
 @dataclass
 class Computation:
     name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)  # in the order they run in, of a scheduled program
+    instructions: dict[str, Instruction] = field(default_factory=dict)  # in execution order if the program is scheduled
 
     @property
     def root(self) -> Instruction:
@@ -114,7 +114,7 @@ class Program:
     scheduled: bool
 
     def trip_count(self, loop: Instruction, inside: Computation) -> int | None:
-        """How often a `while` that stands in `inside` runs its body; None if that depends on data, or can't be told."""
+        """How often a `while` of computation `inside` runs its body; None if that depends on data or is not recognised."""
         assert loop.opcode == "while", loop
         known = re.search(r'"?known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
         if known:
@@ -123,7 +123,7 @@ class Program:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the parenthesis that opens at `begin` closes."""
+    """Index of the parenthesis that closes the one at `begin`."""
     depth = 0
     for i in range(begin, len(text)):
         if text[i] == "(":
@@ -153,7 +153,7 @@ def _parse_instruction(line: str) -> Instruction | None:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Attributes may have line breaks in them: what begins like nothing that stands on a line of its own goes on the last."""
+    """Lines with their continuations: attributes may have line breaks, and a continuation begins like no other line."""
     pending = ""
     for line in text.splitlines():
         if _BEGINS.match(line):
@@ -165,7 +165,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 
 def parse(text: str) -> Program:
-    """Raises `ValueError` for what is no HLO module."""
+    """Parse the text of an HLO module. Raises `ValueError` for any other text."""
     if not text.startswith("HloModule"):
         raise ValueError(f"no HLO module: {text[:80]!r}")
     computations: dict[str, Computation] = {}
@@ -181,14 +181,14 @@ def parse(text: str) -> Program:
     return Program(computations, entry, "is_scheduled=true" in text[: text.index("\n")])
 
 
-# Trip counts. A value is an int, or an expression over the carried tuple: ("element", k), ("add", a, b), ("compare", ...).
+# Trip counts. A value is an int or an expression over the carried tuple: ("element", k), ("add", a, b), ("compare", ...).
 
 _THROUGH = {"copy", "convert", "bitcast", "reshape", "copy-start", "copy-done", "broadcast", "optimization-barrier"}
 _DIRECTIONS = {"LT": 0, "LE": 1}
 
 
 def _value(program: Program, computation: Computation, name: str, bound: dict[str, Any], depth: int = 0) -> Any:
-    """What an instruction computes, as far as counting loops needs it; None if it is anything else."""
+    """What an instruction computes, if it is among what loops count with; else None."""
     i = computation.instructions[name]
     if depth > 40:
         return None
@@ -226,7 +226,7 @@ def _value(program: Program, computation: Computation, name: str, bound: dict[st
 
 
 def _counted(program: Program, loop: Instruction, inside: Computation) -> int | None:
-    """Of a loop that counts up by a constant from a constant to a constant."""
+    """Trip count of a loop that counts up by a constant from a constant to a constant; None for other loops."""
     condition, body = (program.computations[loop.called(key) or ""] for key in ("condition", "body"))
     test = _value(program, condition, condition.root.name, {condition.parameter(0).name: "carried"})
     if not (isinstance(test, tuple) and test[0] == "compare" and test[1] in _DIRECTIONS):

@@ -1,4 +1,4 @@
-"""How unevenly tokens fall on the devices that hold experts: a number, or what a run's router did."""
+"""How unevenly tokens are spread over the devices that hold experts: a number, or what a run's router did."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,16 @@ from dsv3_jax.runs.metrics import read_rows
 
 @dataclass(frozen=True)
 class Imbalance:
-    """Rows of the fullest device over the mean, of tokens on their way to experts: 1 or more; or a trace of a router."""
+    """Rows that the fullest device gets for its experts, over the mean: a number, or a record of a router."""
 
-    number: float = 1.0
-    load_NE: np.ndarray | None = None  # tokens of each expert, of every layer and step that was recorded
-    source: str = ""
+    number: float = 1.0  # 1 or more; unused if there is a record
+    load_NE: np.ndarray | None = None  # tokens of each of E experts, for N recorded layers and steps
+    source: str = ""  # the record's path
 
     def among(self, ranks: int, experts: int) -> float:
-        """On `ranks` devices that share `experts`, in the mean over layers and steps: each layer waits for its fullest device.
+        """The imbalance if `ranks` devices share `experts`: a mean over layers and steps, as each waits for its fullest device.
 
-        Raises `UserError` for a trace of another number of experts.
+        Raises `UserError` if the record is of another number of experts.
         """
         if self.load_NE is None:
             return self.number
@@ -37,13 +37,13 @@ BALANCED = Imbalance()
 
 
 def read_imbalance(given: str) -> Imbalance:
-    """A number of 1 or more, or the routing.jsonl of a run (or its directory). Raises `UserError`."""
+    """The imbalance of --imbalance: a number of 1 or more, or a run's routing.jsonl or directory. Raises `UserError`."""
     try:
         number = float(given)
     except ValueError:
         return _recorded(given)
     if not 1 <= number < float("inf"):
-        raise UserError(f"--imbalance={given}: the fullest device has at least the mean; use 1 or more")
+        raise UserError(f"--imbalance={given}: the fullest device has at least the mean, so use 1 or more")
     return Imbalance(number)
 
 

@@ -1,4 +1,4 @@
-"""Plans as one HTML page that needs nothing else: tables and plots (SVG) in the file."""
+"""Plans as one self-contained HTML page with tables and plots (SVG)."""
 
 import html
 import io
@@ -23,7 +23,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _bars(axes: Any, labels: list[str], stacks: dict[str, list[float]], unit: str, title: str) -> None:
-    """Horizontal bars, a row a label, stacked."""
+    """Stacked horizontal bars, a row for each label."""
     left = [0.0] * len(labels)
     for name, sizes in stacks.items():
         axes.barh(labels, sizes, left=left, label=name)
@@ -39,14 +39,14 @@ def _plots(plans: list[Plan]) -> str:
     figure = Figure(figsize=(11, 2.8 + 0.5 * len(plans)), layout="constrained")
     memory, time = figure.subplots(1, 2)
     classes = dict.fromkeys(c for p in plans for c in p.memory if c not in ("total", "room"))
-    _bars(memory, names, {c: [p.memory.get(c, 0) / GIB for p in plans] for c in classes}, "GiB a device", "memory")
+    _bars(memory, names, {c: [p.memory.get(c, 0) / GIB for p in plans] for c in classes}, "GiB per device", "memory")
     for row, p in enumerate(plans):
         memory.plot([p.memory["room"] / GIB] * 2, [row - 0.4, row + 0.4], color="black")
     stacks = {
         "work": [p.step["work"] for p in plans], "exposed communication": [p.step["exposed"] for p in plans],
         "other waiting": [max(0.0, p.step["seconds"] - p.step["work"] - p.step["exposed"]) for p in plans],
     }  # fmt: skip
-    _bars(time, names, stacks, "seconds", "a step (model)")
+    _bars(time, names, stacks, "seconds", "one step (model)")
     return _svg(figure)
 
 
@@ -57,12 +57,12 @@ def _links(plan: Plan) -> str:
     figure = Figure(figsize=(11, 2.0 + 0.35 * len(rows)), layout="constrained")
     labels = [f"{r['kind']}, {' x '.join(r['axes'])}, {r['link']}" for r in rows]
     stacks = {"hidden": [r["seconds"] - r["exposed"] for r in rows], "exposed": [r["exposed"] for r in rows]}
-    _bars(figure.subplots(), labels, stacks, "seconds a step (model)", f"{plan.topology}: communication")
+    _bars(figure.subplots(), labels, stacks, "seconds per step (model)", f"{plan.topology}: communication")
     return _svg(figure)
 
 
 def page(plans: list[Plan]) -> str:
-    """The page's text."""
+    """The page's HTML."""
     console = Console(file=io.StringIO(), width=150, record=True, highlight=False, force_terminal=False)
     if len(plans) > 1:
         compare(plans, console)

@@ -1,4 +1,4 @@
-"""A plan on a terminal: one topology in full, several as a table."""
+"""Plans as text: one topology in full, several as a table."""
 
 from rich.console import Console
 from rich.table import Table
@@ -8,12 +8,12 @@ from dsv3_jax.plan.figures import Plan
 from dsv3_jax.progress import human
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
+def _share(part: float, total: float) -> str:
+    return f"{part / total:.1%}" if total else "-"
 
 
 def _table(title: str, source: str, *columns: str) -> Table:
-    """`source`: where its figures come from."""
+    """An empty table; `source` says below it where its figures come from."""
     table = Table(title=title, title_justify="left", caption=f"({source})", caption_justify="left", min_width=60)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -21,13 +21,14 @@ def _table(title: str, source: str, *columns: str) -> Table:
 
 
 def verdict(plan: Plan) -> str:
+    """One line: whether the step fits into a device's memory, and by how much."""
     total, room = plan.memory["total"] / GIB, plan.memory["room"] / GIB
     how = f"{room - total:.1f} GiB left" if plan.fits else f"{total - room:.1f} GiB too much"
-    return f"{'fits' if plan.fits else 'DOES NOT FIT'}: {total:.1f} of {room:.1f} GiB a device, {how}"
+    return f"{'fits' if plan.fits else 'DOES NOT FIT'}: {total:.1f} of {room:.1f} GiB per device, {how}"
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Everything about one topology."""
+    """Print everything about one topology."""
     step, batch = plan.step, plan.batch
     console.rule(f"{plan.name} on {plan.topology}")
     console.print(
@@ -75,13 +76,13 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row(f"  work in {part}", f"{seconds:.3f}", _share(seconds, step["seconds"]))
     console.print(table)
     if plan.hidden is not None:
-        console.print(f"communication hidden behind work: {plan.hidden:.1%} of its time (goal: more than 70%)")
+        console.print(f"communication hidden behind work: {plan.hidden:.1%} of its time")
     if plan.pipeline_occupancy is not None:
         console.print(f"pipeline occupancy: {plan.pipeline_occupancy:.1%} of the stages' time is work (count: the schedule)")
     run = plan.run
     cost = f", {run['cost']:,.0f} in the price's currency" if "cost" in run else ""
     console.print(
-        f"{step['tokens_per_s_device']:,.0f} tokens/s a device, {human(step['tokens_per_s'])} in all; MFU "
+        f"{step['tokens_per_s_device']:,.0f} tokens/s per device, {human(step['tokens_per_s'])} in all; MFU "
         f"{step['mfu_bf16']:.1%} (useful FLOPs over bf16's dense peak); {human(run['tokens'])} tokens in {run['days']:,.1f} "
         f"days, {human(run['device_hours'])} device-hours{cost}", soft_wrap=True,
     )  # fmt: skip
@@ -96,7 +97,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def compare(plans: list[Plan], console: Console) -> None:
-    """A row a topology; tokens/s are of a device."""
+    """Print a table with a row for each topology; tokens/s are per device."""
     table = _table(
         "plans", "seconds and what follows from them: model", "topology", "mesh", "GiB", "of", "fits", "step s", "tokens/s",
         "MFU", "hidden", "days",

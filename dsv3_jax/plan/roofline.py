@@ -1,6 +1,6 @@
-"""What an instruction costs: its products' FLOPs, the bytes it moves, and the time of the slower of both (a roofline).
+"""The cost of an instruction: FLOPs of its matrix products, bytes it moves, and the time of the slower of both (a roofline).
 
-FLOPs are 2 for every multiplication of a matrix product, counted from shapes; everything else is taken as bound by memory.
+A matrix product has 2 FLOPs for each multiplication, counted from shapes; everything else counts as bound by memory.
 Efficiencies are assumed, not fitted (see docs/plan.md).
 """
 
@@ -16,24 +16,24 @@ from dsv3_jax.parallel.experts import EXCHANGE, MORE_ROUNDS
 from dsv3_jax.plan.hlo import Array, Computation, Instruction, Program
 from dsv3_jax.precision.platforms import HARDWARE
 
-# Names of one buffer, and what costs nothing to issue.
+# Instructions that only name a buffer, or cost nothing to issue.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier",
     "optimization-barrier", "iota", "add-dependency",
 }  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 _FORMATS = {"bf16": "bf16", "f16": "bf16", "f8e4m3fn": "e4m3", "f8e5m2": "e5m2", "s8": "int8", "f32": "float32"}
-_FACTORS = ("bf16", "f16", "f8e4m3fn", "f8e5m2", "s8")  # what kernels multiply
+_KERNEL_OPERANDS = ("bf16", "f16", "f8e4m3fn", "f8e5m2", "s8")  # formats that kernels multiply
 _NO_PRODUCT = re.compile(
     r"swiglu_backward|swiglu_quantize|\bquantize|pack_codes|mean_of_codes"
-)  # kernels of this package without any
+)  # kernels of this package without a product
 _EXCHANGED = re.compile(rf"\bffn\)*/.*/({EXCHANGE}|{MORE_ROUNDS})/")
-_TPU_PASSES = {"highest": 6, "high": 3}  # of bfloat16 products, for one of float32 operands
+_TPU_PASSES = {"highest": 6, "high": 3}  # bfloat16 products that make up one of float32 operands
 
 
 @dataclass
 class Work:
-    """FLOPs by format of the operands, and bytes of the device's memory."""
+    """FLOPs by format of the operands, and bytes read from and written to the device's memory."""
 
     flops: Counter = field(default_factory=Counter)
     bytes: float = 0.0
@@ -54,7 +54,7 @@ def _window(attributes: str, key: str, count: int, default: int) -> list[list[in
 
 @functools.cache
 def _valid(k: int, out: int, size: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs (kernel position, output position) of one dimension that meet an input and no padding."""
+    """How many pairs (kernel position, output position) of one dimension meet an input and not padding."""
     last = (size - 1) * lhs_dilate
     count = 0
     for position in range(k):
@@ -64,20 +64,20 @@ def _valid(k: int, out: int, size: int, stride: int, low: int, lhs_dilate: int, 
 
 
 def convolution_flops(i: Instruction, lhs: Array, rhs: Array) -> float:
-    """As a TPU's products are written; batch axes are spatial ones of windows that meet one position each."""
+    """FLOPs of a convolution, as TPU programs write products; batch axes are spatial, with windows of one position."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     assert labels, i.attributes
     inside = re.search(r"window=\{([^}]*)\}", i.attributes)
     window = inside[1] if inside else ""
     out = i.arrays[0]
-    places = [c for c in labels[1] if c.isdigit()]
-    sizes = _window(window, "size", len(places), 1)
-    strides, pads = _window(window, "stride", len(places), 1), _window(window, "pad", len(places), 0)
-    lhs_dilates, rhs_dilates = _window(window, "lhs_dilate", len(places), 1), _window(window, "rhs_dilate", len(places), 1)
+    spatial = [c for c in labels[1] if c.isdigit()]
+    sizes = _window(window, "size", len(spatial), 1)
+    strides, pads = _window(window, "stride", len(spatial), 1), _window(window, "pad", len(spatial), 0)
+    lhs_dilates, rhs_dilates = _window(window, "lhs_dilate", len(spatial), 1), _window(window, "rhs_dilate", len(spatial), 1)
     pairs = 1
-    for n, place in enumerate(sorted(places, key=int)):
+    for n, label in enumerate(sorted(spatial, key=int)):
         pairs *= _valid(
-            sizes[n][0], out.dims[labels[3].index(place)], lhs.dims[labels[1].index(place)], strides[n][0], pads[n][0],
+            sizes[n][0], out.dims[labels[3].index(label)], lhs.dims[labels[1].index(label)], strides[n][0], pads[n][0],
             lhs_dilates[n][0], rhs_dilates[n][0],
         )  # fmt: skip
     # the kernel's input features are already those of one group
@@ -86,12 +86,13 @@ def convolution_flops(i: Instruction, lhs: Array, rhs: Array) -> float:
 
 
 def dot_flops(i: Instruction, lhs: Array) -> float:
+    """FLOPs of a dot: 2 for each element of the result and each contracted one."""
     contracted = math.prod(lhs.dims[d] for d in _numbers(i.attributes, "lhs_contracting_dims"))
     return 2.0 * i.arrays[0].size * contracted
 
 
 def _attention_flops(i: Instruction, arrays: list[Array]) -> float | None:
-    """Of every pair of places half are seen; scores cost X, values U a pair (X and U the sizes of a key and a value)."""
+    """FLOPs of an attention kernel. Half of all pairs of positions are visible; each costs a key's size and a value's size."""
     wide = [a for a in arrays if len(a.dims) >= 3 and a.dtype in ("bf16", "f16", "f32") and a.dims[-1] >= 64]
     if len(wide) < 3:
         return None
@@ -106,11 +107,11 @@ def _attention_flops(i: Instruction, arrays: list[Array]) -> float | None:
 
 
 def _matrix_flops(i: Instruction, arrays: list[Array]) -> float | None:
-    """Of a product whose result [.., m, n] comes of two operands that have m and n, and share k.
+    """FLOPs of a product with result [.., m, n], found as two operands that have m and n and share k; None if there are none.
 
-    A matrix for each expert may be stacked, so that one has a multiple of n. Without two matrices there is no product.
+    Experts' matrices may be stacked, so that an operand has a multiple of n. Without two matrices there is no product: 0.
     """
-    matrices = [a for a in arrays if len(a.dims) in (2, 3) and a.size > 1e4 and a.dtype in _FACTORS]
+    matrices = [a for a in arrays if len(a.dims) in (2, 3) and a.size > 1e4 and a.dtype in _KERNEL_OPERANDS]
     if len(matrices) < 2:
         return 0.0
     results = [a.dims[-2:] for a in i.arrays if len(a.dims) >= 2]
@@ -127,9 +128,9 @@ def _matrix_flops(i: Instruction, arrays: list[Array]) -> float | None:
 
 
 def kernel_flops(i: Instruction, operands: list[Instruction], ragged_fill: float) -> float | None:
-    """Of a kernel in a custom call: from its shapes, or as it states; None for what can't be told.
+    """FLOPs of a kernel (a custom call): from its cost estimate, or from its shapes; None if neither gives them.
 
-    Of buffers on their way to experts, `ragged_fill` is rows.
+    `ragged_fill`: the share of the rows of buffers for experts that hold tokens.
     """
     name = i.name + " " + i.op_name
     arrays = [o.arrays[0] for o in operands if o.arrays]
@@ -143,22 +144,29 @@ def kernel_flops(i: Instruction, operands: list[Instruction], ragged_fill: float
 
 
 class CostModel:
-    """Of the instructions of a program on one kind of device. `uncounted`: kernels whose FLOPs nothing tells."""
+    """Costs of a program's instructions on one kind of device.
+
+    Args:
+        kind: An entry of hardware.yaml.
+        ragged_fill: The share of the rows of buffers for experts that hold tokens.
+
+    `uncounted` collects the kernels whose FLOPs are unknown.
+    """
 
     def __init__(self, program: Program, kind: str, efficiency: Efficiency, ragged_fill: float):
         facts = HARDWARE[kind]
         self._program, self._is_tpu, self._fill = program, "ici" in facts["links"], ragged_fill
         self._peaks = {f: t * 1e12 * efficiency.matmul for f, t in facts["tera_ops"].items()}
         self.memory = facts["memory_tb_s"] * 1e12 * efficiency.memory
-        self._overhead = 0.5e-6 if self._is_tpu else 2e-6  # of an instruction: a kernel's launch
+        self._overhead = 0.5e-6 if self._is_tpu else 2e-6  # seconds to issue an instruction, such as a kernel's launch
         self.uncounted: set[str] = set()
 
     def seconds(self, work: Work) -> float:
-        """The longer of its products and its bytes, and what issuing it takes."""
+        """Seconds: the longer of its products and its bytes, and issuing it."""
         return max(self.bounds(work)) + (self._overhead if work.bytes or work.flops else 0.0)
 
     def bounds(self, work: Work) -> tuple[float, float]:
-        """Seconds of its products, and of its bytes."""
+        """(seconds of its products, seconds of its bytes)."""
         return sum(flops / self._rate(f) for f, flops in work.flops.items()), work.bytes / self.memory
 
     def _rate(self, format: str) -> float:
@@ -168,7 +176,7 @@ class CostModel:
         return self._peaks[name] / int(passes or 1)
 
     def work(self, i: Instruction, inside: Computation) -> Work:
-        """Of one instruction as it is scheduled; loops, calls and conditionals are none (see timeline.py)."""
+        """The work of one scheduled instruction of computation `inside`; timeline.py handles loops, calls and conditionals."""
         if i.opcode in FREE or (i.opcode == "custom-call" and any(f'"{name}"' in i.attributes for name in _FREE_CALLS)):
             return Work()
         operands = [inside.instructions[name] for name in i.operands if name in inside.instructions]
@@ -213,7 +221,7 @@ class CostModel:
         return Counter({format: flops})
 
     def _in_memory(self, arrays: tuple[Array, ...]) -> float:
-        """Bytes in the device's memory, as opposed to a TPU's VMEM."""
+        """Bytes of those arrays that are in the device's memory, not in a TPU's VMEM."""
         return float(sum(a.bytes for a in arrays if not (self._is_tpu and a.space)))
 
     def _plain_bytes(self, i: Instruction, operands: list[Instruction]) -> float:
@@ -225,7 +233,7 @@ class CostModel:
         return out + sum(self._in_memory(o.arrays) for o in operands)
 
     def _fusion_bytes(self, i: Instruction, operands: list[Instruction], fused: Computation) -> float:
-        """Parameters that are only sliced count as their slices; a root that updates a part in place, as that part."""
+        """Parameters that are only sliced count as their slices; a root that updates a part in place counts as that part."""
         total = 0.0
         users: dict[str, list[Instruction]] = {}
         for inner in fused:
@@ -233,7 +241,7 @@ class CostModel:
                 users.setdefault(name, []).append(inner)
 
         def through(name: str) -> list[Instruction]:
-            """Who reads it, behind bitcasts and the like."""
+            """The instructions that read it, through bitcasts and the like."""
             found = []
             for user in users.get(name, []):
                 found += through(user.name) if user.opcode in ("bitcast", "copy", "reshape", "convert", "transpose") else [user]
@@ -241,18 +249,18 @@ class CostModel:
 
         updated = self._updates(fused)
         for number, operand in enumerate(operands):
-            whole = self._in_memory(operand.arrays)
+            read = self._in_memory(operand.arrays)
             parameter = fused.parameter(number).name
             readers = through(parameter)
             if readers and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in readers):
-                whole = min(whole, float(sum(u.bytes for u in readers)))
+                read = min(read, float(sum(u.bytes for u in readers)))
             elif any(u.opcode == "dynamic-update-slice" for u in readers) and updated is not None:
-                whole = 0.0  # what it replaces is not read
-            total += whole
+                read = 0.0  # what it replaces is not read
+            total += read
         return total + (updated if updated is not None else self._in_memory(i.arrays))
 
     def _updates(self, fused: Computation) -> float | None:
-        """Bytes that a fusion whose results are updates in place writes."""
+        """Bytes written by a fusion whose results are updates in place; None for other fusions."""
         root = fused.root
         results = [fused.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
         written, in_place = 0.0, False

@@ -1,6 +1,6 @@
-"""How often this package's loops over data run: what their programs do not say, and balanced (or given) loads do.
+"""How often loops run whose trip count depends on data, for balanced (or given) loads of the experts.
 
-They are known by the names of the functions that they come from.
+The loops of this package are recognised by the names of the functions that they come from.
 """
 
 import re
@@ -11,18 +11,22 @@ from dsv3_jax.plan.hlo import Computation, Instruction, Program
 
 _EXCHANGE = re.compile(rf"/{EXCHANGE}/while$")  # across nodes, and inside one
 _MORE = re.compile(rf"/{MORE_ROUNDS}/while$")
-_BLOCKS = "grouped_swiglu_blocked"  # pallas_kernels/grouped_swiglu/blocked.py: of rows of an expert
-_SIZES = (512, 256, 64, 8)  # rows
-_KEYS = "causal_attention_blockwise"  # pallas_kernels/causal_attention/blockwise.py: of keys before a block of queries
-Told = Callable[[Instruction, Computation], float | None]
+_BLOCKS = "grouped_swiglu_blocked"  # pallas_kernels/grouped_swiglu/blocked.py: a loop over blocks of an expert's rows
+_SIZES = (512, 256, 64, 8)  # rows of a block
+_KEYS = "causal_attention_blockwise"  # pallas_kernels/causal_attention/blockwise.py: a loop over blocks of keys
+Rounds = Callable[[Instruction, Computation], float | None]
 
 
-def rounds_of(program: Program, rows: float, exchanges: int, parts: int) -> Told:
-    """Of a loop and its body: how often it runs; None for one that is not this package's.
+def rounds_of(program: Program, rows: float, exchanges: int, parts: int) -> Rounds:
+    """A function of a loop and its body: how often the loop runs, or None for a loop that is not this package's.
 
-    `exchanges`: rounds of each of the `parts` of a device's tokens (parallel/experts.py); of several parts, the first round is
-    no loop. `rows`: that a device's experts get in a round, in blocks of several sizes with a loop each, of which balanced
-    loads fill the largest. A block of queries sees as many blocks of keys as stand before it and one, half of them on average.
+    Args:
+        rows: Rows that a device's experts get in a round. They come in blocks of several sizes with a loop each, of which
+            balanced loads fill the largest.
+        exchanges: Rounds of exchange for each part of a device's tokens (parallel/experts.py).
+        parts: How many parts; with several, the first round is no loop.
+
+    A block of queries attends to its own block of keys and all before it: on average, to half of them.
     """
     loops = [(i, c) for c in program.computations.values() for i in c if i.opcode == "while"]
     inside = {i.name: c for i, c in loops}
@@ -32,7 +36,7 @@ def rounds_of(program: Program, rows: float, exchanges: int, parts: int) -> Told
         if _BLOCKS in i.op_name:
             largest[c.name] = max(largest.get(c.name, 0), _block(program, program.computations[i.called("body") or ""]))
 
-    def told(loop: Instruction, body: Computation) -> float | None:
+    def rounds(loop: Instruction, body: Computation) -> float | None:
         here = inside[loop.name].name
         if _BLOCKS in loop.op_name:
             size = _block(program, body)
@@ -44,11 +48,11 @@ def rounds_of(program: Program, rows: float, exchanges: int, parts: int) -> Told
             return float((exchanges - 1) * parts)
         return float(exchanges) if _EXCHANGE.search(loop.op_name) else None
 
-    return told
+    return rounds
 
 
 def _block(program: Program, body: Computation) -> int:
-    """Rows of the block that a loop's body works on: the largest size of a block that all its products have as a side."""
+    """Rows of the block that a loop's body works on: the largest block size that all its products have as a dimension."""
     sides = [
         {d for name in (i.name, i.operands[0]) for d in c.instructions[name].arrays[0].dims if d > 1}
         for c in _reached(program, body)
@@ -59,6 +63,6 @@ def _block(program: Program, body: Computation) -> int:
 
 
 def _reached(program: Program, computation: Computation) -> list[Computation]:
-    """It and what its fusions call."""
+    """The computation and those that its fusions call."""
     called = [c for i in computation if i.opcode == "fusion" and (c := i.called("calls"))]
     return [computation, *(inner for name in called for inner in _reached(program, program.computations[name]))]

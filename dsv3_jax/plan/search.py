@@ -13,7 +13,10 @@ from dsv3_jax.parallel.rules import check
 
 
 def candidates(config: Config, topology: Topology, recipes: tuple[str, ...]) -> Iterator[tuple[Config, dict[str, int]]]:
-    """Every mesh over all devices that divides, with each remat policy and number of microbatches that does."""
+    """Every mesh over all devices that divides model and batch, with each remat policy, number of microbatches and recipe.
+
+    Yields the configuration and the sizes of the mesh's axes.
+    """
     for sizes in meshes(topology.size):
         rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"]) or 1
         for micro in (n for n in divisors(rows) if n <= 64):
@@ -36,7 +39,7 @@ def candidates(config: Config, topology: Topology, recipes: tuple[str, ...]) -> 
 
 
 def search(config: Config, topology: Topology, efficiency: Efficiency, recipes: tuple[str, ...]) -> list[Candidate]:
-    """All candidates that arithmetic lets fit, the fastest first. Raises `UserError` if none does."""
+    """All candidates whose estimated memory fits, the fastest first. Raises `UserError` if none does."""
     estimator, room = Estimator(topology, efficiency), topology.room
     found = [estimator.estimate(c, sizes) for c, sizes in candidates(config, topology, recipes)]
     if not found:
@@ -55,11 +58,11 @@ def search(config: Config, topology: Topology, efficiency: Efficiency, recipes: 
 
 
 def explain(winner: Candidate, other: Candidate) -> str:
-    """Where the winner's time is less, in one line."""
+    """One line that says where the winner's time is less."""
     parts = {"work": (winner.work, other.work)}
     parts |= {what: (seconds, other.communication[what]) for what, seconds in winner.communication.items()}
     changed = sorted(parts.items(), key=lambda item: -abs(item[1][1] - item[1][0]))
-    said = [f"{what} {a:.2f} instead of {b:.2f} s" for what, (a, b) in changed[:3] if abs(a - b) > 0.005]
+    differences = [f"{what} {a:.2f} instead of {b:.2f} s" for what, (a, b) in changed[:3] if abs(a - b) > 0.005]
     if abs(winner.occupancy - other.occupancy) > 0.005:
-        said.append(f"pipeline occupancy {winner.occupancy:.0%} instead of {other.occupancy:.0%}")
-    return "; ".join(said) or "no difference that arithmetic sees"
+        differences.append(f"pipeline occupancy {winner.occupancy:.0%} instead of {other.occupancy:.0%}")
+    return "; ".join(differences) or "no difference in the estimates"

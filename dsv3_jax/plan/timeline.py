@@ -1,9 +1,9 @@
-"""A scheduled program played through with the cost model: how long a step takes, which communication hides behind work.
+"""Simulates a scheduled program with the cost model: how long a step takes, which communication is hidden behind work.
 
-One stream of work runs the instructions in their order. A collective with a begin and an end occupies its links from its
-begin on (behind what occupies them already) and the stream waits at its end for what is left; one without occupies links and
-stream. Copies between a TPU's memories and its SparseCores' work are such pairs too. Loops are played once and count as often
-as they run; nothing reaches from one round into the next.
+One stream of work runs the instructions in their order. An asynchronous collective occupies its links from its start on (after
+what already occupies them), and the stream waits at its end for what is left; a synchronous one occupies links and stream.
+Copies between a TPU's memories and its SparseCores' work are asynchronous, too. Loops are simulated once and count as often as
+they run; nothing overlaps from one iteration into the next.
 """
 
 import bisect
@@ -19,37 +19,38 @@ from dsv3_jax.plan.hlo import Computation, Instruction, Program
 from dsv3_jax.plan.roofline import CostModel, Work
 
 PARTS = ("optimizer", "mtp_head", "head", "attention", "ffn")
-# What jax.checkpoint does again, and the experts' forward pass within their own backward one (parallel/experts.py).
-AGAIN = re.compile(rf"rematted_computation|/(?:{EXCHANGE}|{MORE_ROUNDS})/(?:while/body/)?jvp\(")
+# What jax.checkpoint recomputes, and the experts' forward pass within their own backward pass (parallel/experts.py).
+RECOMPUTED = re.compile(rf"rematted_computation|/(?:{EXCHANGE}|{MORE_ROUNDS})/(?:while/body/)?jvp\(")
 
 
 @dataclass
 class Moved:
-    """A kind of collective along some axes over a link: how often a step, what a device sends, how long that takes."""
+    """A step's communication of one kind of collective, along some mesh axes, over one link."""
 
     count: float = 0.0
-    bytes: float = 0.0
+    bytes: float = 0.0  # sent by a device
     seconds: float = 0.0
-    exposed: float = 0.0  # of the seconds: those in which the stream of work stands still
+    exposed: float = 0.0  # seconds without work at the same time
 
 
 @dataclass
 class Timeline:
-    """Of one step. Times in seconds. `moved`: by (kind, axes, link)."""
+    """Time, work and communication of a step, or of a part of it; times are in seconds."""
 
     seconds: float = 0.0
     work_seconds: float = 0.0
-    moved: dict[tuple[str, tuple[str, ...], str], Moved] = field(default_factory=dict)
+    moved: dict[tuple[str, tuple[str, ...], str], Moved] = field(default_factory=dict)  # by (kind, axes, link)
     work: Work = field(default_factory=Work)
-    matmul_seconds: float = 0.0  # products at their rate
-    memory_seconds: float = 0.0  # bytes at theirs
-    recomputed: float = 0.0  # FLOPs of the forward pass that are done again
+    matmul_seconds: float = 0.0  # of the products at their peak rate
+    memory_seconds: float = 0.0  # of the bytes at their peak rate
+    recomputed: float = 0.0  # FLOPs of the forward pass that the backward pass recomputes
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds of work by part of the model
-    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # for other pairs: copies, SparseCores
-    assumed: dict[str, float] = field(default_factory=dict)  # loops whose rounds depend on data, and what was taken
-    refused: list[str] = field(default_factory=list)  # loops whose rounds nothing tells
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds, for copies and SparseCores
+    assumed: dict[str, float] = field(default_factory=dict)  # trip counts taken for loops whose own depend on data
+    refused: list[str] = field(default_factory=list)  # loops of unknown trip count
 
     def add(self, other: "Timeline", times: float) -> None:
+        """Append another timeline, run `times` times."""
         self.seconds += times * other.seconds
         self.work_seconds += times * other.work_seconds
         self.matmul_seconds += times * other.matmul_seconds
@@ -71,21 +72,23 @@ class Timeline:
 
     @property
     def communication(self) -> float:
+        """Seconds of communication."""
         return sum(m.seconds for m in self.moved.values())
 
     @property
     def exposed(self) -> float:
+        """Seconds of communication without work at the same time."""
         return sum(m.exposed for m in self.moved.values())
 
     @property
     def hidden(self) -> float | None:
-        """Share of the communication's time; None without any."""
+        """Share of the communication's time that is hidden behind work; None without any."""
         return 1 - self.exposed / self.communication if self.communication else None
 
 
 @dataclass
 class _Transfer:
-    """What goes on beside the stream of work: a collective (`moved`), or something else that is waited for."""
+    """Something that runs beside the stream of work: a collective (with `moved`), a copy, a SparseCore's work."""
 
     begin: float
     finish: float
@@ -95,22 +98,23 @@ class _Transfer:
 
 @dataclass
 class _Stream:
-    """A computation being played. `free`: when links and the like are. `begun`: by name, what has begun, or what begins it."""
+    """A computation being simulated."""
 
     line: Timeline = field(default_factory=Timeline)
-    free: dict[str, float] = field(default_factory=dict)
-    begun: dict[str, "_Transfer | Callable[[], _Transfer]"] = field(default_factory=dict)
-    works: list[tuple[float, float]] = field(default_factory=list)  # when there was work, in order
+    free: dict[str, float] = field(default_factory=dict)  # by resource, such as a link: when it is free
+    begun: dict[str, "_Transfer | Callable[[], _Transfer]"] = field(default_factory=dict)  # by name; or what begins it
+    works: list[tuple[float, float]] = field(default_factory=list)  # (begin, end) of work, in order
     transfers: list[_Transfer] = field(default_factory=list)
 
-    def occupy(self, places: tuple[str, ...], seconds: float, what: str, moved: Moved | None = None) -> _Transfer:
-        """From now on, or from when all the places are free."""
-        begin = max([self.line.seconds, *(self.free.get(place, 0.0) for place in places)])
-        self.free |= dict.fromkeys(places, begin + seconds)
+    def occupy(self, resources: tuple[str, ...], seconds: float, what: str, moved: Moved | None = None) -> _Transfer:
+        """Occupy the resources from now on, or from when all are free."""
+        begin = max([self.line.seconds, *(self.free.get(resource, 0.0) for resource in resources)])
+        self.free |= dict.fromkeys(resources, begin + seconds)
         self.transfers.append(_Transfer(begin, begin + seconds, what, moved))
         return self.transfers[-1]
 
     def wait(self, transfer: _Transfer) -> None:
+        """Let the stream stand still until the transfer is done."""
         if transfer.finish > self.line.seconds:
             if transfer.moved is None:
                 self.line.waited[transfer.what] += transfer.finish - self.line.seconds
@@ -121,12 +125,12 @@ class _Stream:
         self.line.seconds += seconds
 
     def add(self, inner: Timeline, times: float) -> None:
-        """Another computation, within which what waits is its own: to what goes on outside it is work."""
+        """Run another computation; to what goes on outside it, all of it counts as work."""
         self.works.append((self.line.seconds, self.line.seconds + times * inner.seconds))
         self.line.add(inner, times)
 
     def end(self) -> Timeline:
-        """Exposed is what of a collective's time had no work beside it."""
+        """Finish, and find which part of each collective's time had no work at the same time."""
         self.line.seconds = max([self.line.seconds, *(t.finish for t in self.transfers)])
         ends = [end for _, end in self.works]
         for t in self.transfers:
@@ -141,7 +145,15 @@ class _Stream:
 
 
 class Player:
-    """`rounds` tells how often a loop (and its body) runs whose trip count the program does not; None if unknown."""
+    """Simulates a program.
+
+    Args:
+        mesh: Axis sizes.
+        link_efficiency: Share of the links' rate that is reached.
+        ragged_fill: Share of its buffer that a ragged exchange sends.
+        imbalance: Rows of the fullest device over the mean.
+        rounds: The trip count of a loop (and its body) that the program does not state; None if unknown.
+    """
 
     def __init__(
         self, program: Program, mesh: dict[str, int], links: Links, cost: CostModel, link_efficiency: float,
@@ -153,11 +165,12 @@ class Player:
         self._reached: set[str] = set()  # collectives
 
     def unreached(self) -> list[str]:
-        """Collectives of the program that were not played, and so are missing in every figure: there should be none."""
+        """Collectives of the program that were not simulated and are missing in all figures: there should be none."""
         everything = {i.name for c in self._program.computations.values() for i in c if kind_of(i)}
         return sorted(everything - self._reached)
 
     def play(self) -> Timeline:
+        """The timeline of the program's entry computation."""
         return self._play(self._program.entry)
 
     def _play(self, name: str) -> Timeline:
@@ -199,14 +212,14 @@ class Player:
         line.memory_seconds += memory
         line.work = line.work + work
         line.parts[part_of(i.op_name)] += seconds
-        if AGAIN.search(i.op_name):
+        if RECOMPUTED.search(i.op_name):
             line.recomputed += work.flops.total()
 
     def _across_slices(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
-        """What TPU slices exchange: a send to the runtime, and a receipt of the sum, that name the same meeting."""
-        meeting = re.search(r'rendezvous="([^"]*)"', i.attributes)
+        """An exchange between TPU slices: a send to the runtime and a receive of the sum that name the same rendezvous."""
+        rendezvous = re.search(r'rendezvous="([^"]*)"', i.attributes)
         kind = re.search(r'transfer_type="(\w+)"', i.attributes)
-        key = f"meeting {meeting[1] if meeting else ''}"
+        key = f"rendezvous {rendezvous[1] if rendezvous else ''}"
         if i.opcode == "recv":
             stream.begun[i.name] = lambda: _begun(stream.begun.pop(key))
             return
@@ -216,7 +229,7 @@ class Player:
         stream.begun[key] = self._transfer(c, route, stream)
 
     def _fused(self, i: Instruction) -> tuple[Instruction, Computation] | None:
-        """The collective in a fusion, and the computation that it stands in."""
+        """(the collective in a fusion, the computation that contains it); None if there is none."""
         called = i.called("calls") if i.opcode == "fusion" else None
         if called:
             inner = self._program.computations[called]
@@ -230,8 +243,8 @@ class Player:
     def _fusion(
         self, i: Instruction, inside: Computation, moves: Instruction, inner: Computation, stream: _Stream
     ) -> None:  # fmt: skip
-        """A collective fused with what it is for: on TPU, an all-reduce of which a part is kept, or (v5e) one that goes on
-        within the kernels between the fusions that begin and end it, which name the same channel."""
+        """A collective fused with other instructions, on TPU: an all-reduce of which a part is kept, or (v5e) one that goes on
+        within the kernels between the fusions that start and end it, which name the same channel."""
         self._reached.add(moves.name)
         channel = re.search(r"channel_id=\d+", moves.attributes)
         key = channel[0] if channel else moves.name
@@ -250,11 +263,11 @@ class Player:
         self._reached.add(i.name)
         c = read_collective(i, inside, self._mesh, self._fill)
         if c.kind == "all-reduce" and any(j.opcode == "dynamic-slice" and i.name in j.operands for j in inside):
-            c = replace(c, kind="reduce-scatter", bytes=c.bytes / 2)  # of whose result a device keeps its part
+            c = replace(c, kind="reduce-scatter", bytes=c.bytes / 2)  # a device keeps its part of the result
         return self._transfer(c, self._links.route(c), stream)
 
     def _transfer(self, c: Collective, route: Route, stream: _Stream) -> _Transfer:
-        """Counted once for each link; its seconds go to the first, the outer one."""
+        """Counts the collective on each of its links; its seconds go to the first, the outer one."""
         seconds = route.seconds / self._link_efficiency
         if c.kind == "ragged-all-to-all":
             seconds *= self._imbalance  # the fullest device's
@@ -267,9 +280,9 @@ class Player:
         return stream.occupy(route.directions, seconds, c.kind, entries[0])
 
     def _begin(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
-        """Of a pair: a collective, or a SparseCore's work or a copy, one of a kind after the other.
+        """The start of a collective, a SparseCore's work or a copy; those of one kind run one after the other.
 
-        What a SparseCore does stands in a computation of its own, collectives too, and begins once it is given its operands.
+        A SparseCore's work, collectives too, is a computation of its own, and starts once it has its operands.
         """
         if kind_of(i):
             stream.begun[i.name] = self._collective(i, inside, stream)
@@ -295,7 +308,7 @@ class Player:
 
     def _end(self, i: Instruction, stream: _Stream) -> None:
         begun = stream.begun.pop(i.operands[0], None) if i.operands else None
-        if begun is not None:  # a send's end is that of its receipt
+        if begun is not None:  # a send ends with its receive
             stream.wait(_begun(begun))
 
     def _loop(self, i: Instruction, inside: Computation, stream: _Stream) -> None:
@@ -316,11 +329,11 @@ def _begun(transfer: "_Transfer | Callable[[], _Transfer]") -> _Transfer:
 
 
 def part_of(op_name: str) -> str:
-    """The part of the model that an instruction belongs to, by the scopes of its name."""
+    """The part of the model that an instruction belongs to, by the scopes in its name; "rest" if none is known."""
     scopes = set(re.split(r"[/()]", op_name))
     return next((part for part in PARTS if part in scopes), "rest")
 
 
 def _short(op_name: str) -> str:
-    """The last names of where a loop comes from."""
+    """The last three scopes of a name."""
     return "/".join(op_name.split("/")[-3:])

@@ -1,7 +1,7 @@
-"""`dsv3 overlap`: how much of a real run's communication went on behind work, from a trace of `jax.profiler`.
+"""`dsv3 overlap`: how much of a real run's communication was hidden behind work, from a trace of `jax.profiler`.
 
-A device's communication is the union of its collectives' intervals, an asynchronous one's from its begin to its end; work is
-the union of all other instructions' that contain no others. Hidden is what both have in common.
+A device's communication is the union of its collectives' intervals, for an asynchronous one from its start to its end; its work
+is the union of the intervals of all other instructions, without loops and calls. Hidden is what both have in common.
 """
 
 import re
@@ -31,7 +31,7 @@ Intervals = np.ndarray  # f64[N, 2]: begin and end in seconds, ascending, not ov
 
 @dataclass
 class Device:
-    """Intervals of one device in a trace; communication by kind."""
+    """Intervals (begin, end) in seconds of one device in a trace; communication by kind."""
 
     work: list[tuple[float, float]] = field(default_factory=list)
     communication: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -39,20 +39,22 @@ class Device:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of one device, in seconds."""
+    """Seconds of one device's work and communication, and of both at once."""
 
     device: str
     work: float
     communication: float
-    hidden: float  # of the communication
-    by_kind: dict[str, tuple[float, float]]  # communication, and its hidden part
+    hidden: float  # communication behind work
+    by_kind: dict[str, tuple[float, float]]  # communication and its hidden part, by kind of collective
 
     @property
     def share(self) -> float | None:
+        """Share of the communication that is hidden; None without any."""
         return self.hidden / self.communication if self.communication else None
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> Intervals:
+    """The intervals merged where they overlap, in order."""
     merged: list[list[float]] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -63,11 +65,12 @@ def union(intervals: Iterable[tuple[float, float]]) -> Intervals:
 
 
 def length(a: Intervals) -> float:
+    """Seconds in all intervals."""
     return float((a[:, 1] - a[:, 0]).sum())
 
 
 def common(a: Intervals, b: Intervals) -> float:
-    """Seconds that are in both."""
+    """Seconds that lie in intervals of both."""
     total, i, j = 0.0, 0, 0
     while i < len(a) and j < len(b):
         total += max(0.0, min(a[i, 1], b[j, 1]) - max(a[i, 0], b[j, 0]))
@@ -79,14 +82,14 @@ def common(a: Intervals, b: Intervals) -> float:
 
 
 def opcode_of(event: str) -> str:
-    """Of an event's name: an instruction with its text (TPU), its name alone (CPU), or a kernel's (GPU)."""
+    """The opcode in an event's name, which is an instruction's text (TPU), its name alone (CPU), or a kernel's name (GPU)."""
     name, _, text = event.partition(" = ")
     found = re.search(r" ([a-z][\w\-]*)\(", text)
     return found[1] if found else re.sub(r"[.\d]+$", "", name.lstrip("%")).replace("_", "-")
 
 
 def kind_of_event(event: str) -> str | None:
-    """Of a collective, its begin or its end; None of anything else."""
+    """The kind of collective that an event is, or is the start or end of; None for anything else."""
     opcode = opcode_of(event)
     if found := _COLLECTIVE.match(opcode):
         return found[0]
@@ -97,7 +100,7 @@ def kind_of_event(event: str) -> str | None:
 
 
 def _leaves(events: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """Without those that contain another: loops and calls."""
+    """The events without those that contain others, such as loops and calls."""
     found, open_ = [], []
     for event in sorted(events, key=lambda e: (e[1], -e[2])):
         while open_ and open_[-1][0][2] <= event[1]:
@@ -111,7 +114,7 @@ def _leaves(events: list[tuple[str, float, float]]) -> list[tuple[str, float, fl
 
 
 def _add(device: Device, events: list[tuple[str, float, float]]) -> None:
-    """A line's events: (name, begin, end). A pair's begin and end are one interval, in which they are no work."""
+    """Add the events (name, begin, end) of a line of the trace. The start and end of a collective are one interval."""
     begun: dict[str, list[float]] = defaultdict(list)
     for name, begin, end in _leaves(events):
         kind = kind_of_event(name)
@@ -127,7 +130,7 @@ def _add(device: Device, events: list[tuple[str, float, float]]) -> None:
 
 
 def read_devices(profile: Any, label: str) -> dict[str, Device]:
-    """By name: planes of accelerators, and on CPU the threads' events by the device that they worked for."""
+    """The devices of a profile by name: planes of accelerators, and on CPU threads' events by the device they worked for."""
     devices: dict[str, Device] = defaultdict(Device)
     for plane in profile.planes:
         accelerator = re.match(r"/device:(TPU|GPU|CUSTOM)", plane.name)
@@ -148,7 +151,7 @@ def read_devices(profile: Any, label: str) -> dict[str, Device]:
 
 
 def overlaps(trace: Path) -> list[Overlap]:
-    """Of every device in a trace: a directory with what `jax.profiler` wrote, or one .xplane.pb. Raises `UserError`."""
+    """The overlap on every device of a trace: a directory that `jax.profiler` wrote, or one .xplane.pb. Raises `UserError`."""
     files = [trace] if trace.is_file() else sorted(trace.rglob("*.xplane.pb"))
     if not files:
         raise UserError(f"{trace} has no trace of jax.profiler: no *.xplane.pb in it")

@@ -8,7 +8,7 @@ Failures come as a Poisson process at the rate of Llama 3's pre-training: 419 un
 10 minutes. What differs:
 
 - `restart`: the whole run waits for the replacement, then starts from nothing: containers, imports, tracing, compiling.
-- `elastic`: the run goes on at once on the largest feasible number of hosts (cost/feasible.py, the released model with the batch
+- `elastic`: the run goes on at once on the largest feasible number of hosts (cost/feasible.py, the released model and the batch
   of its report, at most 40 GiB of state a device), from interpreters and programs that are kept; when the replacement is there
   it saves, and grows back.
 

@@ -6,7 +6,7 @@ from dsv3_jax.cost.efficiency import Efficiency
 from dsv3_jax.cost.links import Links
 from dsv3_jax.plan.hlo import parse
 from dsv3_jax.plan.roofline import CostModel
-from dsv3_jax.plan.timeline import AGAIN, Player, Timeline, part_of
+from dsv3_jax.plan.timeline import RECOMPUTED, Player, Timeline, part_of
 
 SIZE = 8192
 WORK_S = 2 * SIZE**3 / 989e12  # of %dot: 1.1 ms
@@ -246,4 +246,4 @@ def test_what_is_done_again():
     again += [f"{inside}/more_rounds/while/body/jvp()/dot", "jit(f)/transpose(jvp())/rematted_computation/attention/dot"]
     once = [f"{inside}/exchange/transpose(jvp())/dot", f"{inside}/more_rounds/while/body/transpose(jvp())/dot"]
     once += ["jit(f)/jvp()/while/body/ffn/shard_map/exchange/while/body/dot"]
-    assert [bool(AGAIN.search(name)) for name in again + once] == [True] * 5 + [False] * 3
+    assert [bool(RECOMPUTED.search(name)) for name in again + once] == [True] * 5 + [False] * 3
