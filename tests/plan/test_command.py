@@ -121,7 +121,7 @@ def stub(tmp_path, monkeypatch, body: str):
         ("cat > /dev/null; kill -ABRT $$", Limits(), "was ended by signal 6"),
         ("cat > /dev/null; echo 'x'; echo 'RESOURCE_EXHAUSTED: out of 3 things' >&2; exit 1", Limits(), "out of 3 things"),
         ("cat > /dev/null; echo compiling; sleep 60", Limits(seconds=0.6), r"longer than 0\.6 s"),
-        ("cat > /dev/null; echo nothing done", Limits(), "failed: it said nothing"),
+        ("cat > /dev/null; echo nothing done", Limits(), "failed: it wrote nothing"),
         (f"cat > /dev/null; exec {sys.executable} -c '{_GROWS}'", Limits(memory_gb=0.1), r"more than 0\.1 GB"),
     ],
 )
