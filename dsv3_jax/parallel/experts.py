@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.layout import Traffic
+from dsv3_jax.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from pallas_kernels import grouped_swiglu
 from pallas_kernels.scaled import Gemms
 
@@ -315,18 +316,10 @@ def _setting(layout) -> _Setting:
     )
 
 
-def _gather(w, axes: tuple[str, ...], dim: int):
-    return lax.all_gather(w, axes, axis=dim, tiled=True) if axes else w
-
-
-def _scatter(dw, axes: tuple[str, ...], dim: int):
-    return lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw
-
-
 def _weights(s: _Setting, w_gate_up, w_down, x) -> tuple[tuple[Any, Any], Any]:
     """This device's experts, whole, and x, which waits for them: gathered behind what computes x, they leave the links to the
     exchange."""
-    whole = _gather(_gather(w_gate_up, s.ffn, 3), s.embed, 1), _gather(_gather(w_down, s.ffn, 1), s.embed, 2)
+    whole = all_gather(all_gather(w_gate_up, s.ffn, 3), s.embed, 1), all_gather(all_gather(w_down, s.ffn, 1), s.embed, 2)
     return lax.optimization_barrier((whole, x))
 
 
@@ -352,7 +345,7 @@ def routed(layout, gemms: Gemms | None, implementation: str, x_BLD, w_gate_up_ED
         route = _route(layout, expert_TK, experts)
         y_TD = _forward(kernel, route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
         traffic = _traffic(route, layout.ranks_per_node, expert_TK, experts)
-        traffic = lax.psum(traffic, s.token_axes) if s.token_axes else traffic
+        traffic = all_reduce(traffic, s.token_axes)
         return y_TD.reshape(x.shape), traffic
 
     in_specs = (s.tokens, s.w_gate_up, s.w_down, s.tokens, s.tokens)
@@ -376,9 +369,9 @@ def _routed_bwd(layout, gemms, implementation, args, cotangents):
         )
         E, D, _, M = dw_gate_up.shape
         # as a matrix: XLA:TPU has no reduce-scatter for the layout it gives four axes, and sums everywhere
-        dw_gate_up = _scatter(dw_gate_up.reshape(E, D, 2 * M), s.embed, 1).reshape(E, -1, 2, M)
-        dw_gate_up = _scatter(dw_gate_up, s.ffn, 3).astype(w_gate_up.dtype)
-        dw_down = _scatter(_scatter(dw_down, s.embed, 2), s.ffn, 1).astype(w_down.dtype)
+        dw_gate_up = reduce_scatter(dw_gate_up.reshape(E, D, 2 * M), s.embed, 1).reshape(E, -1, 2, M)
+        dw_gate_up = reduce_scatter(dw_gate_up, s.ffn, 3).astype(w_gate_up.dtype)
+        dw_down = reduce_scatter(reduce_scatter(dw_down, s.embed, 2), s.ffn, 1).astype(w_down.dtype)
         return dx_TD.reshape(x.shape), dw_gate_up, dw_down, dweight_TK.reshape(weight.shape)
 
     in_specs = (s.tokens, s.w_gate_up, s.w_down, s.tokens, s.tokens, s.tokens)

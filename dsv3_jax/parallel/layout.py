@@ -21,13 +21,12 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout, is_float32
-from dsv3_jax.parallel import experts, linear
+from dsv3_jax.parallel import embedding, experts, head, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
 from dsv3_jax.parallel.on_mesh import OnMesh
 from dsv3_jax.parallel.rules import AT_THE_ENDS, COMPUTED, check, is_variable, mesh_axes, spec
 from dsv3_jax.parallel.serving import ServingLayout
 from pallas_kernels import causal_attention
-from pallas_kernels.linear_cross_entropy import chunked
 from pallas_kernels.registry import PLAIN
 
 
@@ -87,7 +86,7 @@ class MeshLayout(OnMesh):
         return self.on_each_device(f, specs, tokens)(*arrays)
 
     def embed(self, table_VD, token_BL, dtype):
-        return _embed(self, dtype, table_VD, token_BL)
+        return embedding.embed(self, dtype, table_VD, token_BL)
 
     def scaled_linear(self, x, w, gemms, axes):
         return linear.scaled(self, gemms, axes, x, w)
@@ -106,7 +105,7 @@ class MeshLayout(OnMesh):
         return experts.routed(self, gemms, implementation, x_BLD, w_gate_up_ED2M, w_down_EMD, expert_BLK, weight_BLK)
 
     def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL, implementation):
-        return _cross_entropy(self, implementation, x_BLD, head_DV, target_BL, weight_BL)
+        return head.cross_entropy(self, implementation, x_BLD, head_DV, target_BL, weight_BL)
 
 
 def _constrain_along(w, steps: Sequence[NamedSharding]):
@@ -122,110 +121,6 @@ def _gathered(w, steps: tuple[NamedSharding, ...]):
 
 
 _gathered.defvjp(lambda w, steps: (_gathered(w, steps), None), lambda steps, _, dw: (_constrain_along(dw, steps[-2::-1]),))
-
-
-# Embedding: the table is sharded along D, so tokens of all devices are looked up in a device's own columns and the results
-# exchanged. That moves T * D numbers, not V * D, and the table's gradient needs no sum over devices.
-
-
-def _embed_axes(layout: MeshLayout):
-    batch, length = layout.axes("batch"), layout.axes("sequence")
-    return batch, length, P(None, batch + length or None)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(layout: MeshLayout, dtype, table_VD, token_BL):
-    batch, length, table = _embed_axes(layout)
-
-    def local(table_Vd, token_bL):
-        token_BL = lax.all_gather(token_bL, batch, tiled=True) if batch else token_bL
-        x = table_Vd[token_BL].astype(dtype)
-        x = lax.all_to_all(x, length, 1, 2, tiled=True) if length else x
-        return lax.all_to_all(x, batch, 0, 2, tiled=True) if batch else x
-
-    specs = (table, layout.spec("batch", None))
-    return layout.on_each_device(local, specs, layout.spec("batch", "sequence", None))(table_VD, token_BL)
-
-
-def _embed_fwd(layout, dtype, table_VD, token_BL):
-    return _embed(layout, dtype, table_VD, token_BL), (token_BL, jnp.zeros((0,), table_VD.dtype), table_VD.shape[0])
-
-
-def _embed_bwd(layout: MeshLayout, dtype, residuals, dx_BLD):
-    token_BL, like, V = residuals
-    batch, length, table = _embed_axes(layout)
-
-    def local(token_bL, dx):
-        token_BL = lax.all_gather(token_bL, batch, tiled=True) if batch else token_bL
-        dx = lax.all_to_all(dx, batch, 2, 0, tiled=True) if batch else dx
-        dx = lax.all_to_all(dx, length, 2, 1, tiled=True) if length else dx
-        return jnp.zeros((V, dx.shape[-1]), jnp.float32).at[token_BL].add(dx.astype(jnp.float32)).astype(like.dtype)
-
-    specs = (layout.spec("batch", None), layout.spec("batch", "sequence", None))
-    return layout.on_each_device(local, specs, table)(token_BL, dx_BLD), None
-
-
-_embed.defvjp(_embed_fwd, _embed_bwd)
-
-
-# Head and cross-entropy: every device takes all tokens of its batch rows and its own columns of the vocabulary.
-
-
-def _cross_entropy_specs(layout: MeshLayout):
-    batch = layout.axes("batch")
-    head = P(batch or None, layout.axes("vocab") or None)
-    return (layout.spec("batch", "sequence", None), head, layout.spec("batch", None), layout.spec("batch", None))
-
-
-def _prepare(layout: MeshLayout, x_bld, head_dv, target_bL, weight_bL):
-    """On each device: all its rows' tokens, whole columns of its part of the vocabulary, targets counted from there."""
-    batch, length, vocab = layout.axes("batch"), layout.axes("sequence"), layout.axes("vocab")
-    x_bLD = lax.all_gather(x_bld, length, axis=1, tiled=True) if length else x_bld
-    head_dv = head_dv.astype(x_bld.dtype)
-    head_Dv = lax.all_gather(head_dv, batch, axis=0, tiled=True) if batch else head_dv
-    first = lax.axis_index(vocab) * head_Dv.shape[1] if vocab else 0
-    return x_bLD.reshape(-1, x_bLD.shape[-1]), head_Dv, target_bL.reshape(-1) - first, weight_bL.reshape(-1)
-
-
-def _total(sums, batch):
-    return lax.psum(sums, batch) if batch else sums
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(layout: MeshLayout, implementation: str, x_BLD, head_DV, target_BL, weight_BL):
-    setting = chunked.Setting(layout.axes("vocab"), implementation)
-
-    def local(*args):
-        return _total(chunked.loss(*_prepare(layout, *args), setting), layout.axes("batch"))
-
-    specs = _cross_entropy_specs(layout)
-    return layout.on_each_device(local, specs, (P(), P()))(x_BLD, head_DV, target_BL, weight_BL)
-
-
-def _cross_entropy_fwd(layout: MeshLayout, implementation: str, x_BLD, head_DV, target_BL, weight_BL):
-    batch, length = layout.axes("batch"), layout.axes("sequence")
-    setting = chunked.Setting(layout.axes("vocab"), implementation)
-
-    def local(x_bld, head_dv, target_bL, weight_bL):
-        args = _prepare(layout, x_bld, head_dv, target_bL, weight_bL)
-        sums, (dx_TD, dw_Dv) = chunked.loss_and_gradients(*args, setting)
-        dx = dx_TD.reshape(x_bld.shape[0], -1, x_bld.shape[-1])
-        # `sequence` and `vocab` are sharded over the same axes, so one reduce-scatter sums and hands out dx
-        dx = lax.psum_scatter(dx, length, scatter_dimension=1, tiled=True) if length else dx
-        dw = lax.psum_scatter(dw_Dv, batch, scatter_dimension=0, tiled=True) if batch else dw_Dv
-        return _total(sums, batch), (dx, dw.astype(head_dv.dtype))
-
-    specs = _cross_entropy_specs(layout)
-    return layout.on_each_device(local, specs, ((P(), P()), specs[:2]))(x_BLD, head_DV, target_BL, weight_BL)
-
-
-def _cross_entropy_bwd(_layout, _implementation, residuals, cotangents):
-    dx_BLD, dw_DV = residuals
-    scale = cotangents[0]
-    return (dx_BLD * scale).astype(dx_BLD.dtype), (dw_DV * scale).astype(dw_DV.dtype), None, None
-
-
-_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def make_layout(config: ParallelConfig, mesh: Mesh) -> MeshLayout:

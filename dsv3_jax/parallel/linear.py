@@ -9,10 +9,11 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from pallas_kernels.scaled import Gemms, Scaled, bits, from_bits
 from pallas_kernels.scaled_linear import products
 
@@ -31,7 +32,7 @@ class _Plan(NamedTuple):
     scatter: int | None
 
 
-def _plan(layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
+def _plan(layout: Layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
     def place(name: str | None) -> tuple[str, ...]:
         return layout.axes(name) if name in ("heads", "ffn") else ()
 
@@ -57,12 +58,12 @@ def _flat(w):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def scaled(layout, gemms: Gemms, axes: Axes, x, w_KX):
-    """See `model.layout.Layout.scaled_linear`; `layout` is a `MeshLayout`. x [B, L, 2, K] is a gate and what passes it."""
+def scaled(layout: Layout, gemms: Gemms, axes: Axes, x, w_KX):
+    """See `model.layout.Layout.scaled_linear`; x [B, L, 2, K] is a gate and what passes it."""
     return _forward(layout, gemms, axes, x, w_KX)[0]
 
 
-def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
+def _forward(layout: Layout, gemms: Gemms, axes: Axes, x, w_KX):
     gated, plan = x.ndim == 4, _plan(layout, axes, w_KX.shape)
     product = products.swiglu_forward if gated else products.forward
 
@@ -70,7 +71,7 @@ def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
         b, L = x.shape[:2]
         y_Tx, kept = product(x.reshape(b * L, -1), _flat(w_kx), gemms)
         y = y_Tx.reshape(b, L, *w_kx.shape[1:])
-        y = lax.psum_scatter(y, plan.summed, scatter_dimension=1, tiled=True) if plan.summed else y
+        y = reduce_scatter(y, plan.summed, 1)
         kept = bits(kept)
         return y, Scaled(kept.values.reshape(b, L, -1), kept.scales.reshape(-1, b, L))
 
@@ -79,24 +80,21 @@ def _forward(layout, gemms: Gemms, axes: Axes, x, w_KX):
     return y, (checkpoint_name(kept, products.RESIDUALS) if gated else kept, w_KX)
 
 
-def _backward(layout, gemms: Gemms, axes: Axes, residuals, dy):
+def _backward(layout: Layout, gemms: Gemms, axes: Axes, residuals, dy):
     kept, w_KX = residuals
     gated, plan = kept.values.shape[-1] != w_KX.shape[0], _plan(layout, axes, w_KX.shape)
     product = products.swiglu_backward if gated else products.backward
 
     def local(kept, w_kx, dy):
-        dy = lax.all_gather(dy, plan.summed, axis=1, tiled=True) if plan.summed else dy
+        dy = all_gather(dy, plan.summed, 1)
         b, L, _ = kept.values.shape
         T = b * L
         flat = Scaled(kept.values.reshape(T, -1), kept.scales.reshape(-1, T))
         dx, dw = product(from_bits(flat, gemms.forward), _flat(w_kx), dy.reshape(T, -1), gemms)
         dx = dx.reshape(b, L, *[2] * gated, -1)
-        dx = lax.psum(dx, plan.outputs) if plan.outputs else dx
+        dx = all_reduce(dx, plan.outputs)
         dw = dw.reshape(w_kx.shape)
-        if plan.scatter is not None:
-            dw = lax.psum_scatter(dw, plan.batch, scatter_dimension=plan.scatter, tiled=True)
-        elif plan.batch:
-            dw = lax.psum(dw, plan.batch)
+        dw = all_reduce(dw, plan.batch) if plan.scatter is None else reduce_scatter(dw, plan.batch, plan.scatter)
         return dx, dw.astype(w_kx.dtype)
 
     of_x, of_kept = _operand_specs(plan, gated)

@@ -19,11 +19,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from dsv3_jax.parallel.layout import without_pipe
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.parallel.schedule import Schedule
 
 Tree = Any
+_PIPE = ("pipe",)
 
 
 class Pieces(NamedTuple):
@@ -63,10 +65,7 @@ def to_stages(layout: Layout, pieces: Pieces, variable: nnx.Variable, dtype: jnp
 
     def local(w):
         w = w[pieces.layer.reshape(stages, -1)]  # [stages, chunks * most, ...]
-        if axis is None:
-            w = lax.dynamic_index_in_dim(w, lax.axis_index("pipe"), 0)
-        else:
-            w = lax.all_to_all(w, "pipe", 0, axis + 1, tiled=True)
+        w = lax.dynamic_index_in_dim(w, lax.axis_index("pipe"), 0) if axis is None else all_to_all(w, _PIPE, 0, axis + 1)
         return w.reshape(1, chunks, most, *w.shape[2:])
 
     out = P("pipe", None, None, *without_pipe(stored)[1:])
@@ -80,10 +79,7 @@ def from_stages(layout: Layout, pieces: Pieces, stacked: nnx.Variable, gradient:
 
     def local(g):
         g = g.reshape(1, -1, *g.shape[3:])
-        if axis is None:
-            g = lax.all_gather(g, "pipe", axis=0, tiled=True)
-        else:
-            g = lax.all_to_all(g, "pipe", axis + 1, 0, tiled=True)
+        g = all_gather(g, _PIPE, 0) if axis is None else all_to_all(g, _PIPE, axis + 1, 0)
         return g[pieces.place]
 
     spec = P("pipe", None, None, *without_pipe(stored)[1:])
@@ -199,7 +195,7 @@ class _Run:
 
         def local(x):
             x = jnp.where(lax.axis_index("pipe") == stage, x[0], 0)
-            return lax.psum_scatter(x, "pipe", scatter_dimension=1, tiled=True)
+            return reduce_scatter(x, _PIPE, 1)
 
         return self.layout.on_each_device(local, (self._spec(False, "pipe"),), self._spec(True))(x)
 
@@ -207,7 +203,7 @@ class _Run:
         """x with one stage's part replaced by what comes from the ends."""
 
         def local(x, x_ends):
-            whole = lax.all_gather(x_ends, "pipe", axis=1, tiled=True)[None]
+            whole = all_gather(x_ends, _PIPE, 1)[None]
             return jnp.where(lax.axis_index("pipe") == stage, whole, x)
 
         spec = self._spec(False, "pipe")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.parallel.collectives import all_reduce, index
 from dsv3_jax.parallel.on_mesh import OnMesh
 from dsv3_jax.parallel.rules import SERVED, mesh_axes, spec
 
@@ -32,10 +33,10 @@ class ServingLayout(OnMesh):
 
         def local(weights, x_TD, expert_TK, weight_TK):
             here = weights[1].shape[where]
-            expert_TK = expert_TK - (lax.axis_index(ranks) * here if ranks else 0)
+            expert_TK = expert_TK - index(ranks) * here
             expert_TK = jnp.where((expert_TK < 0) | (expert_TK >= here), here, expert_TK)
             y_TD = f(*weights, x_TD, expert_TK, weight_TK).astype(jnp.float32)
-            return (lax.psum(y_TD, ranks + ffn) if ranks + ffn else y_TD).astype(x_TD.dtype)
+            return all_reduce(y_TD, ranks + ffn).astype(x_TD.dtype)
 
         run = jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(), P(), P()), out_specs=P(), check_vma=False)
         return run(weights, x_TD, expert_TK, weight_TK)

@@ -1,0 +1,64 @@
+"""Head and cross-entropy on a mesh: a device takes all tokens of its batch rows and its own columns of the vocabulary."""
+
+import functools
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.collectives import all_gather, all_reduce, index, reduce_scatter
+from pallas_kernels.linear_cross_entropy import chunked
+
+
+def _specs(layout: Layout):
+    batch = layout.axes("batch")
+    head = P(batch or None, layout.axes("vocab") or None)
+    return (layout.spec("batch", "sequence", None), head, layout.spec("batch", None), layout.spec("batch", None))
+
+
+def _prepare(layout: Layout, x_bld, head_dv, target_bL, weight_bL):
+    """On each device: all tokens of its rows, complete columns of its part of the vocabulary, targets counted from there."""
+    batch, length, vocab = layout.axes("batch"), layout.axes("sequence"), layout.axes("vocab")
+    x_bLD = all_gather(x_bld, length, 1)
+    head_dv = head_dv.astype(x_bld.dtype)
+    head_Dv = all_gather(head_dv, batch, 0)
+    first = index(vocab) * head_Dv.shape[1]
+    return x_bLD.reshape(-1, x_bLD.shape[-1]), head_Dv, target_bL.reshape(-1) - first, weight_bL.reshape(-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def cross_entropy(layout: Layout, implementation: str, x_BLD, head_DV, target_BL, weight_BL):
+    """See `model.layout.Layout.cross_entropy`."""
+    setting = chunked.Setting(layout.axes("vocab"), implementation)
+
+    def local(*args):
+        return all_reduce(chunked.loss(*_prepare(layout, *args), setting), layout.axes("batch"))
+
+    specs = _specs(layout)
+    return layout.on_each_device(local, specs, (P(), P()))(x_BLD, head_DV, target_BL, weight_BL)
+
+
+def _forward(layout: Layout, implementation: str, x_BLD, head_DV, target_BL, weight_BL):
+    batch, length = layout.axes("batch"), layout.axes("sequence")
+    setting = chunked.Setting(layout.axes("vocab"), implementation)
+
+    def local(x_bld, head_dv, target_bL, weight_bL):
+        args = _prepare(layout, x_bld, head_dv, target_bL, weight_bL)
+        sums, (dx_TD, dw_Dv) = chunked.loss_and_gradients(*args, setting)
+        dx = dx_TD.reshape(x_bld.shape[0], -1, x_bld.shape[-1])
+        # `sequence` and `vocab` are sharded over the same axes, so one reduce-scatter sums and hands out dx
+        dx = reduce_scatter(dx, length, 1)
+        dw = reduce_scatter(dw_Dv, batch, 0)
+        return all_reduce(sums, batch), (dx, dw.astype(head_dv.dtype))
+
+    specs = _specs(layout)
+    return layout.on_each_device(local, specs, ((P(), P()), specs[:2]))(x_BLD, head_DV, target_BL, weight_BL)
+
+
+def _backward(_layout, _implementation, residuals, cotangents):
+    dx_BLD, dw_DV = residuals
+    scale = cotangents[0]
+    return (dx_BLD * scale).astype(dx_BLD.dtype), (dw_DV * scale).astype(dw_DV.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
