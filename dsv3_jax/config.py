@@ -174,9 +174,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule (report, section 4.2). The schedule is in absolute steps, so that a run can be extended."""
+    """The optimizer and its schedule (report, section 4.2), in absolute steps, so that a run can be extended."""
 
     __pydantic_config__ = _STRICT
+    name: Literal["adamw"] = "adamw"  # one of optim/registry.py
     lr: float = 2e-3  # the learning rate after warm-up
     lr_final: float = 2e-4  # after the decay
     warmup_steps: int = 20  # linear from 0 to lr over these

@@ -13,6 +13,7 @@ from dsv3_jax.state.train_state import TrainState
 WEIGHTS = "weights"  # the set of arrays that a model needs, which all checkpoints have
 OPTIMIZER = "optimizer"
 EMA = "ema"  # only where a moving average is kept
+RESIDUALS = "errors"  # in OPTIMIZER: `TrainState.residuals`, under the name that the first checkpoints gave them
 
 type Arrays = dict[str, dict[str, Any]]  # {set: {name within it: array, or a template of one}}
 
@@ -30,7 +31,7 @@ def _sets(state: TrainState) -> dict[str, dict[str, Any]]:
     sets = {
         WEIGHTS: _weights(state.params, state.router_bias),
         OPTIMIZER: {
-            "step": state.step, "opt_state": state.opt_state, "controller": state.controller, "errors": state.errors,
+            "step": state.step, "opt_state": state.opt_state, "controller": state.controller, RESIDUALS: state.residuals,
         },
     }  # fmt: skip
     return sets if state.ema is None else sets | {EMA: {"ema": state.ema}}
@@ -46,6 +47,7 @@ def state_from_arrays(template: TrainState, arrays: Mapping[str, Mapping[str, An
     fields: dict[str, Any] = {}
     for name, tree in _sets(template).items():
         fields |= tree_from_names(tree, arrays[name])
+    fields["residuals"] = fields.pop(RESIDUALS)
     return replace(template, **fields)
 
 

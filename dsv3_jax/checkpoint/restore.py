@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dsv3_jax.checkpoint import owed
+from dsv3_jax.checkpoint.error_feedback import refit_loaded, templates_as_stored
 from dsv3_jax.checkpoint.local import LocalCopies, LocalCopy
 from dsv3_jax.checkpoint.manifest import MANIFEST, check_format, verify
 from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, joined, state_from_arrays, state_to_arrays
@@ -72,7 +72,7 @@ class _Candidate:
 
 def _candidate(directory: Path, wanted: Arrays, copies: LocalCopies | None) -> _Candidate:
     stored = optimizer_shapes(directory)
-    optimizer = owed.as_stored(wanted[OPTIMIZER], stored)
+    optimizer = templates_as_stored(wanted[OPTIMIZER], stored)
     templates, partial = wanted | {OPTIMIZER: optimizer}, bool(stored.keys() - optimizer.keys())
     if copies is None:
         return _Candidate(directory, templates, partial, LocalCopy({}), set(), reads_shared=True)
@@ -104,12 +104,12 @@ def _latest_undamaged(
 def restore(checkpoints: Path, template: TrainState, copies: LocalCopies | None, report: Callable[[str], None]) -> Restored:
     """The latest undamaged checkpoint in the directory `checkpoints`, in the shapes and shardings of `template`.
 
-    It may have been written on another mesh by another number of processes: residuals of other replicas are folded into
-    those of these (owed.py). Damaged ones are set aside, each with a line to `report`. Raises `UserError` if all are damaged
+    It may have been written on another mesh by another number of processes: residuals of other replicas are refitted
+    to these (error_feedback.py). Damaged ones are set aside, each with a line to `report`. Raises `UserError` if all are damaged
     or if the latest has a format that is newer than this version's.
     """
     candidate = _latest_undamaged(checkpoints, state_to_arrays(template), copies, report)
     loaded = candidate.load()
-    loaded[OPTIMIZER] |= owed.by(template.errors, loaded[OPTIMIZER])
+    loaded[OPTIMIZER] |= refit_loaded(template.residuals, loaded[OPTIMIZER])
     state = state_from_arrays(template, loaded)
     return Restored(state, read_metadata(candidate.directory), int(candidate.directory.name), candidate.local_share)

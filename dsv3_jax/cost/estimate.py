@@ -18,8 +18,8 @@ from dsv3_jax.cost.efficiency import Efficiency
 from dsv3_jax.cost.links import Collective, Links, Location, sent_bytes
 from dsv3_jax.cost.memory import parameter_counts, parameters_per_device, state_bytes_per_device
 from dsv3_jax.cost.topologies import Topology, mesh_label
-from dsv3_jax.exchange.compress import Codec
-from dsv3_jax.exchange.exchange import share_in_few_bits
+from dsv3_jax.exchange.codec import Codec
+from dsv3_jax.exchange.exchange import compressible_share
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.experts import SLACK
@@ -84,7 +84,7 @@ def _abstract_parameters(model: ModelConfig) -> nnx.State:
 def compressed_share(config: Config, sizes: dict[str, int]) -> float:
     """Share of a device's parameters whose gradients can cross `data` compressed."""
     layout = OnMesh(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES))  # type: ignore[arg-type]  (no device is asked for)
-    return share_in_few_bits(_abstract_parameters(config.model), layout)
+    return compressible_share(_abstract_parameters(config.model), layout)
 
 
 def pipeline_occupancy(config: Config, sizes: dict[str, int]) -> float:

@@ -49,6 +49,6 @@ def bytes_by_part(state: TrainState) -> dict[str, int]:
         "parameters": shard_bytes(state.params),
         "moments": shard_bytes(state.opt_state),
         "moving average": shard_bytes(state.ema),
-        "owed to the exchange": shard_bytes(state.errors),
+        "owed to the exchange": shard_bytes(state.residuals),
         "other state": shard_bytes((state.step, state.router_bias, state.controller)),
     }

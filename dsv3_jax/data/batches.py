@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.errors import UserError
 
@@ -26,7 +27,7 @@ class Epoch:
 
 
 class PackedWindows:
-    """Random-access source for grain: element i is {"tokens", "segments"}, i32[seq_len + ahead].
+    """Random-access source for grain: element i is a `Batch` of one row without that axis, i32[seq_len + ahead].
 
     Tokens of one document share a segment number, which differs from its neighbours'. With `shuffle` epochs follow each
     other without end; without, there is one pass in the store's order and the last window is padded with segment -1.
@@ -52,10 +53,10 @@ class PackedWindows:
     def __len__(self) -> int:
         return 2**62 if self.shuffle else self.windows_per_epoch
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         epoch, window = self._locate(index)
         tokens, segments = self._window(self._epoch(epoch), window)
-        return {"tokens": tokens, "segments": segments}
+        return Batch(tokens, segments)
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Epoch and window of element `index`."""
@@ -108,7 +109,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._source) // self._batch_size * len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         step, row = divmod(int(index), len(self._rows))
         return self._source[step * self._batch_size + self._rows[row]]
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout, is_float32
 from dsv3_jax.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from dsv3_jax.parallel.layout import without_pipe
@@ -91,7 +92,7 @@ class Pipeline:
     """What runs, and where.
 
     `first(ends, microbatch)` -> x. `stage(layers, bias, x, segments, live)` -> (y, loss), statistics. `last(ends, x,
-    microbatch)` -> loss, metrics. Losses add up; `microbatches` is a tree of [count, rows, ...] with a leaf "segments".
+    microbatch)` -> loss, metrics. Losses add up; arrays of `microbatches` are [count, rows, ...].
     """
 
     layout: Layout
@@ -101,7 +102,7 @@ class Pipeline:
     stage: Callable
     last: Callable
 
-    def gradients(self, ends: Tree, layers: Tree, biases: Tree, dtype: jnp.dtype, microbatches: Tree) -> tuple:
+    def gradients(self, ends: Tree, layers: Tree, biases: Tree, dtype: jnp.dtype, microbatches: Batch) -> tuple:
         """(gradients of `ends`, of `layers`, sum of `last`'s metrics, sum of the stages' statistics [N, ...])."""
         staged = jax.tree.map(lambda v: to_stages(self.layout, self.pieces, v, dtype), layers, is_leaf=is_variable)
         bias = jax.tree.map(lambda v: to_stages(self.layout, self.pieces, v, dtype), biases, is_leaf=is_variable)
@@ -254,7 +255,7 @@ class _Run:
 
     def _segments(self, microbatch):
         spec = self.layout.spec("batch", None)
-        return self._pick(self.microbatches["segments"], jnp.maximum(microbatch, 0), spec)
+        return self._pick(self.microbatches.segments, jnp.maximum(microbatch, 0), spec)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class _Run:
         end_gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, f32), self.ends)
         _, metrics = jax.eval_shape(self.pipeline.last, self.ends, x, microbatch)
         piece, bias, live = jax.tree.map(lambda a: a[0, 0], (self.staged, self.bias, self.live))
-        segments = self.microbatches["segments"][0]
+        segments = self.microbatches.segments[0]
         _, statistics = jax.eval_shape(self.pipeline.stage, piece, bias, x, segments, live)
         statistics = jax.tree.map(lambda a: jnp.zeros((self.stages, s.chunks, *a.shape), a.dtype), statistics)
         return _Carry(

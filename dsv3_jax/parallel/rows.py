@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout
 
 
@@ -16,7 +17,7 @@ def local_rows(layout: Layout, batch_size: int) -> list[int]:
     return sorted({row for s in slices for row in range(*s.indices(batch_size))})
 
 
-def place(layout: Layout, batch: dict[str, np.ndarray], rows: Sequence[int], batch_size: int) -> dict[str, jax.Array]:
+def place(layout: Layout, batch: Batch, rows: Sequence[int], batch_size: int) -> Batch:
     """A global batch [batch_size, ...] from the `rows` of it that this process has."""
     sharding = layout.batch_sharding
     position = {row: i for i, row in enumerate(rows)}
@@ -24,7 +25,7 @@ def place(layout: Layout, batch: dict[str, np.ndarray], rows: Sequence[int], bat
     def piece(array: np.ndarray, index: Any) -> np.ndarray:
         return array[[position[row] for row in range(*index[0].indices(batch_size))]]
 
-    return {
-        name: jax.make_array_from_callback((batch_size, *a.shape[1:]), sharding, lambda index, a=a: piece(a, index))
-        for name, a in batch.items()
-    }
+    def on_devices(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, lambda index: piece(array, index))
+
+    return jax.tree.map(on_devices, batch)

@@ -11,17 +11,16 @@ import optax
 from flax import nnx
 
 from dsv3_jax.config import Config
-from dsv3_jax.exchange.compress import Errors
 from dsv3_jax.exchange.exchange import Exchange
+from dsv3_jax.exchange.residual import Residual
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.optim.adamw import adamw
+from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.precision import controller
 from dsv3_jax.precision.recipes import Recipe, recipe_of, unquantised
 from dsv3_jax.precision.switch import EightBit, Probe
-from dsv3_jax.state.programs import Programs, compiled_now
 
 
 @jax.tree_util.register_dataclass
@@ -38,8 +37,8 @@ class TrainState:
     router_bias: nnx.State  # f32[layers, E]
     opt_state: optax.OptState
     ema: nnx.State | None  # moving average of params, or None
-    controller: dict[str, controller.Memory]  # of the precision of each layer's products; empty without `precision.controller`
-    errors: dict[str, Errors] = field(default_factory=dict)  # owed to the next exchange: see exchange/exchange.py
+    controller: dict[str, controller.Memory]  # what the precision controller remembers of each layer; empty without it
+    residuals: dict[str, Residual] = field(default_factory=dict)  # of compressed gradients, by parameter: see exchange/
 
 
 ONE_DEVICE = Layout()
@@ -60,25 +59,20 @@ class AbstractModel(NamedTuple):
 
 
 def abstract_model(config: Config, recipe: Recipe, layout: Layout = ONE_DEVICE) -> AbstractModel:
-    """Allocates nothing."""
+    """The model as `nnx.split` gives it, without arrays: allocates nothing."""
     model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
     return AbstractModel(*nnx.split(model, nnx.Param, RouterBias, EightBit, Probe))
 
 
 def serving_graph(config: Config, layout: Layout) -> nnx.GraphDef:
-    """Of the model that decodes with parameters stored for training with `layout`: in 16 or 32 bits, for any batch."""
+    """The model that decodes with parameters stored for training with `layout`: in 16 or 32 bits, for any batch."""
     recipe = unquantised(recipe_of(config.precision))
     model = nnx.eval_shape(lambda: Transformer(config.model, recipe=recipe, layout=layout.serving, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, RouterBias)[0]
 
 
-def optimizer_of(config: Config) -> optax.GradientTransformation:
-    stored = config.optim.moment_dtype
-    return adamw(config.optim, recipe_of(config.precision).moments if stored == "recipe" else stored)
-
-
-def init_state(config: Config) -> TrainState:
-    """A fresh state from `train.seed`, the same on any mesh; see `new_state`."""
+def init_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
+    """A fresh state, a pure function of `train.seed`: the same on any mesh, but for the residuals, which are zero."""
     model = make_model(config, recipe_of(config.precision), nnx.Rngs(config.train.seed))
     _, params, router_bias, eight_bit, _ = nnx.split(model, nnx.Param, RouterBias, EightBit, Probe)
     return TrainState(
@@ -88,19 +82,20 @@ def init_state(config: Config) -> TrainState:
         opt_state=optimizer_of(config).init(params),
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
         controller=controller.init(eight_bit),
+        residuals=Exchange(layout, config.parallel.compress).init(params),
     )
 
 
 def abstract_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing."""
-    exchange = Exchange(layout, config.parallel.compress)
-    state = jax.eval_shape(functools.partial(_init_on, config, exchange))
-    shardings = replace(_shardings(layout, state), errors=exchange.shardings(state.params))
+    state = jax.eval_shape(functools.partial(init_state, config, layout))
+    residuals = Exchange(layout, config.parallel.compress).shardings(state.params)
+    shardings = replace(_shardings(layout, state), residuals=residuals)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
 def _shardings(layout: Layout, state: TrainState) -> TrainState:
-    """Parameters, and arrays of the optimiser beside them, as the layout stores them; the rest replicated."""
+    """Parameters, and arrays of the optimizer beside them, as the layout stores them; the rest replicated."""
 
     def of(leaf):
         sharding = layout.sharding(layout.stored_spec(leaf)) if is_variable(leaf) else layout.replicated
@@ -109,19 +104,12 @@ def _shardings(layout: Layout, state: TrainState) -> TrainState:
     return jax.tree.map(of, state, is_leaf=is_variable)
 
 
-def _init_on(config: Config, exchange: Exchange) -> TrainState:
-    """`init_state`, with what an exchange starts from: nothing that is owed."""
-    state = init_state(config)
-    return replace(state, errors=exchange.init(state.params))
-
-
 def init_program(config: Config, layout: Layout = ONE_DEVICE) -> Callable[[], TrainState]:
-    """Jitted: a fresh state where the layout wants it."""
+    """`init_state`, jitted, with its results where the layout wants them."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    exchange = Exchange(layout, config.parallel.compress)
-    return jax.jit(functools.partial(_init_on, config, exchange), out_shardings=shardings)
+    return jax.jit(functools.partial(init_state, config, layout), out_shardings=shardings)
 
 
-def new_state(config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now) -> TrainState:
+def new_state(config: Config, layout: Layout = ONE_DEVICE) -> TrainState:
     """A fresh state where the layout wants it."""
-    return programs("init", init_program(config, layout))()
+    return init_program(config, layout)()

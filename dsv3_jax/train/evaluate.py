@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.checkpoint.load import load_for_evaluation
+from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.batches import PackedWindows
 from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
 from dsv3_jax.model.layout import Layout
@@ -49,15 +50,15 @@ class Evaluation:
         return self.nll / math.log(2) / text_bytes
 
 
-def eval_batches(store: TokenStore, seq_len: int, batch_size: int, limit: int | None) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(store: TokenStore, seq_len: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
     """The documents in order, once; the last batch is filled up with padding. `limit` is a number of batches."""
     source = PackedWindows(store, seq_len, ahead=1, seed=0, shuffle=False)
     batches = -(-len(source) // batch_size)
     for b in range(batches if limit is None else min(limit, batches)):
         windows = [source[w] for w in range(b * batch_size, min((b + 1) * batch_size, len(source)))]
-        padding = {"tokens": np.zeros(seq_len + 1, np.int32), "segments": np.full(seq_len + 1, -1, np.int32)}
+        padding = Batch(np.zeros(seq_len + 1, np.int32), np.full(seq_len + 1, -1, np.int32))
         windows += [padding] * (batch_size - len(windows))
-        yield {name: np.stack([w[name] for w in windows]) for name in padding}
+        yield stack(windows)
 
 
 def evaluate_store(

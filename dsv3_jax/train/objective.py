@@ -1,20 +1,15 @@
-"""The training loss (arXiv 2412.19437): cross-entropy, multi-token prediction (eq. 24-25), sequence-wise balance (eq. 17).
-
-A batch is {"tokens": i32[B, L+1+depth], "segments": i32[B, L+1+depth]}: the inputs, and the tokens ahead that the next-token
-and MTP targets need. A target counts when it lies in the same document as its input; segment -1 is padding.
-"""
+"""The training loss (arXiv 2412.19437): cross-entropy, multi-token prediction (eq. 24-25), sequence-wise balance (eq. 17)."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Traffic
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.model.transformer import Transformer
-
-Batch = dict[str, Array]
 
 
 class LossWeights(NamedTuple):
@@ -42,35 +37,16 @@ class Metrics(NamedTuple):
     load: tuple[Float[Array, "layers E"], ...]  # tokens per expert: stacked MoE layers, then each MTP module
 
 
-def _counting(segment_BX: Int[Array, "B X"], L: int, ahead: int) -> Bool[Array, "B L"]:
-    """Which of the first L places have a target `ahead` places on."""
-    segment_BL = segment_BX[:, :L]
-    return (segment_BL == segment_BX[:, ahead : ahead + L]) & (segment_BL >= 0)
-
-
-def target_counts(segment_BX: Int[Array, "B X"], depth: int) -> list[Float[Array, ""]]:
-    """Number of targets at each lookahead: next token, then each MTP depth."""
-    L = segment_BX.shape[1] - 1 - depth
-    return [jnp.sum(_counting(segment_BX, L, k), dtype=jnp.float32) for k in range(1, depth + 2)]
-
-
 def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, count):
     """Mean nll of the tokens `ahead` places on, over `count` targets, and accuracy."""
-    L = hidden_BLD.shape[1]
-    target_BL = batch["tokens"][:, ahead : ahead + L]
-    weight_BL = _counting(batch["segments"], L, ahead).astype(jnp.float32) / jnp.maximum(count, 1)
+    target_BL, counts_BL = batch.targets(ahead, len(model.mtp))
+    weight_BL = counts_BL.astype(jnp.float32) / jnp.maximum(count, 1)
     return model.layout.ends.cross_entropy(hidden_BLD, model.head_weight(), target_BL, weight_BL, model.core)
-
-
-def inputs(batch: Batch, depth: int) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
-    """Tokens and segments that the main model reads."""
-    L = batch["tokens"].shape[1] - 1 - depth
-    return batch["tokens"][:, :L], batch["segments"][:, :L]
 
 
 def objective(model: Transformer, batch: Batch, share: Share) -> tuple[Float[Array, ""], Metrics]:
     """Loss and metrics of a (micro)batch, as its share of the whole batch."""
-    hidden_BLD, stats = model.hidden(*inputs(batch, len(model.mtp)))
+    hidden_BLD, stats = model.hidden(*batch.inputs(len(model.mtp)))
     return head_objective(model, hidden_BLD, stats, batch, share)
 
 
@@ -83,21 +59,18 @@ def head_objective(
 ) -> tuple[Float[Array, ""], Metrics]:
     """`objective` from the final hidden states and the layers' router statistics on."""
     depth = len(model.mtp)
-    L = hidden_BLD.shape[1]
-    segment_BL = batch["segments"][:, :L]
+    segment_BL = batch.inputs(depth).segments
     with jax.named_scope("head"):
         cross_entropy, accuracy = _cross_entropy(model, hidden_BLD, batch, 1, share.counts[0])
 
     mtp_cross_entropy = jnp.float32(0)
     for k in range(depth):
-        ahead_BL = batch["tokens"][:, k + 1 : k + 1 + L]
-        hidden_BLD, layer_stats = model.mtp_hidden(k, hidden_BLD, ahead_BL, segment_BL)
+        hidden_BLD, layer_stats = model.mtp_hidden(k, hidden_BLD, batch.tokens_ahead(k + 1, depth), segment_BL)
         stats = [*stats, layer_stats]
         with jax.named_scope("mtp_head"):
             mtp_cross_entropy += _cross_entropy(model, hidden_BLD, batch, k + 2, share.counts[k + 1])[0] / depth
 
-    rows = batch["tokens"].shape[0] / share.sequences
-    balance_loss = sum((s.balance_loss.sum() for s in stats), jnp.float32(0)) * rows
+    balance_loss = sum((s.balance_loss.sum() for s in stats), jnp.float32(0)) * (batch.rows / share.sequences)
     loss = cross_entropy + share.weights.mtp * mtp_cross_entropy + share.weights.balance * balance_loss
     traffic = sum_traffic(stats)
     load = tuple(s.load_E for s in stats)
@@ -105,6 +78,6 @@ def head_objective(
 
 
 def sum_traffic(stats: list[RouterStats]) -> Traffic:
-    """Over layers."""
+    """The traffic of all layers together."""
     zero = Traffic(jnp.float32(0), jnp.float32(0))
     return jax.tree.map(lambda *parts: sum(a.sum() for a in parts), zero, *(s.traffic for s in stats))

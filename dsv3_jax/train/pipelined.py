@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
 from dsv3_jax.parallel.schedule import Schedule, make_schedule
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.state.train_state import make_model
-from dsv3_jax.train.objective import Batch, Metrics, Share, head_objective, inputs, sum_traffic
+from dsv3_jax.train.objective import Metrics, Share, head_objective, sum_traffic
 
 
 def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
@@ -45,7 +46,7 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
     ends_bias, depth = _without_layers(router_bias), config.model.num_nextn_predict_layers
 
     def first(ends, microbatch: Batch):
-        return nnx.merge(ends_graph, ends, ends_bias).first(*inputs(microbatch, depth))
+        return nnx.merge(ends_graph, ends, ends_bias).first(*microbatch.inputs(depth))
 
     def stage(layers, bias, x_BLD, segment_BX, live_N):
         segment_BL = segment_BX[:, : x_BLD.shape[1]]
@@ -67,7 +68,7 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
         d_ends, d_layers, metrics, stats = pipeline.gradients(
             _without_layers(params), params["moe_blocks"], router_bias["moe_blocks"], model.dtype, parts
         )
-        balance = stats.balance_loss.sum() * (parts["tokens"].shape[1] / share.sequences)
+        balance = stats.balance_loss.sum() * (parts.tokens.shape[1] / share.sequences)
         traffic = sum_traffic([stats])
         metrics = metrics._replace(
             loss=metrics.loss + share.weights.balance * balance,

@@ -9,6 +9,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.cost.compression import resolve_compression, topology_of
 from dsv3_jax.cost.feasible import fit_to_devices
 from dsv3_jax.cost.topologies import Topology
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import axis_sizes
@@ -76,11 +77,11 @@ def tokens_ahead(config: Config) -> int:
     return 1 + config.model.num_nextn_predict_layers
 
 
-def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, layout: Layout) -> Batch:
     """Shapes, dtypes and sharding of a training batch; allocates nothing."""
     shape = config.data.batch_size, config.data.seq_len + tokens_ahead(config)
     rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.batch_sharding)
-    return {"tokens": rows, "segments": rows}
+    return Batch(rows, rows)
 
 
 def program_store(resolved: Resolved) -> ProgramStore:

@@ -16,7 +16,7 @@ from dsv3_jax.runs.directory import run_directory
 from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs, compiled_now
-from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
+from dsv3_jax.state.train_state import TrainState, abstract_state, init_program
 from dsv3_jax.train.context import RunContext, TrainingData
 from dsv3_jax.train.initial import with_weights
 from dsv3_jax.train.resolve import Resolved, program_store, resolve_for_devices
@@ -36,7 +36,7 @@ def _initial_state(resolved: Resolved, manager: CheckpointManager, data: Trainin
     """A fresh state, or that of the latest checkpoint; then the data go on where the checkpoint left them."""
     config, layout = resolved.config, resolved.layout
     if manager.latest() is None:
-        state = new_state(config, layout, programs)
+        state = programs("init", init_program(config, layout))()
         return state if config.train.init_from is None else with_weights(config, layout, state, config.train.init_from)
     state, metadata = manager.restore(abstract_state(config, layout), functools.partial(print, flush=True))
     data.position.set_state(metadata["data"])

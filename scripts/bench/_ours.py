@@ -5,7 +5,6 @@ import resource
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,25 +12,23 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.serve.generate import generate
-from dsv3_jax.state.train_state import init_state, make_model
+from dsv3_jax.state.train_state import make_model, new_state
 from dsv3_jax.train.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(config: Config, request: dict) -> dict:
-    state = jax.block_until_ready(jax.jit(partial(init_state, config))())
+    state = jax.block_until_ready(new_state(config))
     step = make_train_step(config)
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
     random = np.random.default_rng(0)
     times = []
     for _ in range(request["steps"] + 2):
-        batch = {
-            "tokens": random.integers(0, config.model.vocab_size, shape, np.int32),
-            "segments": np.zeros(shape, np.int32),
-        }
+        batch = Batch(random.integers(0, config.model.vocab_size, shape, np.int32), np.zeros(shape, np.int32))
         start = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, batch))
         times.append(time.perf_counter() - start)

@@ -7,14 +7,14 @@ import argparse
 import json
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import load_config
-from dsv3_jax.state.train_state import init_state
+from dsv3_jax.data.batch import Batch
+from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import make_train_step
 
 _LAYERS = (6, 30)
@@ -23,11 +23,11 @@ _LAYERS = (6, 30)
 def compile_seconds(layers: int) -> float:
     """Tracing, lowering and compiling the step with `layers` layers; nothing is allocated or run."""
     config = load_config(Path(__file__).parents[2] / "configs" / "small.yaml", [f"model.num_hidden_layers={layers}"])
-    state = jax.eval_shape(partial(init_state, config))
+    state = abstract_state(config)
     shape = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len + 1), jnp.int32)
     jax.clear_caches()
     start = time.perf_counter()
-    make_train_step(config).lower(state, {"tokens": shape, "segments": shape}).compile()
+    make_train_step(config).lower(state, Batch(shape, shape)).compile()
     return time.perf_counter() - start
 
 

@@ -30,10 +30,10 @@ import numpy as np
 from bench_precision import batch_of
 
 from dsv3_jax.config import load_config
-from dsv3_jax.exchange.compress import Codec
+from dsv3_jax.exchange.codec import Codec
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.precision.platforms import Platform, platform_of
-from dsv3_jax.state.train_state import init_state
+from dsv3_jax.state.train_state import new_state
 from dsv3_jax.train.step import make_train_step
 from pallas_kernels import registry, testing
 from pallas_kernels.causal_attention.api import causal_attention
@@ -301,7 +301,7 @@ def bench_model(platform: Platform, recipes: list[str], steps: int) -> dict[str,
             [*([] if platform.core == "xla" else MODEL), f"precision.recipe={recipe}", "optim.warmup_steps=2"],
         )
         batch: Any = batch_of(config)
-        state, step = jax.block_until_ready(jax.jit(functools.partial(init_state, config))()), make_train_step(config)
+        state, step = jax.block_until_ready(new_state(config)), make_train_step(config)
         times, losses = [], []
         for _ in range(steps):
             start = time.perf_counter()

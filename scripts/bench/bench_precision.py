@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.state.train_state import new_state
 from dsv3_jax.train.step import make_train_step
 
@@ -26,10 +27,10 @@ SIDES = {
 }
 
 
-def batch_of(config: Config) -> dict[str, np.ndarray]:
+def batch_of(config: Config) -> Batch:
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    return {"tokens": tokens, "segments": np.zeros(shape, np.int32)}
+    return Batch(tokens, np.zeros(shape, np.int32))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import gradients, make_train_step
@@ -36,7 +37,7 @@ WIDE = [
 
 def shapes(config: Config, layout):
     tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len + 1), jnp.int32, sharding=layout.batch_sharding)
-    return abstract_state(config, layout), {"tokens": tokens, "segments": tokens}
+    return abstract_state(config, layout), Batch(tokens, tokens)
 
 
 def temporaries(layers: int, policy: str) -> int:

@@ -1,7 +1,7 @@
 """What few bits across `data` do to learning: configs/tiny.yaml on the default corpus, R replicas, several seeds.
 
 Each run is one device's: the gradients of the R shares of a batch, then what an exchange of their codes would give all
-replicas (tests/exchange/test_compress.py holds it to that). Variants, all in --bits:
+replicas (tests/exchange/test_mean.py holds it to that). Variants, all in --bits:
 
   shipped         what `parallel.compress` does: ef, after --warmup steps in float32, in units of Adam's second moment
   ef              what is lost by rounding is sent with the next gradients, of both phases
@@ -40,15 +40,19 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.data.batch import stack
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
-from dsv3_jax.exchange.compress import Codec, Errors, Wire, has_shares, second_moment_units
-from dsv3_jax.exchange.exchange import in_few_bits
-from dsv3_jax.optim.adamw import second_moment
+from dsv3_jax.exchange.codec import Codec
+from dsv3_jax.exchange.exchange import is_compressible
+from dsv3_jax.exchange.mean import second_moment_units
+from dsv3_jax.exchange.residual import Residual
+from dsv3_jax.exchange.wire import Wire, has_shares
+from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, new_state
 from dsv3_jax.train.evaluate import evaluate_store
-from dsv3_jax.train.step import apply_gradients, make_eval_step, replica_gradients, training_recipe
+from dsv3_jax.train.step import apply_gradients, gradient_function, make_eval_step, training_recipe
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LOCO_KEPT, _LOCO_FORGETS = 0.8, 512  # of the moving average
@@ -58,35 +62,35 @@ _BATCHES = 25  # of held-out text, for a curve's points; the last is of all of i
 
 @dataclass(frozen=True)
 class Variant:
-    rounds: Callable | None  # (x, Errors, round, step) -> (what all replicas get, Errors)
+    rounds: Callable | None  # (x, Residual, round, step) -> (what all replicas get, Residual)
     warmup: bool = False
     preconditioned: bool = False
     frozen: bool = False
 
 
-def with_feedback(x: Array, errors: Errors, rounded: Callable, step: Array) -> tuple[Array, Errors]:
-    wanted = x + errors.worker
+def with_feedback(x: Array, residuals: Residual, rounded: Callable, step: Array) -> tuple[Array, Residual]:
+    wanted = x + residuals.worker
     sent = rounded(wanted)
-    mean = sent.mean(0) + errors.server
+    mean = sent.mean(0) + residuals.server
     out = rounded(mean[None])[0]
-    return out, Errors(wanted - sent, mean - out)
+    return out, Residual(wanted - sent, mean - out)
 
 
-def without(x: Array, errors: Errors, rounded: Callable, step: Array) -> tuple[Array, Errors]:
-    return with_feedback(x, jax.tree.map(jnp.zeros_like, errors), rounded, step)[0], errors
+def without(x: Array, residuals: Residual, rounded: Callable, step: Array) -> tuple[Array, Residual]:
+    return with_feedback(x, jax.tree.map(jnp.zeros_like, residuals), rounded, step)[0], residuals
 
 
-def loco(x: Array, errors: Errors, rounded: Callable, step: Array) -> tuple[Array, Errors]:
-    out, left = with_feedback(x, errors, rounded, step)
-    average = _LOCO_KEPT * errors.worker + (1 - _LOCO_KEPT) * left.worker
+def loco(x: Array, residuals: Residual, rounded: Callable, step: Array) -> tuple[Array, Residual]:
+    out, left = with_feedback(x, residuals, rounded, step)
+    average = _LOCO_KEPT * residuals.worker + (1 - _LOCO_KEPT) * left.worker
     return out, left._replace(worker=jnp.where((step + 1) % _LOCO_FORGETS == 0, 0, average))
 
 
-def ef21(x: Array, errors: Errors, rounded: Callable, step: Array) -> tuple[Array, Errors]:
-    """`errors` are what each replica, and its share's server, have sent so far."""
-    worker = errors.worker + rounded(x - errors.worker)
-    server = errors.server + rounded((worker.mean(0) - errors.server)[None])[0]
-    return server, Errors(worker, server)
+def ef21(x: Array, residuals: Residual, rounded: Callable, step: Array) -> tuple[Array, Residual]:
+    """`residuals` are what each replica, and its share's server, have sent so far."""
+    worker = residuals.worker + rounded(x - residuals.worker)
+    server = residuals.server + rounded((worker.mean(0) - residuals.server)[None])[0]
+    return server, Residual(worker, server)
 
 
 VARIANTS = {
@@ -118,19 +122,19 @@ def in_blocks(wire: Wire) -> Callable[[Array], Array]:
 
     def of(x: Float[Array, "any ..."]) -> Array:
         rows = jax.vmap(wire.to_blocks)(x)
-        return jax.vmap(lambda a: wire.of_blocks(a, wire.replicas))(wire.codec.rounded(rows))
+        return jax.vmap(lambda a: wire.from_blocks(a, wire.replicas))(wire.codec.rounded(rows))
 
     return of
 
 
 def averaged(
-    variant: Variant, codec: Codec, x: Float[Array, "R ..."], errors: Errors, v: Array, step: Array
-) -> tuple[Array, Errors]:
-    """(what all replicas get for the mean of x, errors), `v` being Adam's second moment."""
+    variant: Variant, codec: Codec, x: Float[Array, "R ..."], residuals: Residual, v: Array, step: Array
+) -> tuple[Array, Residual]:
+    """(what all replicas get for the mean of x, residuals), `v` being Adam's second moment."""
     assert variant.rounds is not None
     rounded = in_blocks(Wire.of(x.shape[1:], x.shape[0], codec))
     unit = second_moment_units(v) if variant.preconditioned else jnp.ones_like(v)
-    mean, left = variant.rounds(x / unit, jax.tree.map(lambda e: e / unit, errors), rounded, step)
+    mean, left = variant.rounds(x / unit, jax.tree.map(lambda e: e / unit, residuals), rounded, step)
     return mean * unit, jax.tree.map(lambda e: e * unit, left)
 
 
@@ -148,52 +152,53 @@ def leaves(params: nnx.State) -> list[nnx.Variable]:
 
 
 def make_step(run: Run, config: Config) -> Callable:
-    """Jitted (state, errors by leaf, batch) -> the next two, loss."""
-    variant, recipe = VARIANTS[run.variant], training_recipe(config, ONE_DEVICE)
+    """Jitted (state, residuals by leaf, batch) -> the next two, loss."""
+    variant, recipe, optimizer = VARIANTS[run.variant], training_recipe(config, ONE_DEVICE), optimizer_of(config)
 
-    def step(state: TrainState, errors: list[Errors | None], batch: Any):
-        f, variables = replica_gradients(config, ONE_DEVICE, state, batch, recipe)
+    def step(state: TrainState, residuals: list[Residual | None], batch: Any):
+        f, variables = gradient_function(config, ONE_DEVICE, state, batch, recipe)
         if variant.rounds is None:
             grads, metrics = f(variables, batch)
             state, _ = apply_gradients(config, state, grads, metrics, recipe)
-            return state, errors, metrics.cross_entropy
+            return state, residuals, metrics.cross_entropy
         # one after another: vmapped products of the experts take 2.5 times longer on a CPU
         shares = jax.tree.map(lambda a: a.reshape(run.replicas, -1, *a.shape[1:]), batch)
         parts, metrics = lax.map(lambda share: f(variables, share), shares)
-        v = second_moment(state.opt_state)
+        v = optimizer.second_moment(state.opt_state)
+        assert v is not None
 
         def compressed() -> tuple[list, list]:
             found = [
                 (x.get_value().mean(0), e) if e is None
                 else averaged(variant, Codec(run.bits), x.get_value(), e, moment.get_value(), state.step)  # type: ignore[arg-type]
-                for x, e, moment in zip(leaves(parts), errors, leaves(v), strict=True)
+                for x, e, moment in zip(leaves(parts), residuals, leaves(v), strict=True)
             ]  # fmt: skip
             return [a for a, _ in found], [e for _, e in found]
 
         def whole() -> tuple[list, list]:
-            return [x.get_value().mean(0) for x in leaves(parts)], errors
+            return [x.get_value().mean(0) for x in leaves(parts)], residuals
 
         warm = variant.warmup and state.step < run.warmup
-        means, errors = lax.cond(warm, whole, compressed) if variant.warmup else compressed()
+        means, residuals = lax.cond(warm, whole, compressed) if variant.warmup else compressed()
         # parts add up to the batch's gradients
         values = [x.replace(run.replicas * mean) for x, mean in zip(leaves(parts), means, strict=True)]
         grads = jax.tree.unflatten(jax.tree.structure(parts, is_leaf=is_variable), values)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         after, _ = apply_gradients(config, state, grads, metrics, recipe)
         if variant.frozen:
-            kept = jax.tree.map(lambda old, new: jnp.where(warm, new, old), v, second_moment(after.opt_state))
+            kept = jax.tree.map(lambda old, new: jnp.where(warm, new, old), v, optimizer.second_moment(after.opt_state))
             after = replace(after, opt_state=optax.tree.set(after.opt_state, nu=kept))
-        return after, errors, metrics.cross_entropy
+        return after, residuals, metrics.cross_entropy
 
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def no_errors(run: Run, params: nnx.State) -> list[Errors | None]:
-    def of(variable: nnx.Variable) -> Errors | None:
+def no_residuals(run: Run, params: nnx.State) -> list[Residual | None]:
+    def of(variable: nnx.Variable) -> Residual | None:
         shape = variable.get_value().shape
-        if VARIANTS[run.variant].rounds is None or not in_few_bits(variable) or not has_shares(shape, run.replicas):
+        if VARIANTS[run.variant].rounds is None or not is_compressible(variable) or not has_shares(shape, run.replicas):
             return None
-        return Errors(jnp.zeros((run.replicas, *shape)), jnp.zeros(shape))
+        return Residual(jnp.zeros((run.replicas, *shape)), jnp.zeros(shape))
 
     return [of(variable) for variable in leaves(params)]
 
@@ -204,7 +209,7 @@ def train(run: Run) -> dict[str, Any]:
     corpus = load_corpus(config.data, config.model.vocab_size)
     source = PackedWindows(corpus.train, config.data.seq_len, 1 + config.model.num_nextn_predict_layers, run.seed, shuffle=True)
     state = new_state(config)
-    step, errors = make_step(run, config), no_errors(run, state.params)
+    step, residuals = make_step(run, config), no_residuals(run, state.params)
     eval_step = make_eval_step(config)
 
     def held_out(limit: int | None) -> float:
@@ -215,9 +220,8 @@ def train(run: Run) -> dict[str, Any]:
 
     began, losses, curve = time.perf_counter(), [], []
     for i in range(run.steps):
-        windows = [source[w] for w in batch_windows(config.data.batch_size, i)]
-        batch = {name: np.stack([w[name] for w in windows]) for name in windows[0]}
-        state, errors, loss = step(state, errors, batch)
+        batch = stack([source[w] for w in batch_windows(config.data.batch_size, i)])
+        state, residuals, loss = step(state, residuals, batch)
         losses.append(float(loss))
         if (i + 1) % (run.steps // _POINTS) == 0:
             curve.append([i + 1, round(held_out(_BATCHES), 5)])

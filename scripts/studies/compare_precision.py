@@ -23,6 +23,7 @@ from flax import nnx
 from scipy import stats
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.data.batch import stack
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.model.layout import Layout
@@ -69,7 +70,7 @@ def batches(config: Config, steps: range) -> Iterator[Any]:
     source = PackedWindows(corpus.train, config.data.seq_len, 1, config.train.seed, shuffle=True)
     for i in steps:
         windows = [source[w] for w in batch_windows(config.data.batch_size, i)]
-        yield {name: np.stack([w[name] for w in windows]) for name in windows[0]}
+        yield stack(windows)
 
 
 def train(recipe: str, seed: int, steps: int) -> tuple[TrainState, list[float]]:

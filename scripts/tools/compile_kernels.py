@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.exchange.compress import Codec
+from dsv3_jax.exchange.codec import Codec
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy

@@ -40,7 +40,7 @@ def compare(mesh: str, state: TrainState, expected) -> dict[str, float]:
     layout, step = step_of(config)
     size = config.data.batch_size
     rows = local_rows(layout, size)
-    batch = {name: a[rows] for name, a in batch_of(config, 0).items()}
+    batch = jax.tree.map(lambda a: a[rows], batch_of(config, 0))
     _, grads, metrics = step(spread(config, layout, state), place(layout, batch, rows, size))
     grads = multihost_utils.process_allgather(grads, tiled=True)
     worst = max(

@@ -32,8 +32,8 @@ def test_every_token_is_a_target_exactly_once(lengths, seq_len):
     targets = []
     for i in range(len(source)):
         window = source[i]
-        same = (window["segments"][:-1] == window["segments"][1:]) & (window["segments"][1:] >= 0)
-        targets += window["tokens"][1:][same].tolist()
+        same = (window.segments[:-1] == window.segments[1:]) & (window.segments[1:] >= 0)
+        targets += window.tokens[1:][same].tolist()
     # all but each document's first token, which frames it
     assert targets == [1000 * d + i for d, n in enumerate(lengths) for i in range(1, n)]
 
@@ -44,21 +44,21 @@ def test_an_epoch_shows_every_window_of_shuffled_documents_once(lengths, seq_len
     if sum(lengths) < seq_len + 2:
         return
     source = PackedWindows(store_of(lengths), seq_len, ahead=2, seed=seed, shuffle=True)
-    inputs = [t for i in range(source.windows_per_epoch) for t in source[i]["tokens"][:seq_len].tolist()]
+    inputs = [t for i in range(source.windows_per_epoch) for t in source[i].tokens[:seq_len].tolist()]
     assert len(set(inputs)) == len(inputs) == source.windows_per_epoch * seq_len
     for i in range(2 * source.windows_per_epoch):  # into the second epoch
         window = source[i]
         # within a segment, tokens of one document follow each other
-        inside = window["segments"][1:] == window["segments"][:-1]
-        assert (np.diff(window["tokens"])[inside] == 1).all()
-        assert {f"doc{t // 1000}" for t in window["tokens"]} == set(source.document_ids(i))
+        inside = window.segments[1:] == window.segments[:-1]
+        assert (np.diff(window.tokens)[inside] == 1).all()
+        assert {f"doc{t // 1000}" for t in window.tokens} == set(source.document_ids(i))
 
 
 def test_epochs_and_seeds_differ():
     def first_epochs(seed):
         source = PackedWindows(store_of([30] * 20), 10, 1, seed, shuffle=True)
         n = source.windows_per_epoch
-        return [[source[e * n + i]["tokens"].tolist() for i in range(n)] for e in range(2)]
+        return [[source[e * n + i].tokens.tolist() for i in range(n)] for e in range(2)]
 
     a, b = first_epochs(0), first_epochs(1)
     assert a[0] != a[1]
@@ -76,9 +76,9 @@ def test_iterator_state_restores_exactly():
     other.set_state(state)
     for step in range(7, 12):
         a, b = next(one), next(other)
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
-        expected = [source[w]["tokens"] for w in batch_windows(4, step)]
-        np.testing.assert_array_equal(a["tokens"], expected)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        expected = [source[w].tokens for w in batch_windows(4, step)]
+        np.testing.assert_array_equal(a.tokens, expected)
 
 
 def test_processes_share_the_global_batch():
@@ -87,9 +87,9 @@ def test_processes_share_the_global_batch():
     whole, shares = train_batches(source, 4, range(4)), ([1, 3], [0, 2], [2])
     parts = [train_batches(source, 4, rows) for rows in shares]
     for _ in range(5):
-        batch = next(whole)["tokens"]
+        batch = next(whole).tokens
         for rows, part in zip(shares, parts, strict=True):
-            np.testing.assert_array_equal(next(part)["tokens"], batch[rows])
+            np.testing.assert_array_equal(next(part).tokens, batch[rows])
     assert all(part.get_state() == whole.get_state() for part in parts)
 
 

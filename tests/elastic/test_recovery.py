@@ -54,7 +54,7 @@ def checksum_of(windows: list[dict]) -> int:
     """What the devices make of a batch, in Python's integers."""
     total = 0
     for r, window in enumerate(windows):
-        for c, (token, segment) in enumerate(zip(window["tokens"].tolist(), window["segments"].tolist(), strict=True)):
+        for c, (token, segment) in enumerate(zip(window.tokens.tolist(), window.segments.tolist(), strict=True)):
             total += (token + segment * 3266489917) * (r * 2654435761 + 1) * (c * 2246822519 + 1)
     return total % 2**32
 

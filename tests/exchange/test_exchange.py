@@ -1,4 +1,4 @@
-"""Gradients in few bits across `data`, on every kind of mesh: nothing is lost, only owed."""
+"""Gradients in few bits across `data`, on every kind of mesh: nothing is lost, only delayed."""
 
 import json
 import shutil
@@ -13,12 +13,19 @@ from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import CheckpointConfig, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.exchange.exchange import Exchange
-from dsv3_jax.optim.adamw import second_moment
+from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.state.train_state import abstract_state, new_state
 from dsv3_jax.train.loop import train
-from dsv3_jax.train.step import ScheduledSteps, gradients, make_train_step, training_recipe
+from dsv3_jax.train.step import (
+    ScheduledSteps,
+    gradient_function,
+    make_train_step,
+    on_replicas,
+    sum_of_replicas,
+    training_recipe,
+)
 from tests.conftest import ROOT
 from tests.parallel.cases import WITHOUT_MTP, batch_of, config_of, state_on
 
@@ -50,8 +57,8 @@ def by_name(params) -> dict[str, np.ndarray]:
         ("data=7", ("train.grad_accum_steps=2", "data.batch_size=14"), 2),  # of which most arrays have no axis
     ],
 )
-def test_what_is_not_sent_is_owed(mesh, more, bits):
-    """Of one batch: the sum that comes out, and what is owed, are the true sum; few bits alone are not.
+def test_what_is_not_sent_is_in_the_residuals(mesh, more, bits):
+    """Of one batch: the sum that comes out, and the residuals, are the true sum; few bits alone are not.
 
     To rounding of float32 sums of a few numbers as large as the largest: 2e-6 of it."""
     config, layout = on(mesh, *more, bits=bits, mtp=mesh == "data=4 fsdp=2")
@@ -59,35 +66,35 @@ def test_what_is_not_sent_is_owed(mesh, more, bits):
 
     @jax.jit
     def both(state, batch):
-        def reduce(parts):
-            grads, _ = nnx.split_state(parts[0], nnx.Param, Probe)
-            return jax.tree.map(lambda a: a.sum(0), grads), *exchange.sum(grads, state.errors, second_moment(state.opt_state))
+        of_rows, variables = gradient_function(config, layout, state, batch, recipe)
+        parts, _ = on_replicas(of_rows, layout.replicas)(variables, batch)
+        grads, _ = nnx.split_state(parts, nnx.Param, Probe)
+        second_moment = optimizer_of(config).second_moment(state.opt_state)
+        return sum_of_replicas(grads), *exchange.reduce(grads, state.residuals, second_moment)
 
-        return gradients(config, layout, state, batch, recipe, reduce)
-
-    true, sent, errors = both(state, batch_of(config, 0))
+    true, sent, residuals = both(state, batch_of(config, 0))
     true, sent, replicas = by_name(true), by_name(sent), layout.replicas
-    assert errors.keys() == state.errors.keys()
+    assert residuals.keys() == state.residuals.keys()
     assert true.keys() == sent.keys()
-    few = [name for name in true if any(name.startswith(found) for found in errors)]
+    few = [name for name in true if any(name.startswith(found) for found in residuals)]
     assert len(few) > 12
     for name, wanted in true.items():
         largest = max(np.abs(wanted).max(), 1e-12)
-        owed = np.zeros(())
+        left = np.zeros(())
         if name in few:
-            found = next(errors[n] for n in errors if name.startswith(n))
+            found = next(residuals[n] for n in residuals if name.startswith(n))
             server = 0 if found.server is None else np.asarray(found.server, np.float64)
-            owed = replicas * (np.asarray(found.worker, np.float64).mean(0) + server)
+            left = replicas * (np.asarray(found.worker, np.float64).mean(0) + server)
             assert not wanted.any() or np.abs(sent[name] - wanted).max() > 1e-3 * largest
-        np.testing.assert_allclose((sent[name] + owed) / largest, wanted / largest, atol=2e-6, err_msg=name)
-    whole = {name for name in true if name not in few}
+        np.testing.assert_allclose((sent[name] + left) / largest, wanted / largest, atol=2e-6, err_msg=name)
+    uncompressed = {name for name in true if name not in few}
     assert all("embed_VD" not in name and "router" not in name for name in few), few
-    assert sum(true[name].size for name in whole) < 0.4 * sum(a.size for a in true.values())
+    assert sum(true[name].size for name in uncompressed) < 0.4 * sum(a.size for a in true.values())
 
 
 @pytest.mark.parametrize("mesh", ["data=4 fsdp=2", "data=7"])
 def test_states_of_all_replicas_stay_equal_and_learn(mesh):
-    """Against whole gradients, over the same batches: the loss falls nearly as far."""
+    """Against uncompressed gradients, over the same batches: the loss falls nearly as far."""
     losses = {}
     for bits in (0, 2):
         config, layout = on(mesh, "optim.lr=3e-3", *(["data.batch_size=14"] if mesh == "data=7" else []), bits=bits)
@@ -106,60 +113,65 @@ def test_states_of_all_replicas_stay_equal_and_learn(mesh):
     assert fell[2] > 0.8 * fell[0]
 
 
-def with_random_errors(state):
+def with_random_residuals(state):
     random = np.random.default_rng(0)
     return replace(
         state,
-        errors=jax.tree.map(lambda a: jax.device_put(random.standard_normal(a.shape, np.float32), a.sharding), state.errors),
+        residuals=jax.tree.map(
+            lambda a: jax.device_put(random.standard_normal(a.shape, np.float32), a.sharding), state.residuals
+        ),
     )
 
 
-def owed(state) -> dict[str, np.ndarray]:
-    """By all replicas together."""
-    servers = {name: 0 if e.server is None else np.asarray(e.server) for name, e in state.errors.items()}
-    return {name: np.asarray(e.worker).sum(0) + len(e.worker) * servers[name] for name, e in state.errors.items()}
+def left_by_all(state) -> dict[str, np.ndarray]:
+    """The sum of all replicas' residuals, by parameter."""
+    servers = {name: 0 if e.server is None else np.asarray(e.server) for name, e in state.residuals.items()}
+    return {name: np.asarray(e.worker).sum(0) + len(e.worker) * servers[name] for name, e in state.residuals.items()}
 
 
 @pytest.mark.parametrize(("mesh", "local"), [("data=4 fsdp=2", False), ("data=4 fsdp=2", True), ("data=7", False)])
-def test_what_is_owed_survives_a_change_of_replicas(tmp_path, mesh, local):
+def test_residuals_survive_a_change_of_replicas(tmp_path, mesh, local):
     """Bit for bit on as many; to float32's rounding as a sum on others; nothing else is lost on any mesh.
 
-    7 divides no axis of most arrays: then their workers take over what servers owe."""
+    7 divides no axis of most arrays: then their workers take over the residuals of servers."""
     checkpoints = CheckpointConfig(local_dir=str(tmp_path / "local") if local else None)
     batch = "data.batch_size=112"
     config, layout = on(mesh, batch)
-    saved = with_random_errors(state_on(config, layout))
+    saved = with_random_residuals(state_on(config, layout))
     manager = CheckpointManager(tmp_path / "run", checkpoints)
     manager.save(saved, {"config": {}})
     manager.wait()
-    whole = [("fsdp=8", 2), ("data=4", 0)]
+    uncompressed = [("fsdp=8", 2), ("data=4", 0)]
     compared = []
-    for to, bits in [*((m, 2) for m in ("data=4 fsdp=2", "data=4 tensor=2", "data=2 fsdp=4", "data=8", "data=7")), *whole]:
+    for to, bits in [
+        *((m, 2) for m in ("data=4 fsdp=2", "data=4 tensor=2", "data=2 fsdp=4", "data=8", "data=7")),
+        *uncompressed,
+    ]:
         template = abstract_state(*on(to, batch, bits=bits))
         restored, _ = CheckpointManager(tmp_path / "run", checkpoints).restore(template)
         assert [a.sharding for a in jax.tree.leaves(restored)] == [a.sharding for a in jax.tree.leaves(template)]
         for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(saved.params), strict=True):
             np.testing.assert_array_equal(a, b)
-        before, after = owed(saved), owed(restored)
-        assert bool(after) == ((to, bits) not in whole)
+        before, after = left_by_all(saved), left_by_all(restored)
+        assert bool(after) == ((to, bits) not in uncompressed)
         for name in after:
             np.testing.assert_allclose(after[name], before.get(name, 0), atol=1e-5)
             as_many = mesh.split()[0] == to.split()[0]
-            if as_many and jax.tree.structure(restored.errors[name]) == jax.tree.structure(saved.errors.get(name)):
-                compared += jax.tree.leaves(jax.tree.map(np.array_equal, restored.errors[name], saved.errors[name]))
+            if as_many and jax.tree.structure(restored.residuals[name]) == jax.tree.structure(saved.residuals.get(name)):
+                compared += jax.tree.leaves(jax.tree.map(np.array_equal, restored.residuals[name], saved.residuals[name]))
     assert len(compared) > 20
     assert all(compared)
 
 
-def test_a_checkpoint_of_whole_gradients_owes_nothing(tmp_path):
+def test_a_checkpoint_of_uncompressed_gradients_has_no_residuals(tmp_path):
     config, layout = on("data=4 fsdp=2", bits=0)
     manager = CheckpointManager(tmp_path / "run", CheckpointConfig())
     manager.save(state_on(config, layout), {"config": {}})
     manager.wait()
     config, layout = on("data=2")
     restored, _ = CheckpointManager(tmp_path / "run", CheckpointConfig()).restore(abstract_state(config, layout))
-    assert restored.errors
-    assert not any(a.any() for a in jax.tree.leaves(restored.errors))
+    assert restored.residuals
+    assert not any(a.any() for a in jax.tree.leaves(restored.residuals))
 
 
 def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_path):
@@ -197,9 +209,9 @@ def test_each_kind_of_step_is_known_before_it_comes():
 
 def test_without_replicas_there_is_nothing_to_exchange():
     config, layout = on("fsdp=8")
-    assert not abstract_state(config, layout).errors
+    assert not abstract_state(config, layout).residuals
     config, layout = on("data=8", bits=0)
-    assert not abstract_state(config, layout).errors
+    assert not abstract_state(config, layout).residuals
 
 
 def test_bits_that_there_are_not():

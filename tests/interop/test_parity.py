@@ -13,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 import dsv3_jax as dsv3
 from dsv3_jax.config import load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.layers import RouterBias
-from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
+from dsv3_jax.train.objective import LossWeights, Share, objective
 from tests.conftest import FIXTURES, ROOT
 
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
@@ -45,9 +46,9 @@ def test_greedy_tokens_with_the_cache(case):
 def gradients(model, ids):
     """Loss and gradients of the mean next-token cross-entropy, without balance and MTP terms."""
     model.mtp = nnx.List([])
-    batch = {"tokens": jnp.asarray(ids, jnp.int32), "segments": jnp.zeros(ids.shape, jnp.int32)}
+    batch = Batch(jnp.asarray(ids, jnp.int32), jnp.zeros(ids.shape, jnp.int32))
     graph, params, bias = nnx.split(model, nnx.Param, RouterBias)
-    counts = target_counts(batch["segments"], 0)
+    counts = batch.target_counts(0)
 
     def loss(params):
         return objective(nnx.merge(graph, params, bias), batch, Share(LossWeights(0.0, 0.0), counts, ids.shape[0]))[0]

@@ -1,9 +1,9 @@
-"""Codes of gradients: the suite has the levels of training. tests/exchange/test_compress.py holds the definition to NumPy."""
+"""Codes of gradients: the suite has the levels of training. tests/exchange/test_codec.py holds the definition to NumPy."""
 
 import numpy as np
 import pytest
 
-from dsv3_jax.exchange.compress import Codec
+from dsv3_jax.exchange.codec import Codec
 from pallas_kernels.gradient_codes.cases import LEVELS
 
 CODECS = {f"{bits} bits {levels}": Codec(bits, levels=levels) for bits in (1, 2, 4, 8) for levels in ("gaussian", "uniform")}

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, Router, sequence_balance_loss
 from dsv3_jax.model.transformer import Transformer, positions
 from dsv3_jax.precision.recipes import RECIPES
-from dsv3_jax.train.objective import LossWeights, Share, objective, target_counts
+from dsv3_jax.train.objective import LossWeights, Share, objective
 
 MICRO = ModelConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=3,
@@ -111,8 +112,9 @@ def test_router_bias_gets_no_gradient_and_changes_no_weight():
 
 
 def loss_of(model: Transformer, ids, segments, mtp=1.0):
-    counts = target_counts(segments, len(model.mtp))
-    return objective(model, {"tokens": ids, "segments": segments}, Share(LossWeights(mtp, 1e-3), counts, ids.shape[0]))
+    batch = Batch(ids, segments)
+    counts = batch.target_counts(len(model.mtp))
+    return objective(model, batch, Share(LossWeights(mtp, 1e-3), counts, ids.shape[0]))
 
 
 def test_mtp_targets_are_further_ahead():
@@ -129,7 +131,7 @@ def test_mtp_targets_are_further_ahead():
 
 def test_targets_of_other_documents_do_not_count():
     segments = jnp.asarray([[0, 0, 0, 1, 1, -1, -1]])
-    assert [float(c) for c in target_counts(segments, 1)] == [3.0, 1.0]
+    assert [float(c) for c in Batch(segments, segments).target_counts(1)] == [3.0, 1.0]
 
 
 @pytest.mark.parametrize("remat", ["selective", "full", "offload", "sqrt"])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
@@ -62,13 +63,13 @@ def config_of(overrides: list[str]) -> Config:
     return load_config(ROOT / "configs" / "tiny.yaml", [*MODEL, *overrides])
 
 
-def batch_of(config: Config, seed: int) -> dict[str, np.ndarray]:
+def batch_of(config: Config, seed: int) -> Batch:
     """Random tokens, with document boundaries anywhere and some padding."""
     random = np.random.default_rng(seed)
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
     segments = np.sort(random.integers(0, 3, shape).astype(np.int32), axis=1)
     segments[0, -6:] = -1
-    return {"tokens": random.integers(0, config.model.vocab_size, shape).astype(np.int32), "segments": segments}
+    return Batch(random.integers(0, config.model.vocab_size, shape).astype(np.int32), segments)
 
 
 def make_hot(state: TrainState) -> TrainState:
@@ -83,7 +84,7 @@ def step_of(config: Config):
     recipe = training_recipe(config, layout)
 
     def step(state, batch):
-        grads, metrics = gradients(config, layout, state, batch, recipe)
+        grads, metrics, _ = gradients(config, layout, state, batch, recipe)
         return apply_gradients(config, state, grads, metrics, recipe)[0], grads, metrics
 
     return layout, jax.jit(step)
@@ -97,9 +98,10 @@ def initial_state(mtp_layers: int = 1) -> TrainState:
 
 def state_on(config: Config, layout: Layout) -> TrainState:
     abstract = abstract_state(config, layout)
-    nothing_owed = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.errors)
+    zero = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.residuals)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    return jax.device_put(replace(initial_state(config.model.num_nextn_predict_layers), errors=nothing_owed), shardings)
+    state = initial_state(config.model.num_nextn_predict_layers)
+    return jax.device_put(replace(state, residuals=zero), shardings)
 
 
 class Trained(NamedTuple):

@@ -31,7 +31,7 @@ def test_kernels_on_a_mesh_equal_one_device(mesh):
         run = jax.jit(lambda state, batch: gradients(config, layout, state, batch, recipe))
         return jax.device_get(run(state_on(config, layout), batch_of(config, 0)))
 
-    (ours, metrics), (theirs, expected) = found(MESHES[mesh], KERNEL), found([], RECIPES["float32"])
+    (ours, metrics, _), (theirs, expected, _) = found(MESHES[mesh], KERNEL), found([], RECIPES["float32"])
     assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=2e-6)
     assert_same_gradients(ours, theirs, rtol=1e-4)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.exchange.exchange import in_few_bits
+from dsv3_jax.data.batch import Batch
+from dsv3_jax.exchange.exchange import is_compressible
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.plan.communication import groups_of
@@ -32,7 +33,7 @@ def compiled_of(config: Config) -> tuple[str, dict[str, int]]:
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     step = make_train_step(config, layout)
-    text = step.lower(abstract_state(config, layout), {"tokens": tokens, "segments": tokens}).compile().as_text()
+    text = step.lower(abstract_state(config, layout), Batch(tokens, tokens)).compile().as_text()
     text = re.sub(r"/\*.*?\*/", "", text)  # comments inside tuples
     return text, dict(layout.mesh.shape)
 
@@ -105,10 +106,10 @@ def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
     codes = [(kind, shapes) for kind, shapes in crossing if "u8[" in shapes]
     assert sorted(kind for kind, _ in codes) == ["all-gather"] * 3 + ["all-to-all"] * 3
     sent = sum(int(np.prod(dims)) for _, shapes in codes for dims in dimensions(shapes))
-    assert sent <= most * 4 * numbers_a_device(params, in_few_bits)
+    assert sent <= most * 4 * numbers_a_device(params, is_compressible)
     rest = [(kind, shapes) for kind, shapes in crossing if "u8[" not in shapes]
     assert {kind for kind, _ in rest} == {"all-reduce"}
-    whole = numbers_a_device(params, lambda variable: not in_few_bits(variable))
+    whole = numbers_a_device(params, lambda variable: not is_compressible(variable))
     assert whole <= sum(int(np.prod(dims)) for _, shapes in rest for dims in dimensions(shapes)) <= whole + METRICS
 
 
@@ -119,7 +120,7 @@ def test_zero3_and_selective_remat_save_memory():
         config = load_config(ROOT / "configs" / "small.yaml", ["model.num_hidden_layers=3", "data.batch_size=8", *overrides])
         layout = layout_for(config)
         tokens = jax.ShapeDtypeStruct((8, config.data.seq_len + 1), jnp.int32)
-        batch = {"tokens": tokens, "segments": tokens}
+        batch = Batch(tokens, tokens)
         memory = make_train_step(config, layout).lower(abstract_state(config, layout), batch).compile().memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.train.evaluate import Evaluation, evaluate_store
-from dsv3_jax.train.objective import LossWeights, Share, head_objective, target_counts
+from dsv3_jax.train.objective import LossWeights, Share, head_objective
 
 
 def test_what_is_made_of_the_sums():
@@ -29,11 +30,11 @@ def test_every_target_of_every_document_counts_once():
 
     def eval_step(_params, _router_bias, batch):
         batches.append(batch)
-        count = float(target_counts(batch["segments"], 0)[0])
+        count = float(batch.target_counts(0)[0])
         return 2 * count, count / 2, count, (np.array([count, 0.0]),)
 
     found = evaluate_store(eval_step, None, None, store, seq_len=2, batch_size=3)
-    assert [batch["tokens"].shape for batch in batches] == [(3, 3), (3, 3)]
+    assert [batch.tokens.shape for batch in batches] == [(3, 3), (3, 3)]
     assert (found.nll, found.correct, found.tokens) == (14, 3.5, 7)
     assert [a.tolist() for a in found.load] == [[7, 0]]
     assert (found.loss, found.accuracy) == (2, 0.5)
@@ -45,8 +46,8 @@ def test_cross_entropy_and_accuracy_by_hand():
     head_DV = jnp.asarray([[math.log(3), 0.0], [0.0, 0.0]])
     model = SimpleNamespace(layout=Layout(), head_weight=lambda: head_DV, core="auto", mtp=[])
     hidden_BLD = jnp.tile(jnp.asarray([1.0, 0.0]), (1, 4, 1))
-    batch = {"tokens": jnp.asarray([[1, 0, 1, 1, 0]]), "segments": jnp.asarray([[0, 0, 0, 1, -1]])}
-    share = Share(LossWeights(0.0, 0.0), target_counts(batch["segments"], 0), 1)
+    batch = Batch(jnp.asarray([[1, 0, 1, 1, 0]]), jnp.asarray([[0, 0, 0, 1, -1]]))
+    share = Share(LossWeights(0.0, 0.0), batch.target_counts(0), 1)
     assert float(share.counts[0]) == 2
     loss, metrics = head_objective(model, hidden_BLD, [], batch, share)
     assert float(loss) == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)

@@ -1,7 +1,6 @@
 """The training step: it learns, accumulates exactly, balances, and compiles once."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,9 +11,11 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Traffic
+from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.precision.recipes import recipe_of
-from dsv3_jax.state.train_state import TrainState, init_state, optimizer_of
+from dsv3_jax.state.train_state import TrainState, new_state
 from dsv3_jax.train.objective import Metrics
 from dsv3_jax.train.step import apply_gradients, make_train_step, update_router_bias
 
@@ -25,12 +26,12 @@ def batch_of(config, seed=0):
     random = np.random.default_rng(seed)
     shape = (config.data.batch_size, config.data.seq_len + 1 + config.model.num_nextn_predict_layers)
     segments = np.sort(random.integers(0, 3, shape).astype(np.int32), axis=1)
-    return {"tokens": random.integers(0, config.model.vocab_size, shape).astype(np.int32), "segments": segments}
+    return Batch(random.integers(0, config.model.vocab_size, shape).astype(np.int32), segments)
 
 
 def run(overrides, steps, same_batch=True):
     config = load_config(TINY, overrides)
-    state, step = jax.jit(partial(init_state, config))(), make_train_step(config)
+    state, step = new_state(config), make_train_step(config)
     rows = []
     for i in range(steps):
         state, metrics = step(state, batch_of(config, 0 if same_batch else i))
@@ -95,7 +96,7 @@ def test_what_a_step_does_with_gradients_by_hand(clip_norm, clipped):
 
 def test_ema_is_the_moving_average(micro_overrides):
     config = load_config(TINY, [*micro_overrides, "optim.ema_decay=0.9"])
-    state, step = jax.jit(partial(init_state, config))(), make_train_step(config)
+    state, step = new_state(config), make_train_step(config)
     expected = jax.device_get(jax.tree.leaves(state.params))
     for i in range(3):
         state, _ = step(state, batch_of(config, i))

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.exchange.compress import Codec, Errors, compressed_mean, has_shares, second_moment_units, split_axis
+from dsv3_jax.exchange.codec import Codec
+from dsv3_jax.exchange.mean import compressed_mean, second_moment_units
+from dsv3_jax.exchange.residual import Residual
+from dsv3_jax.exchange.wire import has_shares, split_axis
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from tests.conftest import load_script
 
@@ -105,12 +108,12 @@ def trees(seed: int, replicas: int, shapes: list, scale: float, zero: bool) -> d
     codec=st.sampled_from(CODECS), scale=st.sampled_from([1e-33, 1e-3, 1.0, 1e30]), zero=st.booleans(), in_units=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shapes, codec, scale, zero, in_units, seed):
+def test_what_is_applied_is_what_was_asked_for_less_the_residuals(replicas, shapes, codec, scale, zero, in_units, seed):
     """Over six steps; and replicas hold the same bits. To float32's rounding of sums of numbers as large as any met here.
     Units are of four magnitudes within an array, and stay: errors in others that keep changing would leave float32.
 
-    The replicas' server errors, put together along the axis that was cut, are what the means owe; where there is no such axis,
-    the workers owe that too."""
+    The replicas' server residuals, put together along the axis that was cut, are those of the means; where there is no such
+    axis, the workers' residuals include them."""
     transformation = compressed_mean(codec.bits, block=codec.block, levels=codec.levels)
     init, update = per_replica(transformation, mesh_of(replicas))
     state = init({f"w{i}": jnp.zeros(s) for i, s in enumerate(shapes)})
@@ -128,15 +131,15 @@ def test_what_is_applied_is_what_was_asked_for_less_what_is_owed(replicas, shape
             applied[name] += mean[0]
             largest = max(largest, np.abs(mean).max(), *(np.abs(e).max() for e in jax.tree.leaves(state)))
     for name, shape in zip(asked, shapes, strict=True):
-        errors, owed, cut = state.errors[name], 0.0, split_axis(shape, replicas)
+        residual, left, cut = state.residuals[name], 0.0, split_axis(shape, replicas)
         few = math.prod(shape) >= 8 * replicas
-        assert few == (errors != optax.MaskedNode())
+        assert few == (residual != optax.MaskedNode())
         if few:
-            owed = np.asarray(errors.worker, np.float64).mean(0)
-            assert (errors.server is None) == (cut is None)
+            left = np.asarray(residual.worker, np.float64).mean(0)
+            assert (residual.server is None) == (cut is None)
         if cut is not None:
-            owed += np.concatenate(list(np.asarray(errors.server, np.float64)), cut)
-        np.testing.assert_allclose(applied[name] + owed, asked[name], atol=40 * 2**-24 * largest + 1e-37)
+            left += np.concatenate(list(np.asarray(residual.server, np.float64)), cut)
+        np.testing.assert_allclose(applied[name] + left, asked[name], atol=40 * 2**-24 * largest + 1e-37)
         if zero and name == "w0":
             assert not applied[name].any()
 
@@ -175,7 +178,7 @@ def test_error_feedback_sends_in_the_end_what_rounding_keeps_back():
             total = total + np.asarray(means["w0"][0])
         averages[feedback] = np.linalg.norm(total / 50 - expected) / np.linalg.norm(expected)
         assert bool(jax.tree.leaves(state)) == feedback
-    assert averages[True] < 0.06  # what is owed at the end, over 50 steps
+    assert averages[True] < 0.06  # the residual at the end, over 50 steps
     assert averages[False] > 0.3
 
 
@@ -210,13 +213,13 @@ def test_units_by_hand():
 
 
 def test_what_is_masked_crosses_in_full_precision():
-    """Norms, here; by a tree and by a function of the parameters; errors in bfloat16 where asked for."""
+    """Norms, here; by a tree and by a function of the parameters; residuals in bfloat16 where asked for."""
     gradients = {"norm": trees(0, 2, [(34,)], 1.0, False)["w0"], "w": trees(1, 2, [(34,)], 1.0, False)["w0"]}
     params = {"norm": jnp.zeros(34), "w": jnp.zeros(34)}
     for mask in ({"norm": False, "w": True}, lambda tree: {"norm": False, "w": True}):
         init, update = per_replica(compressed_mean(2, mask=mask, dtype=jnp.dtype("bfloat16")), mesh_of(2))
         state = init(params)
-        assert state.errors["norm"] == optax.MaskedNode()
+        assert state.residuals["norm"] == optax.MaskedNode()
         assert {a.dtype.name for a in jax.tree.leaves(state)} == {"bfloat16"}
         means, _ = update(gradients, state)
         np.testing.assert_allclose(means["norm"][0], gradients["norm"].mean(0), rtol=1e-6, atol=1e-7)
@@ -229,12 +232,12 @@ def test_the_study_of_learning_rounds_as_the_exchange_does(shape):
     study = load_script("studies/compare_compression")
     v = jnp.square(jax.random.normal(jax.random.key(9), shape))
     init, update = per_replica(compressed_mean(2), mesh_of(4))
-    state, errors = init({"w0": jnp.zeros(shape)}), Errors(jnp.zeros((4, *shape)), jnp.zeros(shape))
-    simulated = jax.jit(lambda x, errors: study.averaged(study.VARIANTS["shipped"], Codec(2), x, errors, v, 0))
+    state, residual = init({"w0": jnp.zeros(shape)}), Residual(jnp.zeros((4, *shape)), jnp.zeros(shape))
+    simulated = jax.jit(lambda x, e: study.averaged(study.VARIANTS["shipped"], Codec(2), x, e, v, 0))
     for step in range(3):
         gradients = trees(step, 4, [shape], 1.0, False)
         means, state = update(gradients, state, {"w0": second_moment_units(v)})
-        expected, errors = simulated(gradients["w0"], errors)
+        expected, residual = simulated(gradients["w0"], residual)
         # a number at the edge between two levels may go either way by rounding; its error makes up for it later
         differ = np.abs(np.asarray(means["w0"][0]) - expected) > 1e-5
         assert differ.mean() < 2e-3
