@@ -105,8 +105,8 @@ def restore(checkpoints: Path, template: TrainState, copies: LocalCopies | None,
     """The latest undamaged checkpoint in the directory `checkpoints`, in the shapes and shardings of `template`.
 
     It may have been written on another mesh by another number of processes: residuals of other replicas are refitted
-    to these (error_feedback.py). Damaged ones are set aside, each with a line to `report`. Raises `UserError` if all are damaged
-    or if the latest has a format that is newer than this version's.
+    to these (error_feedback.py). Damaged ones are set aside, each with a line to `report`. Raises `UserError` if all are
+    damaged or if the latest has a format that is newer than this version's.
     """
     candidate = _latest_undamaged(checkpoints, state_to_arrays(template), copies, report)
     loaded = candidate.load()

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout, Traffic
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.train.objective import LossWeights, Share, head_objective, target_counts
+from dsv3_jax.train.objective import LossWeights, Share, head_objective
 
 V, L = 6, 3
 TOKENS = jnp.arange(V)[None]  # 3 inputs, and what two MTP modules need beyond them
@@ -41,8 +42,8 @@ class Stub(SimpleNamespace):
 
 def test_every_term_by_hand():
     model: Any = Stub(seen=[])
-    batch = {"tokens": TOKENS, "segments": jnp.zeros_like(TOKENS)}
-    share = Share(LossWeights(0.3, 0.01), target_counts(batch["segments"], 2), 2)  # this row is one of two sequences
+    batch = Batch(TOKENS, jnp.zeros_like(TOKENS))
+    share = Share(LossWeights(0.3, 0.01), batch.target_counts(2), 2)  # this row is one of two sequences
     loss, metrics = head_objective(model, predicting(TOKENS[:, 1 : 1 + L]), [stats(1.0, 2.0)], batch, share)
     assert model.seen == [[[1, 2, 3]], [[2, 3, 4]]]  # what the modules read beside the hidden states
     right, wrong = math.log(2), math.log(10)
