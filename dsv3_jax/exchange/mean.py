@@ -157,8 +157,8 @@ def compressed_mean(
             than 8 numbers for each replica, is averaged in float32.
         dtype: what residuals are kept in; in bfloat16 their own rounding is lost.
 
-    Returns: a transformation whose `update` also takes `units` to round gradients in: a tree of positive arrays, the same on all
-    replicas, such as `second_moment_units` of Adam's second moment; None is units of 1.
+    Returns: a transformation whose `update` also takes `units` to round gradients in: a tree of positive arrays, which are the
+    same on all replicas, such as `second_moment_units` of Adam's second moment; None is units of 1.
     """
     codec = Codec(bits, block, levels)
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import OptimConfig
-from dsv3_jax.optim.adamw import adamw, is_matrix, learning_rate
+from dsv3_jax.optim.adamw import adamw
+from dsv3_jax.optim.optimizer import is_matrix, learning_rate
 
 
 def params():
