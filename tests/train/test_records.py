@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Traffic
 from dsv3_jax.train import context
@@ -71,7 +72,7 @@ def test_a_run_is_stopped_at_twice_the_loss_of_guessing(bad, said):
 
 def test_the_checksum_knows_every_place():
     def of(tokens, segments) -> int:
-        return int(batch_checksum({"tokens": jnp.asarray(tokens), "segments": jnp.asarray(segments)}))
+        return int(batch_checksum(Batch(jnp.asarray(tokens), jnp.asarray(segments))))
 
     tokens, segments = [[1, 2, 3], [4, 5, 6]], [[0, 0, 1], [0, 0, 0]]
     changed = [
