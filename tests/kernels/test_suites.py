@@ -18,12 +18,15 @@ REFUSED = {
 PLAIN = (
     "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad", "causal_attention", "logit_statistics", "grouped_swiglu",
 )  # fmt: skip
+# interpreted twice as long as any other, and the others have its length's blocks, its dtype and several sequences
+TOO_LONG = ("causal_attention", "hopper", "bfloat16, length 256")
 CASES = [
     (operation, implementation, case)
     for operation, suite in testing.SUITES.items()
     for implementation in ("xla", "tpu", "hopper")
     if implementation in registry.implementations(operation) and (implementation != "xla" or operation in PLAIN)
     for case in suite.cases
+    if (operation, implementation, case) != TOO_LONG
 ]
 
 
