@@ -1,4 +1,4 @@
-"""Hosts of a supervised run in network namespaces of their own, so that one's network can be cut. Needs root and `ip`."""
+"""Hosts of a supervised run, each in its own network namespace, so that its network can be cut. Needs root and `ip`."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ class _NamespaceHost(HostProcess):
         return f"{self.ip}:{free_port()}"
 
     def answers(self) -> bool:
-        """Over the network: a machine that refuses a connection is there."""
+        """Whether the host can be reached over the network: one that refuses a connection can."""
         try:
             socket.create_connection((self.ip, 9), _ANSWER_S).close()
         except ConnectionRefusedError:
@@ -38,7 +38,7 @@ class _NamespaceHost(HostProcess):
 
 
 class NamespaceEngine(LocalEngine):
-    """As `LocalEngine`; `cut` takes a host's network away for `back_after_s`."""
+    """A `LocalEngine` whose `cut` takes a host's network away for `back_after_s`."""
 
     def __post_init__(self) -> None:
         _ip("link", "add", _BRIDGE, "type", "bridge")
@@ -59,7 +59,7 @@ class NamespaceEngine(LocalEngine):
                 ("link", "set", "lo", "up"),
             ):
                 _ip("-n", namespace, *command)
-            # Gloo listens where the machine's name leads; `ip netns exec` puts this in the place of /etc/hosts
+            # Gloo listens at the address of the machine's name; `ip netns exec` mounts this over /etc/hosts
             Path("/etc/netns", namespace).mkdir(parents=True, exist_ok=True)
             Path("/etc/netns", namespace, "hosts").write_text(f"127.0.0.1 localhost\n{ip} {socket.gethostname()}\n")
         return _NamespaceHost(name, self._environ, ip)

@@ -23,31 +23,31 @@ CONFIG = "configs/v3_671b.yaml"
 
 @dataclass(frozen=True)
 class Published:
-    """`unit`: devices, as JAX counts them, that the published figure calls one chip or GPU. `mesh` in the order of AXES."""
+    """A published result, and the setting it was measured in."""
 
     name: str
-    tokens_per_s: float
-    unit: int
+    tokens_per_s: float  # per unit
+    unit: int  # devices, as JAX counts them, that the publication calls one chip or GPU
     topology: str
-    mesh: tuple[int, ...]
+    mesh: tuple[int, ...]  # in the order of AXES
     overrides: tuple[str, ...]
     zero3: bool = True  # or weights gathered once a step
-    calibrates: str = ""  # which free number
+    calibrates: str = ""  # the field of Hidden that this result sets
 
 
-_WHOLE = ("remat.policy=full", "train.grad_accum_steps=1")
+_ONE_PASS = ("remat.policy=full", "train.grad_accum_steps=1")
 RESULTS = (
     Published(
         "MaxText, 512 v5p, bf16", 542, 1, "v5p:8x8x8", (1, 1, 512, 1, 1),
-        ("data.batch_size=3072", "data.seq_len=8192", "model.max_position_embeddings=8192", *_WHOLE),
+        ("data.batch_size=3072", "data.seq_len=8192", "model.max_position_embeddings=8192", *_ONE_PASS),
     ),
     Published(
-        "MaxText, 256 tpu7x, bf16", 2446, 2, "tpu7x:4x8x8", (1, 1, 512, 1, 1), ("data.batch_size=4096", *_WHOLE),
+        "MaxText, 256 tpu7x, bf16", 2446, 2, "tpu7x:4x8x8", (1, 1, 512, 1, 1), ("data.batch_size=4096", *_ONE_PASS),
         calibrates="weights",
     ),
     Published(
         "MaxText, 256 tpu7x, fp8", 2968, 2, "tpu7x:4x8x8", (1, 1, 512, 1, 1),
-        ("data.batch_size=4096", "precision.recipe=deepseek", *_WHOLE),
+        ("data.batch_size=4096", "precision.recipe=deepseek", *_ONE_PASS),
     ),
     Published(
         "Megatron, 1024 H100, fp8", 1297, 1, "h100:128x8", (1, 8, 1, 64, 2),
@@ -66,7 +66,7 @@ RESULTS = (
 
 
 def estimate(p: Published, hidden: Hidden) -> tuple[Candidate, float]:
-    """And tokens a second of what the publication calls a chip or GPU."""
+    """(the estimate, its tokens per second and unit)."""
     topology, config = parse_topology(p.topology), load_config(CONFIG, p.overrides)
     found = Estimator(topology, ASSUMED, hidden, p.zero3).estimate(config, dict(zip(AXES, p.mesh, strict=True)))
     tokens = config.data.batch_size * config.data.seq_len
@@ -74,7 +74,7 @@ def estimate(p: Published, hidden: Hidden) -> tuple[Candidate, float]:
 
 
 def calibrate() -> Hidden:
-    """Each free number so that its result is met: time is linear in it."""
+    """Choose each free number so that its result is met: time is linear in it."""
     hidden = Hidden(0.5, 0.5)
     for _ in range(20):  # the two depend on each other little
         for p in RESULTS:
@@ -93,9 +93,9 @@ def main() -> None:
     for p in RESULTS:
         c, predicted = estimate(p, hidden)
         error = predicted / p.tokens_per_s - 1
-        said = "calibration" if p.calibrates else f"{error:+.1%}"
+        shown = "calibration" if p.calibrates else f"{error:+.1%}"
         sent = sum(c.communication.values())
-        print(f"{p.name:28s}{p.tokens_per_s:10,.0f}{predicted:8,.0f}{said:>12s}{c.work:9.2f}{sent:9.2f}  {c.occupancy:.0%}")
+        print(f"{p.name:28s}{p.tokens_per_s:10,.0f}{predicted:8,.0f}{shown:>12s}{c.work:9.2f}{sent:9.2f}  {c.occupancy:.0%}")
         rows.append({"name": p.name, "published": p.tokens_per_s, "predicted": predicted, "calibrates": p.calibrates})
     print(json.dumps({"hidden": dataclasses.asdict(hidden), "results": rows}))
 

@@ -1,16 +1,15 @@
-"""A training run under seeded failures against one that nothing disturbs: what may differ, and what it costs.
+"""A training run under seeded failures against an undisturbed one: nothing may differ, and what the failures cost.
 
     python scripts/studies/chaos.py                            # 25 failures, 4 workers x 2 devices, 10 to 15 minutes on 2 cores
     python scripts/studies/chaos.py --failures 5 --kinds kill spin --seed 7
     python scripts/studies/chaos.py --failures 8 --engine ray --kinds kill stop spin lost
 
-Kinds: `kill` (SIGKILL of a worker), `stop` (SIGSTOP), `spin` (a worker stuck in a loop, its heartbeat going on), `lost` (a
+Kinds: `kill` (SIGKILL of a worker), `stop` (SIGSTOP), `spin` (a worker stuck in a loop while its heartbeat goes on), `lost` (a
 host with its worker and its copies of the state; it is back after some seconds), `cut` (a host's network, by namespaces; needs
-root), `flip` (one bit of the latest checkpoint, and a kill), `full` (the run's disk, to the last byte, which ends the run; then
-there is room again, and the same command is given; needs root, to mount a small one). Each comes in a step, a save, a restore
-or a start, at any process. Checked at the end: every batch once and in order, by the checksum that the devices made of it; the
-losses; nothing done again but what followed the newest checkpoint. Then the run's own report. Exits 1 if anything is not as it
-should be. Linux only.
+root), `flip` (one bit of the latest checkpoint, and a kill), `full` (the run's disk is filled, which ends the run; then it is
+emptied, and the same command is given; needs root, to mount a small one). Each comes in a step, a save, a restore or a start,
+at any process. Checked at the end: every batch once and in order, by the checksum that the devices made of it; the losses;
+nothing done again but what followed the newest checkpoint. Then the run's own report. Exits 1 if a check fails. Linux only.
 """
 
 import argparse
@@ -50,11 +49,11 @@ from dsv3_jax.runs.report import show
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 KINDS, AS_ROOT = ("kill", "stop", "spin", "lost", "flip"), ("cut", "full")
-DISK = "256m"  # of the runs, where it is to be filled
+DISK = "256m"  # size of the disk that is filled
 MOMENTS = ("step", "step", "save", "restore", "start")
 STUCK_S, HEARTBEAT_S, JOIN_S, BACK_S = 8, 10, 15, 20
 EVERY_STEPS = 5
-# a worker stops listening to anybody on SIGUSR1, its other threads going on; Python runs this at the start of a host
+# on SIGUSR1 a worker's main thread hangs while its other threads go on; Python runs this at the start of a host
 _SPIN = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: exec('while True: pass'))\n"
 
 
@@ -66,8 +65,8 @@ def _corpus(directory: Path) -> None:
 
 
 def _overrides(directory: Path, name: str) -> list[str]:
-    """A micro model. Every token has every expert: on another mesh sums differ in their last bits, and a router would turn
-    that, sooner or later, into another expert for some token."""
+    """A micro model whose tokens go to every expert: on another mesh sums differ in their last bits, which a router would turn,
+    sooner or later, into another expert for some token."""
     return [
         "model.vocab_size=300", "model.hidden_size=48", "model.intermediate_size=48", "model.moe_intermediate_size=24",
         "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0", "model.num_attention_heads=2", "model.q_lora_rank=16",
@@ -84,20 +83,22 @@ def _overrides(directory: Path, name: str) -> list[str]:
 
 @dataclass
 class Injected:
+    """A failure, and when it came."""
+
     kind: str
     moment: str
     process: int
     attempt: int
     at: float  # seconds since 1970
-    newest: int  # step of the newest undamaged checkpoint then
+    newest: int  # step of the newest undamaged checkpoint at that time
 
 
 class Chaos(threading.Thread):
-    """Injects failures into the run that a supervisor keeps up, each into the attempt that follows the one before."""
+    """Injects failures into a supervised run, each into a later attempt than the one before."""
 
     def __init__(self, supervisor: Supervisor, engine: Engine, run: RunDirectory, kinds: list[str], seed: int, steps: int):
         super().__init__(daemon=True)
-        self.supervisor = supervisor  # the present one: a full disk ends it
+        self.supervisor = supervisor  # replaced when a full disk has ended it
         self._engine, self._run, self._kinds = engine, run, kinds
         self._rng, self._steps = random.Random(seed), steps
         self.injected: list[Injected] = []
@@ -107,26 +108,26 @@ class Chaos(threading.Thread):
         attempt = 0
         for kind in self._kinds:
             self._until(lambda attempt=attempt: self.supervisor.attempt > attempt)
-            # what is spoilt must be there, and another beside it
+            # there must be a checkpoint to damage, and another one
             moment = self._rng.choice(MOMENTS) if kind != "flip" else "step"
             self._await(moment)
             if kind == "flip":
-                self._until(lambda: len(self._whole_checkpoints()) > 1)
+                self._until(lambda: len(self._undamaged_checkpoints()) > 1)
             attempt = self.supervisor.attempt
             self._inject(kind, moment)
         self._until(lambda: last_row(self._run.metrics_file).get("step", 0) >= self._steps)
-        os.kill(os.getpid(), signal.SIGTERM)  # enough; a report at the end of each run would take longer than all of it
+        os.kill(os.getpid(), signal.SIGTERM)  # rather than end by itself, whose report takes longer than the run
 
     def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             time.sleep(0.02)
 
     def _happened(self, event: str) -> bool:
-        """Since this attempt was launched."""
+        """Whether the event has happened since this attempt was launched."""
         return any(e["event"] == event and e["time"] >= self.supervisor.launched for e in read_events(self._run))
 
     def _await(self, moment: str) -> None:
-        """Until a random time within such a moment."""
+        """Wait until a random time within such a moment of the attempt."""
         self._until(lambda: len(self.supervisor.workers) > 0 and all(h.pid for h in self.supervisor.workers))
         if moment in ("step", "save"):
             self._until(lambda: last_row(self._run.metrics_file).get("time", 0) > self.supervisor.launched)
@@ -136,11 +137,11 @@ class Chaos(threading.Thread):
 
     def _inject(self, kind: str, moment: str) -> None:
         workers = self.supervisor.workers
-        if not workers:  # the attempt has ended in this very moment
+        if not workers:  # the attempt has just ended
             return
         process = self._rng.randrange(len(workers))
         host = workers[process]
-        steps = self._whole_checkpoints()
+        steps = self._undamaged_checkpoints()
         if kind == "flip":
             self._flip(self._run.checkpoints / str(steps.pop()))
         self.injected.append(Injected(kind, moment, process, self.supervisor.attempt, time.time(), steps[-1] if steps else 0))
@@ -155,14 +156,14 @@ class Chaos(threading.Thread):
         else:
             host.signal({"stop": signal.SIGSTOP, "spin": signal.SIGUSR1}.get(kind, signal.SIGKILL))
 
-    def _whole_checkpoints(self) -> list[int]:
-        """Steps of those that are undamaged. One may go while it is looked at."""
-        whole = []
+    def _undamaged_checkpoints(self) -> list[int]:
+        """Steps of the undamaged checkpoints. One may be deleted while it is read."""
+        undamaged = []
         for step in complete_steps(self._run.checkpoints):
             with contextlib.suppress(UserError, OSError):
                 verify(self._run.checkpoints / str(step))
-                whole.append(step)
-        return whole
+                undamaged.append(step)
+        return undamaged
 
     def _flip(self, checkpoint: Path) -> None:
         file = self._rng.choice(sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.stat().st_size))
@@ -174,17 +175,17 @@ class Chaos(threading.Thread):
 def _supervised(
     directory: Path, name: str, steps: int, engine_name: str, workers: str, devices: int, kinds: list[str], seed: int
 ) -> list[Injected]:
-    """A run under `runs/NAME` of at least `steps` steps, with such failures. Raises SystemExit if it ends otherwise."""
+    """Train `runs/NAME` for at least `steps` steps, with failures of these kinds. Raises SystemExit if the run gives up."""
     overrides = _overrides(directory, name)
     job = job_for(load_config(TINY, overrides), ["train", str(TINY), *overrides], workers, devices, rehearse=bool(kinds))
     engine = _engine(engine_name, kinds, job)
-    chaos = Chaos(Supervisor(job, engine, _print_inset), engine, job.run, kinds, seed, steps)
+    chaos = Chaos(Supervisor(job, engine, _print_indented), engine, job.run, kinds, seed, steps)
     try:
         chaos.start()
         while (code := _code(chaos.supervisor)) == 2 and chaos.filler.exists():
             chaos.filler.unlink()
-            print("  there is room again; the same command:", flush=True)
-            chaos.supervisor = Supervisor(job, engine, _print_inset)
+            print("  the disk is emptied; the same command again:", flush=True)
+            chaos.supervisor = Supervisor(job, engine, _print_indented)
     finally:
         engine.close()
     if code != 130:
@@ -192,12 +193,12 @@ def _supervised(
     return chaos.injected
 
 
-def _print_inset(line: str) -> None:
+def _print_indented(line: str) -> None:
     print(f"  {line}", flush=True)
 
 
 def _code(supervisor: Supervisor) -> int:
-    """That of the command line, whose supervisor may find no room for its own lines."""
+    """The supervisor's exit code; 2 if the disk is too full for its own events."""
     try:
         return supervisor.run()
     except OSError as error:
@@ -223,7 +224,7 @@ def _engine(name: str, kinds: list[str], job: Job) -> Engine:
 
 
 def _fill(filler: Path) -> None:
-    """A file with all the room that there is."""
+    """Make a file that fills the disk."""
     size = 2**30
     with open(filler, "wb") as file:
         while size:
@@ -234,9 +235,9 @@ def _fill(filler: Path) -> None:
 
 
 def _compare(calm: RunDirectory, stormy: RunDirectory, injected: list[Injected], wanted: int) -> dict[str, object]:
-    """What must hold, each with whether it does; and figures."""
+    """Checks by name, with whether they hold, and figures."""
     expected, found = read_rows(calm.metrics_file), read_rows(stormy.metrics_file)
-    expected, found = expected[: len(found)], found[: len(expected)]  # how far each came after the last wanted step is chance
+    expected, found = expected[: len(found)], found[: len(expected)]  # how far each came after the last required step is chance
     events = read_events(stormy)
     meshes = {json.dumps(e["mesh"]) for e in events if e["event"] == "started"}
     restored = [e for e in events if e["event"] == "restored"]
@@ -252,7 +253,7 @@ def _compare(calm: RunDirectory, stormy: RunDirectory, injected: list[Injected],
         "failures injected": len(injected) == wanted,
         "every step once, in order": [r["step"] for r in found] == [r["step"] for r in expected],
         "the same batches": [r["batch_checksum"] for r in found] == [r["batch_checksum"] for r in expected],
-        "nothing whole was lost": not lost,
+        "no undamaged checkpoint was passed over": not lost,
         "same losses" if len(meshes) == 1 else "losses within 1e-5": differs == 0 if len(meshes) == 1 else differs <= 1e-5,
         "largest relative difference of a step's loss": differs,
         "meshes": sorted(meshes),
@@ -265,16 +266,16 @@ def main() -> None:
     parser.add_argument("--failures", type=int, default=25)
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *AS_ROOT), default=list(KINDS))
     parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="ray: a cluster of this machine, a node a host"
+        "--engine", choices=("local", "ray"), default="local", help="ray: a cluster on this machine, with a node for each host"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", default="2:4")
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="of the run; ten a failure if not given")
-    parser.add_argument("--out", type=Path, help="a directory for the runs, kept; else a temporary one")
+    parser.add_argument("--steps", type=int, help="of the run; ten for each failure if not given")
+    parser.add_argument("--out", type=Path, help="directory that keeps the runs; a temporary one if not given")
     options = parser.parse_args()
     if options.engine == "ray" and "cut" in options.kinds:
-        parser.error("--kinds cut: networks are cut between hosts of --engine local alone")
+        parser.error("--kinds cut: networks are cut between hosts of --engine local only")
     steps = options.steps or 10 * options.failures + 20
     directory = (options.out or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     directory.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
     python scripts/studies/simulate_failures.py --devices 4096 --replace-min 30
 
 Failures come as a Poisson process at the rate of Llama 3's pre-training: 419 unexpected interruptions in 54 days on 16,384 GPUs
-(arXiv 2407.21783, section 3.3.4). Each takes a host away, which is replaced after --replace-min. Both designs checkpoint every
+(arXiv 2407.21783, section 3.3.4). Each takes away a host, which is replaced after --replace-min. Both designs checkpoint every
 10 minutes. What differs:
 
 - `restart`: the whole run waits for the replacement, then starts from nothing: containers, imports, tracing, compiling.
@@ -35,18 +35,18 @@ FAILURES_PER_DEVICE_SECOND = 419 / (54 * DAY * 16384)
 HOST = 8  # devices
 INTERVAL = 600.0  # checkpoint.every_minutes
 STATE_BYTES = 671e9 * (4 + 2 + 2) + 14e9 * 8  # float32 weights, two bfloat16 moments; the MTP module's as well
-STEP = 10.0  # seconds; a step that is under way is lost
+STEP = 10.0  # seconds; a step in progress is lost
 
 
 @dataclass(frozen=True)
 class Design:
-    """Seconds that a failure and a checkpoint cost. `elastic`: goes on without the host that failed."""
+    """How a run recovers, and the seconds that failures and checkpoints cost."""
 
     detection: float
     restart: float  # until processes have joined
     compile: float
     stall: float  # of a checkpoint
-    elastic: bool
+    elastic: bool  # goes on without the host that failed
 
 
 DESIGNS = {
