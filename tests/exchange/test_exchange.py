@@ -5,14 +5,17 @@ import shutil
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.checkpoint.names import state_to_arrays
 from dsv3_jax.config import CheckpointConfig, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.exchange.exchange import Exchange
+from dsv3_jax.exchange.residual import Residual
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
@@ -196,6 +199,38 @@ def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_pa
     np.testing.assert_allclose(fewer[4:], whole[4:], rtol=2e-2)  # other roundings, of the same sums
     with pytest.raises(UserError, match=r"compress was 2, now 4"):
         run("fewer", "parallel.data=2", "parallel.compress=4", "train.steps=7")
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_a_reduction_by_itself(units):
+    """Of one matrix and one vector over four replicas: in units of a second moment, and in units of 1 where there is none."""
+
+    def state_of(shape: tuple[int, ...], seed: int) -> nnx.State:
+        matrix, vector = (np.random.default_rng(seed).standard_normal((*shape, *s), np.float32) for s in ((16, 24), (16,)))
+        return nnx.State({
+            "w": nnx.Param(jnp.asarray(matrix), logical_axes=("embed", "ffn")),
+            "norm": nnx.Param(jnp.asarray(vector), logical_axes=("norm",)),
+        })  # fmt: skip
+
+    _, layout = on("data=4 fsdp=2")
+    exchange, parts, moment = Exchange(layout, 2), state_of((4,), 0), jax.tree.map(jnp.square, state_of((), 1))
+    residuals = exchange.init(state_of((), 0))
+    assert jax.tree.map(jnp.shape, residuals) == {"w": Residual((4, 16, 24), (16, 24))}
+    sums, left = jax.jit(exchange.reduce)(parts, residuals, moment if units else None)
+    true = {name: np.asarray(leaf.get_value()).sum(0) for name, leaf in parts.items()}
+    np.testing.assert_allclose(sums["norm"].get_value(), true["norm"], atol=1e-5)
+    assert not np.allclose(sums["w"].get_value(), true["w"], atol=1e-2)
+    rest = np.asarray(left["w"].worker).sum(0) + 4 * np.asarray(left["w"].server)
+    np.testing.assert_allclose(sums["w"].get_value() + rest, true["w"], atol=1e-4)
+
+
+def test_residuals_keep_the_names_that_checkpoints_have_for_them():
+    """Those of the first checkpoints, which other versions read."""
+    config, layout = on("data=4 fsdp=2")
+    arrays = state_to_arrays(abstract_state(config, layout))["optimizer"]
+    names = {name for name in arrays if name.startswith("errors/")}
+    assert {"errors/head_DV/worker", "errors/head_DV/server"} <= names
+    assert len(names) == len(jax.tree.leaves(abstract_state(config, layout).residuals))
 
 
 def test_each_kind_of_step_is_known_before_it_comes():
