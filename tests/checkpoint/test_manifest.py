@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.manager import CheckpointManager
-from dsv3_jax.checkpoint.manifest import verify
+from dsv3_jax.checkpoint.manifest import verify, write_manifest
 from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.errors import UserError
 from tests.checkpoint.cases import KEEP_ALL, assert_is, saved, state_of
@@ -61,3 +61,26 @@ def test_a_manifest_that_is_none_is_damage(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"damaged manifest\.json"):
         verify(tmp_path)
+
+
+def test_sizes_contents_and_who_reads_what_by_hand(tmp_path):
+    """A file that is too short, one of the right size with other bytes, and one that somebody reads elsewhere."""
+    for name, content in (("a", b"12345"), ("weights/d/b", b"6789")):
+        (tmp_path / "7" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "7" / name).write_bytes(content)
+    assert complete_steps(tmp_path) == []
+    write_manifest(tmp_path / "7")
+    assert complete_steps(tmp_path) == [7]
+    verify(tmp_path / "7")
+
+    (tmp_path / "7" / "a").write_bytes(b"1234")
+    with pytest.raises(UserError, match="a should have 5 bytes, found 4 bytes"):
+        verify(tmp_path / "7")
+    (tmp_path / "7" / "a").write_bytes(b"1234X")
+    with pytest.raises(UserError, match="the contents of a do not match their sha256"):
+        verify(tmp_path / "7")
+    (tmp_path / "7" / "a").write_bytes(b"12345")
+    (tmp_path / "7" / "weights" / "d" / "b").unlink()
+    with pytest.raises(UserError, match="weights/d/b should have 4 bytes, found nothing"):
+        verify(tmp_path / "7")
+    verify(tmp_path / "7", arrays=False)

@@ -71,11 +71,11 @@ def test_documents_and_windows_are_shuffled_anew_in_every_epoch():
     source, other = (PackedWindows(store_of([30] * 20), 10, 1, seed, shuffle=True) for seed in (0, 1))
     n = source.windows_per_epoch
     orders = [s._make_epoch(epoch).order.tolist() for s, epoch in ((source, 0), (source, 1), (other, 0))]
-    windows = [[s._place(epoch * n + i)[1] for i in range(n)] for s, epoch in ((source, 0), (source, 1), (other, 0))]
+    windows = [[s._locate(epoch * n + i)[1] for i in range(n)] for s, epoch in ((source, 0), (source, 1), (other, 0))]
     for shuffled, count in ((orders, 20), (windows, n)):
         assert all(sorted(one) == list(range(count)) for one in shuffled)
         assert len({tuple(one) for one in [*shuffled, range(count)]}) == 4
-    assert [source._place(n)[0], source._place(n - 1)[0]] == [1, 0]
+    assert [source._locate(n)[0], source._locate(n - 1)[0]] == [1, 0]
 
 
 def test_iterator_state_restores_exactly():
