@@ -42,7 +42,7 @@ given = [Path(a) for a in sys.argv[1:] if Path(a, "config.json").is_file()]  # a
 # %% [markdown]
 # ## A checkpoint
 #
-# `save_hf` writes config.json, safetensors and a model card; nothing stands at the directory before all of it does.
+# `save_hf` writes config.json, safetensors and a model card; the directory appears only once it is complete.
 
 # %%
 if given:
@@ -121,18 +121,17 @@ figure.savefig(scratch / "formats.png")
 # %% [markdown]
 # ## Import it, for training
 #
-# On the command line: `dsv3 import HF_DIR CKPT_DIR`, then `dsv3 eval`, `generate`, `export`, or training from it. It streams: a
-# tensor at a time goes to its place on disk, and an import that is cut off goes on where it was. `--plan` says beforehand which
-# tensor fills which array.
+# On the command line: `dsv3 import HF_DIR CKPT_DIR`, then `dsv3 eval`, `generate`, `export`, or training from it. It writes one
+# tensor at a time, and an import that was interrupted continues when it is started again. `--plan` says beforehand
+# which tensor fills which array.
 
 # %%
 from rich.console import Console
 
-from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.interop.hf_plan import plan_import, show_plan
 
 show_plan(plan_import(source), Console(width=140))
-checkpoint = import_hf(source, scratch / "checkpoint")
+checkpoint = dsv3.import_hf(source, scratch / "checkpoint")
 again = np.asarray(dsv3.load(checkpoint)(prompt))
 print("the imported checkpoint's logits are the same:", bool((again == logits).all()))
 assert np.abs(again - logits).max() < 1e-4

@@ -180,7 +180,7 @@ class LocalCopies:
         """Delete all of the run's copies on this host."""
         shutil.rmtree(self._root, ignore_errors=True)
 
-    def of(self, step: int, manifest: Path) -> LocalCopy:
+    def copy_of(self, step: int, manifest: Path) -> LocalCopy:
         """The copy of one checkpoint by all processes that were on this host, without what cannot be read."""
         blocks: dict[str, dict[Bounds, _Block]] = {}
         digest = _digest(manifest)

@@ -76,7 +76,7 @@ def _candidate(directory: Path, wanted: Arrays, copies: LocalCopies | None) -> _
     templates, partial = wanted | {OPTIMIZER: optimizer}, bool(stored.keys() - optimizer.keys())
     if copies is None:
         return _Candidate(directory, templates, partial, LocalCopy({}), set(), reads_shared=True)
-    arrays, copy = joined(templates), copies.of(int(directory.name), directory / MANIFEST)
+    arrays, copy = joined(templates), copies.copy_of(int(directory.name), directory / MANIFEST)
     local = copy.covered(arrays)
     missing = first_nonempty("" if len(local) == len(arrays) else "some of it")
     return _Candidate(directory, templates, partial, copy, local - {_ALWAYS_SHARED} if missing else local, bool(missing))

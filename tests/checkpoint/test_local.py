@@ -149,7 +149,7 @@ def test_blocks_are_put_together_anew(tmp_path_factory, shape, new, seed, dtype)
     spec = {"x": P(None, "x"), "y": P("y"), "xy": P(("x", "y")), "": P()}[new]
     spec = spec if new != "xy" or x.shape[0] % 8 == 0 else P(None, ("x", "y"))
     template = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-    copy = copies.of(3, directory / "manifest")
+    copy = copies.copy_of(3, directory / "manifest")
     assert copy.covered({"a": template, "b": template}) == {"a"}
     found = copy.load("a", template)
     assert found.sharding == template.sharding
