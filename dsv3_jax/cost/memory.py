@@ -2,13 +2,16 @@
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, OptimConfig, PrecisionConfig
 from dsv3_jax.model.counts import count_parameters
-from dsv3_jax.precision.recipes import RECIPES
+from dsv3_jax.optim.registry import make_optimizer
 from dsv3_jax.state.train_state import TrainState
 
 parameter_counts = functools.cache(count_parameters)
@@ -20,23 +23,28 @@ def parameters_per_device(config: Config, sizes: dict[str, int]) -> float:
     return (counts.total + counts.mtp) / (sizes["fsdp"] * sizes["expert"] * sizes["pipe"] * sizes["tensor"])
 
 
-def _moment_bytes(config: Config) -> int:
-    recipe = config.precision.recipe
-    by_recipe = RECIPES[recipe].moments if recipe in RECIPES else "float32"  # `auto` is resolved later
-    stored = by_recipe if config.optim.moment_dtype == "recipe" else config.optim.moment_dtype
-    return 2 if stored == "bfloat16" else 4
+@functools.cache
+def _optimizer_bytes(optim: OptimConfig, precision: PrecisionConfig) -> int:
+    """Bytes of optimizer state per parameter, by the optimizer's abstract state for one large matrix."""
+    if precision.recipe == "auto":  # resolved later; before, moments count as float32
+        precision = replace(precision, recipe="bf16")
+    size = 1024
+    matrix = nnx.Param(jax.ShapeDtypeStruct((size, size), jnp.float32), logical_axes=("embed", "ffn"))
+    state = jax.eval_shape(make_optimizer(optim, precision).init, nnx.State({"matrix": matrix}))
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state)) // size**2
 
 
 def state_bytes_per_device(config: Config, sizes: dict[str, int]) -> float:
     """Bytes of a device's part of the training state on a mesh of these axis `sizes`.
 
-    Counts master weights, moments, the moving average, and the error feedback of compressed gradients (an upper bound: some
-    parameters are never compressed). Small state, such as the router's bias, is left out.
+    Counts master weights, the optimizer's state, the moving average, and the error feedback of compressed gradients (an upper
+    bound: some parameters are never compressed). Small state, such as the router's bias, is left out.
     """
+    optimizer = _optimizer_bytes(config.optim, config.precision)
     average = 4 if config.optim.ema_decay else 0
     compressed = config.parallel.compress and sizes["data"] > 1
     feedback = 4 + 4 / sizes["data"] if compressed else 0  # the replica's own, and its share of the mean's
-    return parameters_per_device(config, sizes) * (4 + 2 * _moment_bytes(config) + average + feedback)
+    return parameters_per_device(config, sizes) * (4 + optimizer + average + feedback)
 
 
 def bytes_by_part(state: TrainState) -> dict[str, int]:

@@ -5,7 +5,7 @@ To add one: a function like `adamw` in a file of its own, its name below, and th
 
 from collections.abc import Callable
 
-from dsv3_jax.config import Config, OptimConfig
+from dsv3_jax.config import Config, OptimConfig, PrecisionConfig
 from dsv3_jax.optim.adamw import adamw
 from dsv3_jax.optim.optimizer import Optimizer
 from dsv3_jax.precision.recipes import recipe_of
@@ -14,7 +14,12 @@ from dsv3_jax.precision.recipes import recipe_of
 OPTIMIZERS: dict[str, Callable[[OptimConfig, str], Optimizer]] = {"adamw": adamw}
 
 
+def make_optimizer(optim: OptimConfig, precision: PrecisionConfig) -> Optimizer:
+    """The optimizer of `optim.name`, its moments stored as `optim.moment_dtype` or the recipe says."""
+    stored = recipe_of(precision).moments if optim.moment_dtype == "recipe" else optim.moment_dtype
+    return OPTIMIZERS[optim.name](optim, stored)
+
+
 def optimizer_of(config: Config) -> Optimizer:
-    """The optimizer that a configuration names, its moments stored as `optim.moment_dtype` or the recipe says."""
-    stored = config.optim.moment_dtype
-    return OPTIMIZERS[config.optim.name](config.optim, recipe_of(config.precision).moments if stored == "recipe" else stored)
+    """The optimizer of a configuration."""
+    return make_optimizer(config.optim, config.precision)

@@ -31,6 +31,13 @@ SOURCES = {
 }
 
 
+# Classes of memory whose key in plan.json is not what people read.
+CLASSES = {
+    "owed to the exchange": "error feedback of compressed gradients",
+    "results that are not taken over": "results not aliased",
+}
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What a plan takes as given."""

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from dsv3_jax.cost.topologies import GIB
-from dsv3_jax.plan.figures import Plan
+from dsv3_jax.plan.figures import CLASSES, Plan
 from dsv3_jax.plan.report import compare, show, verdict
 
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{font-size:12px;overflow-x:auto}"
@@ -39,7 +39,13 @@ def _plots(plans: list[Plan]) -> str:
     figure = Figure(figsize=(11, 2.8 + 0.5 * len(plans)), layout="constrained")
     memory, time = figure.subplots(1, 2)
     classes = dict.fromkeys(c for p in plans for c in p.memory if c not in ("total", "room"))
-    _bars(memory, names, {c: [p.memory.get(c, 0) / GIB for p in plans] for c in classes}, "GiB per device", "memory")
+    _bars(
+        memory,
+        names,
+        {CLASSES.get(c, c): [p.memory.get(c, 0) / GIB for p in plans] for c in classes},
+        "GiB per device",
+        "memory",
+    )
     for row, p in enumerate(plans):
         memory.plot([p.memory["room"] / GIB] * 2, [row - 0.4, row + 0.4], color="black")
     stacks = {

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.cost.topologies import GIB, mesh_label
-from dsv3_jax.plan.figures import Plan
+from dsv3_jax.plan.figures import CLASSES, Plan
 from dsv3_jax.progress import human
 
 
@@ -39,7 +39,7 @@ def show(plan: Plan, console: Console) -> None:
     table = _table("memory of a device", plan.sources["memory"], "class", "GiB", "share")
     for name, size in plan.memory.items():
         if name not in ("total", "room") and size:
-            table.add_row(name, f"{size / GIB:.2f}", _share(size, plan.memory["total"]))
+            table.add_row(CLASSES.get(name, name), f"{size / GIB:.2f}", _share(size, plan.memory["total"]))
     console.print(table)
 
     executed = sum(plan.flops.values())

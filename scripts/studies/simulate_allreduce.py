@@ -10,8 +10,8 @@ per GPU, NVLink inside a host). With S bytes of bf16 gradients on each of N = ho
 - a ring for each adapter (as NCCL does): 8 such rings, each of an eighth of the bytes, entering and leaving hosts elsewhere;
 - two levels: reduce-scatter inside the host, an all-reduce of each eighth between hosts by its own adapter (a ring, or NCCL's
   double binary tree, whichever is shorter), all-gather inside;
-- two levels, compressed: between hosts all-to-all of codes and a scale for each --block, then all-gather of codes; quantising and
-  adding up read and write device memory.
+- two levels, compressed: between hosts all-to-all of codes and a scale for each --block, then all-gather of codes; quantising
+  and adding up read and write device memory.
 
 An assumption: --contention multiplies the time of all-to-all exchanges on the network; NVLink's switch inside a host has none.
 No overlap with the backward pass is counted. No hardware was timed for this.
