@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import registry
 from pallas_kernels.gradient_codes import reference
+from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.gradient_codes.reference import BLOCK, Levels
 from pallas_kernels.measure import EXACT, Case, Suite, Tolerance
 
@@ -34,7 +34,7 @@ def _numbers(rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _pack(implementation, interpret, x, error, unit, levels):
     """The last block is not finite. `sum` is what is sent and kept over what was wanted, in units of each block's largest."""
-    codes, scales, residual = registry.run("pack_codes", implementation, (x, error, unit, levels), interpret)
+    codes, scales, residual = pack_codes(x, error, unit, levels, implementation, interpret)
     finite = slice(0, -1)
     sent = reference.mean(codes[None, finite], scales[None, finite], levels) * unit[finite]
     wanted = (x + error)[finite]
@@ -61,6 +61,10 @@ def _mean_arguments(replicas: int, rows: int, levels: Levels) -> tuple:
     random = np.random.default_rng(rows)
     codes = random.integers(0, 256, (replicas, rows, BLOCK // 8 * levels.bits), np.uint8)
     return jnp.asarray(codes), jnp.asarray(random.standard_normal((replicas, rows)), jnp.float32), levels
+
+
+def _mean(implementation, interpret, codes, scales, levels):
+    return {"mean": mean_of_codes(codes, scales, levels, implementation, interpret)}
 
 
 PACK = Suite(
@@ -90,5 +94,5 @@ MEAN = Suite(
         for name, levels in LEVELS.items()
         for replicas, rows in ((1, 130), (3, 65))
     },
-    lambda implementation, interpret, *arguments: {"mean": registry.run("mean_of_codes", implementation, arguments, interpret)},
+    _mean,
 )

@@ -41,6 +41,8 @@ def test_implementations_equal_the_definition(operation, implementation, case):
 
 def test_every_operation_has_a_suite():
     assert set(testing.SUITES) == set(registry.OPERATIONS)
+    for operation in registry.OPERATIONS:
+        assert {"reference", "xla", "tpu"} <= set(registry.implementations(operation)), operation
 
 
 def test_a_wrong_implementation_fails(monkeypatch):
