@@ -41,6 +41,7 @@ def _not_negative(section: str, config: Any, *names: str) -> None:
 
 
 def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
@@ -438,7 +439,7 @@ def config_from_dict(raw: dict, source: str = "config") -> Config:
 
 
 def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
-    """Set `key=value`s in a nested dict; values are YAML. Raises `UserError` for what is none."""
+    """Set `key=value`s in a nested dict; values are YAML. Raises `UserError` for one that is not of this form."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -471,6 +472,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def config_to_dict(config: Any) -> dict:
+    """The tree, or a section, as nested dicts."""
     return dataclasses.asdict(config)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import CheckpointConfig, Config, config_to_dict
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.batches import PackedWindows, train_batches
 from dsv3_jax.data.store import Corpus
 from dsv3_jax.model.counts import training_flops_per_token
@@ -38,7 +39,7 @@ class TrainingData:
         self._rows = local_rows(layout, self._batch_size)
         self.position = train_batches(self.source, self._batch_size, self._rows)  # a grain iterator: `get_state`, `set_state`
 
-    def next_batch(self) -> Any:
+    def next_batch(self) -> Batch:
         """The next global batch, on the layout's devices."""
         rows = jax.tree.map(np.asarray, next(self.position))
         return place(self._layout, rows, self._rows, self._batch_size)

@@ -21,7 +21,7 @@ def _check_same_model(config: Config, found: Checkpoint) -> None:
             raise UserError(f"model.{field.name}={ours!r}, and train.init_from={config.train.init_from} has {theirs!r}")
 
 
-def with_its_tokenizer(config: Config) -> Config:
+def with_initial_tokenizer(config: Config) -> Config:
     """The configuration with the tokenizer of `train.init_from`, unless `data.tokenizer` names one.
 
     Raises `UserError` if `train.init_from` has another model, or no tokenizer where none is named.
@@ -38,7 +38,7 @@ def with_its_tokenizer(config: Config) -> Config:
     return replace(config, data=replace(config.data, tokenizer=str(file)))
 
 
-def with_weights(config: Config, layout: Layout, state: TrainState, init_from: str) -> TrainState:
+def with_initial_weights(config: Config, layout: Layout, state: TrainState, init_from: str) -> TrainState:
     """A fresh state with the weights of a checkpoint, which any mesh may have written."""
     template = abstract_state(config, layout)
     params, router_bias = load_weights(open_checkpoint(init_from).path, template.params, template.router_bias)

@@ -17,14 +17,14 @@ from dsv3_jax.precision import platforms
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.state.programs import ProgramStore, compiled_dir
 from dsv3_jax.state.train_state import abstract_state, init_program
-from dsv3_jax.train.initial import with_its_tokenizer
+from dsv3_jax.train.initial import with_initial_tokenizer
 from dsv3_jax.train.pipelined import schedule_of
 from dsv3_jax.train.step import ScheduledSteps, training_recipe
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration that has been made definite for a set of devices. Everything after it takes this."""
+    """A configuration whose every choice has been made for a set of devices. Everything after it takes this."""
 
     asked: Config  # as the user wrote it
     config: Config  # without `auto`
@@ -38,9 +38,9 @@ def resolve_on(config: Config, layout: Layout, topology: Topology | None) -> Res
 
     The note says why gradients cross `data` as they do. There is none if `parallel.compress` asks for nothing.
     """
-    definite = platforms.resolve(config, layout.device)
-    definite, why = resolve_compression(definite, topology, axis_sizes(definite.parallel, layout.size))
-    return Resolved(config, definite, layout, training_recipe(definite, layout), (why,) if why else ())
+    chosen = platforms.resolve(config, layout.device)
+    chosen, why = resolve_compression(chosen, topology, axis_sizes(chosen.parallel, layout.size))
+    return Resolved(config, chosen, layout, training_recipe(chosen, layout), (why,) if why else ())
 
 
 def resolve_for_devices(config: Config, elastic: bool = False) -> Resolved:
@@ -51,7 +51,7 @@ def resolve_for_devices(config: Config, elastic: bool = False) -> Resolved:
     """
     placed = fit_to_devices(config, jax.device_count()) if elastic else config
     layout = layout_for(placed)
-    found = resolve_on(with_its_tokenizer(placed), layout, topology_of(layout.devices))
+    found = resolve_on(with_initial_tokenizer(placed), layout, topology_of(layout.devices))
     return replace(found, asked=config, notes=(*_about_mesh(found.config, layout), *found.notes))
 
 
@@ -95,10 +95,6 @@ def compile_only(config: Config, elastic: bool) -> None:
     resolved = resolve_for_devices(config, elastic)
     config, layout, programs = resolved.config, resolved.layout, program_store(resolved)
     programs("init", init_program(config, layout))
-    steps, state, batch = (
-        ScheduledSteps(config, layout, programs),
-        abstract_state(config, layout),
-        abstract_batch(config, layout),
-    )
+    steps, state = ScheduledSteps(config, layout, programs), abstract_state(config, layout)
     for step in steps.first_of_kinds():
-        steps.program(step, state, batch)
+        steps.program(step, state, abstract_batch(config, layout))

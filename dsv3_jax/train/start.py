@@ -18,7 +18,7 @@ from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import TrainState, abstract_state, init_program
 from dsv3_jax.train.context import RunContext, TrainingData
-from dsv3_jax.train.initial import with_weights
+from dsv3_jax.train.initial import with_initial_weights
 from dsv3_jax.train.resolve import Resolved, program_store, resolve_for_devices
 from dsv3_jax.train.signals import StopRequest
 from dsv3_jax.train.watchdog import Watchdog
@@ -37,7 +37,7 @@ def _initial_state(resolved: Resolved, manager: CheckpointManager, data: Trainin
     config, layout = resolved.config, resolved.layout
     if manager.latest() is None:
         state = programs("init", init_program(config, layout))()
-        return state if config.train.init_from is None else with_weights(config, layout, state, config.train.init_from)
+        return state if config.train.init_from is None else with_initial_weights(config, layout, state, config.train.init_from)
     state, metadata = manager.restore(abstract_state(config, layout), functools.partial(print, flush=True))
     data.position.set_state(metadata["data"])
     return state
