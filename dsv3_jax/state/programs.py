@@ -27,7 +27,7 @@ from jax.stages import Compiled
 from dsv3_jax.config import Config, config_to_dict
 from dsv3_jax.files import user_cache, write_atomically
 
-_NO_MATTER = ("name", "checkpoint")  # sections that no program follows from
+_IRRELEVANT = ("name", "checkpoint")  # keys of the configuration that no program depends on
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
@@ -38,14 +38,14 @@ def compiled_dir() -> Path:
 
 @functools.cache
 def _source() -> bytes:
-    """Of this package and the kernels."""
+    """The digest of the source of this package and the kernels."""
     root = Path(__file__).parents[2]
     files = sorted(p for package in ("dsv3_jax", "pallas_kernels") for p in (root / package).rglob("*.py"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).digest()
 
 
 def _machine() -> str:
-    """A program for a CPU is for its instruction set."""
+    """What programs are compiled for: a kind of accelerator, or a CPU's instruction set."""
     if jax.default_backend() != "cpu":
         return jax.devices()[0].device_kind
     try:
@@ -55,17 +55,17 @@ def _machine() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-type Programs = Callable[..., Compiled]  # of (name, jitted function, its arguments, which may be abstract)
+type Programs = Callable[..., Compiled]  # (name, jitted function, *its arguments, which may be abstract) -> its program
 
 
 def compiled_now(_name: str, jitted: Any, *args: Any) -> Compiled:
-    """`Programs` that keep nothing."""
+    """`Programs` without a store: compiles, and keeps nothing."""
     return jitted.lower(*args).compile()
 
 
 @contextlib.contextmanager
 def _without_jax_cache() -> Iterator[None]:
-    """What JAX's cache gives for a CPU loses functions when it is serialised again."""
+    """Compile without JAX's cache: what it gives for a CPU loses functions when it is serialised again."""
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -78,7 +78,7 @@ def _without_jax_cache() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ProgramStore:
-    """`Programs` of one configuration on devices that form a mesh, kept in a directory."""
+    """`Programs` of one configuration and mesh, kept in a directory."""
 
     directory: Path
     config: Config
@@ -86,7 +86,7 @@ class ProgramStore:
     devices: tuple[Any, ...]
 
     def _file(self, name: str) -> Path:
-        config = {k: v for k, v in config_to_dict(self.config).items() if k not in _NO_MATTER}
+        config = {k: v for k, v in config_to_dict(self.config).items() if k not in _IRRELEVANT}
         config["train"] = {k: v for k, v in config["train"].items() if k != "steps"}
         backend = get_backend().platform_version
         facts = [
@@ -97,7 +97,7 @@ class ProgramStore:
         return self.directory / f"{digest.hexdigest()}.program"
 
     def __call__(self, name: str, jitted: Any, *args: Any) -> Compiled:
-        """`jitted` compiled for arguments like these: as it was kept, or else now, and kept."""
+        """The program of `jitted` for arguments like these: from the directory, or compiled now and kept there."""
         file = self._file(name)
         try:
             return serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()), execution_devices=self.devices)

@@ -18,11 +18,11 @@ class LossWeights(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How a (micro)batch counts: the terms' weights, and the whole batch's targets by lookahead, and sequences."""
+    """What turns a (micro)batch's sums into its share of the full batch's means."""
 
     weights: LossWeights
-    counts: list[Float[Array, ""]]
-    sequences: int
+    counts: list[Float[Array, ""]]  # targets of the full batch: next token, then each MTP depth
+    sequences: int  # of the full batch
 
 
 class Metrics(NamedTuple):
@@ -45,7 +45,11 @@ def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, cou
 
 
 def objective(model: Transformer, batch: Batch, share: Share) -> tuple[Float[Array, ""], Metrics]:
-    """Loss and metrics of a (micro)batch, as its share of the whole batch."""
+    """Loss and metrics of a (micro)batch, as its share of the full batch: those of all microbatches add up.
+
+    The loss is the cross-entropy of the next token, plus that of the MTP modules (equation 25 of arXiv 2412.19437) and the
+    sequence-wise balance loss (equation 17), each times its weight.
+    """
     hidden_BLD, stats = model.hidden(*batch.inputs(len(model.mtp)))
     return head_objective(model, hidden_BLD, stats, batch, share)
 

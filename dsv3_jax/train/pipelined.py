@@ -19,7 +19,7 @@ from dsv3_jax.train.objective import Metrics, Share, head_objective, sum_traffic
 
 
 def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
-    """[B, ...] -> [count, B / count, ...], each microbatch spread over all devices, so that no row moves."""
+    """A batch of B rows as [count, B / count, ...], each microbatch spread over all devices, so that no row moves."""
     shards = layout.shards("batch")
 
     def split(a):
@@ -30,15 +30,17 @@ def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:
 
 
 def schedule_of(config: Config, stages: int) -> Schedule:
+    """The configuration's schedule for a pipeline of this many stages."""
     return make_schedule(config.parallel.pipe_schedule, stages, config.parallel.pipe_chunks, config.train.grad_accum_steps)
 
 
 def _without_layers(state: nnx.State) -> nnx.State:
+    """The variables outside the pipeline's stages."""
     return nnx.State({name: value for name, value in state.raw_mapping.items() if name != "moe_blocks"})
 
 
 def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_bias: nnx.State, share: Share) -> Callable:
-    """(params, batch) -> gradients, metrics; `train.grad_accum_steps` microbatches go through the pipeline."""
+    """(params, some rows of the batch) -> gradients, metrics; `train.grad_accum_steps` microbatches go through the pipeline."""
     model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
     block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)  # `rules.check` made sure that there are some
     model.moe_blocks = None
@@ -57,8 +59,8 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
         return (x_BLD, balance), stats
 
     def last(ends, x_BLD, microbatch: Batch):
-        whole = nnx.merge(ends_graph, ends, ends_bias)
-        return head_objective(whole, whole.norm(x_BLD), [], microbatch, share)
+        outside = nnx.merge(ends_graph, ends, ends_bias)
+        return head_objective(outside, outside.norm(x_BLD), [], microbatch, share)
 
     pieces = cut_layers(config.model.num_moe_layers, layout.stages, config.parallel.pipe_chunks)
     pipeline = Pipeline(layout, schedule_of(config, layout.stages), pieces, first, stage, last)

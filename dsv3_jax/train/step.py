@@ -26,13 +26,15 @@ from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, abstract_model, a
 from dsv3_jax.train.objective import LossWeights, Metrics, Share, objective
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
 
-_ODD = (np.uint32(2654435761), np.uint32(2246822519), np.uint32(3266489917))  # of well-mixed bits
+_ODD = (np.uint32(2654435761), np.uint32(2246822519), np.uint32(3266489917))  # odd factors with well-mixed bits
 
 
 class StepMetrics(NamedTuple):
+    """What a step tells of itself, beside the state."""
+
     objective: Metrics
     grad_norm: jax.Array  # before clipping
-    lr: jax.Array
+    lr: jax.Array  # the learning rate that it was made with
     max_load: jax.Array  # busiest expert's load over the mean, worst layer
     decisions: dict[str, controller.Decision]  # of the precision controller, by switch
     batch_checksum: jax.Array | None = None  # u32: see `batch_checksum`
@@ -52,7 +54,7 @@ def gradients(
     recipe: Recipe | None = None,
     exchange: Exchange | None = None,
 ) -> tuple[nnx.State, Metrics, dict[str, Residual]]:
-    """Gradients and metrics of the whole batch, accumulated over `train.grad_accum_steps` microbatches.
+    """Gradients and metrics of a batch, accumulated over `train.grad_accum_steps` microbatches.
 
     Args:
         recipe: that of the configuration if None.
@@ -73,7 +75,10 @@ def gradients(
 def gradient_function(
     config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe
 ) -> tuple[Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]], nnx.State]:
-    """(variables, some rows of `batch`) -> their part of the batch's gradients and metrics; and the variables."""
+    """What differentiates the objective: (variables, some rows of `batch`) -> their share of its gradients and metrics.
+
+    Returns: that function, and the variables that have gradients: parameters and the recipe's probes.
+    """
     train = config.train
     counts = batch.target_counts(config.model.num_nextn_predict_layers)
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
@@ -110,7 +115,7 @@ def _accumulated(f: Callable, count: int, layout: Layout) -> Callable:
 
 
 def on_replicas(f: Callable, replicas: int) -> Callable:
-    """f(variables, batch) of each replica's rows: [R, ...]. Nothing crosses `data` in it."""
+    """(variables, batch) -> f(variables, rows) of each of R replicas' rows, stacked: [R, ...]. Nothing crosses `data`."""
 
     def by_replica(variables: nnx.State, batch: Batch):
         shares = jax.tree.map(lambda a: a.reshape(replicas, -1, *a.shape[1:]), batch)
@@ -120,6 +125,7 @@ def on_replicas(f: Callable, replicas: int) -> Callable:
 
 
 def sum_of_replicas(parts: Any) -> Any:
+    """The sum over the first axis of arrays [R, ...]: an all-reduce over `data`."""
     return jax.tree.map(lambda a: a.sum(0), parts)
 
 
@@ -198,6 +204,8 @@ def make_train_step(
 
 
 class StepKind(NamedTuple):
+    """What training steps of one run may differ in; each kind is a program."""
+
     recipe: Recipe
     compressed: bool  # whether gradients cross `data` as `parallel.compress` says, or still as they are
 
@@ -226,6 +234,7 @@ class ScheduledSteps:
         return sorted({self.kind(step): step for step in sorted(changes, reverse=True)}.values())
 
     def made(self, step: int) -> bool:
+        """Whether the program of step `step` has been compiled."""
         return self.kind(step) in self._made
 
     def program(self, step: int, state: TrainState, batch: Any) -> Callable:
