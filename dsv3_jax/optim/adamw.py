@@ -1,6 +1,5 @@
 """AdamW, the optimizer of the report (arXiv 2412.19437, section 4.2), put together from Optax's parts."""
 
-import jax.numpy as jnp
 import optax
 
 from dsv3_jax.config import OptimConfig
@@ -15,7 +14,7 @@ def adamw(config: OptimConfig, moment_dtype: str = "float32") -> Optimizer:
     """
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
     if moment_dtype == "bfloat16":
-        adam = store_moments_as(adam, jnp.dtype("bfloat16"))
+        adam = store_moments_as(adam, moment_dtype)
     chain = optax.chain(
         adam,
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),

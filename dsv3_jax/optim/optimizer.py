@@ -21,8 +21,8 @@ class Optimizer:
     """How parameters follow from gradients. How to add one: registry.py.
 
     `init` and `update` are those of an Optax transformation whose updates are added to the parameters. It does not clip: the
-    step does, because it reports the norm. The bytes of its state follow from `init` (see `cost.memory.bytes_by_part`);
-    arrays of the state that are `nnx.Param`s, like the parameters, are sharded as these are.
+    step does, because it reports the norm. Arrays of the state that are `nnx.Param`s, as Optax makes them from parameters that
+    are, are sharded like these; bytes of the state follow from `init` (see cost/memory.py).
 
     `second_moment` finds in a state, in the tree of the parameters, what sets the units in which gradients are rounded when
     they cross `data` in few bits (see `exchange.mean.second_moment_units`); None if it keeps none.
@@ -49,17 +49,17 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def store_moments_as(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+def store_moments_as(inner: optax.GradientTransformation, dtype: jnp.dtype | str) -> optax.GradientTransformation:
     """`inner` computing in float32 with its floating-point state kept in `dtype` between steps."""
 
-    def cast(tree: Any, dtype: jnp.dtype) -> Any:
+    def cast(tree: Any, dtype: jnp.dtype | str) -> Any:
         return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
     def init(params):
         return cast(inner.init(params), dtype)
 
     def update(updates, state, params=None):
-        updates, state = inner.update(updates, cast(state, jnp.dtype("float32")), params)
+        updates, state = inner.update(updates, cast(state, "float32"), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -1,9 +1,12 @@
 """Which optimizer a configuration gets, and that a step asks nothing of it but the contract."""
 
+from dataclasses import replace
+
 import optax
 import pytest
 
 from dsv3_jax.config import load_config
+from dsv3_jax.cost.memory import state_bytes_per_device
 from dsv3_jax.errors import UserError
 from dsv3_jax.optim import registry
 from dsv3_jax.optim.optimizer import Optimizer
@@ -45,3 +48,13 @@ def test_the_second_moment_of_adamw_is_a_tree_like_the_parameters():
     moment = optimizer.second_moment(optimizer.init(params()))
     assert moment is not None
     assert {name: leaf.get_value().shape for name, leaf in moment.items()} == {"w": (2, 2), "stacked_norms": (2, 3)}
+
+
+def test_an_optimizer_with_one_moment_is_counted_as_such(monkeypatch):
+    config = load_config(TINY)
+    sizes = {"data": 1, "pipe": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+    two = state_bytes_per_device(config, sizes)
+    lion = optax.lion(1e-3)
+    monkeypatch.setitem(registry.OPTIMIZERS, "adamw", lambda config, moment_dtype: Optimizer(lion.init, lion.update))
+    one = state_bytes_per_device(replace(config, optim=replace(config.optim, lr=1e-3)), sizes)
+    assert one == pytest.approx(two * 8 / 12)
