@@ -167,6 +167,8 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
     layers, sent = 3, 16 * 512 // 4 * 4 * 256 * 2 / 2  # two layers of the main model and the MTP module's
     assert bytes_of(tpu, "ragged-all-to-all", ["expert"]) == (5 + 4) * sent * layers
     assert 5 * sent * layers < bytes_of(gpu, "ragged-all-to-all", ["expert"]) < 6 * sent * layers
+    # what a program takes beside the state is the batch: tokens and segments of 4 sequences, with the targets of two depths
+    assert gpu["memory"]["batch"] == 2 * 16 // 4 * (512 + 2) * 4
     # more than useful: padding of rows to blocks, attention's diagonal and its scores, again once on TPU, in three kernels on
     # Hopper
     for p, most in ((tpu, 1.1), (gpu, 1.5)):
