@@ -5,33 +5,16 @@ what they carry. Elsewhere it saves little, and costs passes over memory and rou
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from dsv3_jax.config import Config
 from dsv3_jax.cost.efficiency import ASSUMED, Efficiency
 from dsv3_jax.cost.estimate import GRADIENTS, Estimator, compressed_share
 from dsv3_jax.cost.topologies import Topology
-from dsv3_jax.precision.platforms import HARDWARE, platform_of
 
 _WORTHWHILE_DELAY = 0.05  # of a step
 _AUTO_BITS = 2
-
-
-def topology_of(devices: Sequence[Any]) -> Topology | None:
-    """The topology of a run's devices; None if their links are unknown, or they fill no torus and no hosts completely."""
-    kind = platform_of(devices[0]).name
-    if kind not in HARDWARE:
-        return None
-    slices = {getattr(d, "slice_index", None) or 0 for d in devices}
-    if devices[0].platform == "tpu":
-        coordinates = zip(*(d.coords for d in devices), strict=True)
-        found = Topology(kind, tuple(max(c) - min(c) + 1 for c in coordinates), len(slices))
-    else:  # JAX numbers NVLink domains as slices, where it knows them
-        hosts = len(slices) if len(slices) > 1 else len({d.process_index for d in devices})
-        found = Topology(kind, (hosts, len(devices) // hosts))
-    return found if found.size == len(devices) else None
 
 
 def _with_bits(config: Config, bits: Literal[0, 1, 2, 4, 8]) -> Config:

@@ -6,12 +6,12 @@ TPU names give the slice's torus (`v5p:8x8x8`), NVIDIA's hosts x GPUs (`h100:128
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.precision.platforms import HARDWARE
+from dsv3_jax.precision.platforms import HARDWARE, platform_of
 
 GIB = 2**30
 ENVIRONMENT = {
@@ -99,6 +99,21 @@ def parse_topology(name: str) -> Topology:
     if not topology.is_tpu and topology.slices > 1:
         raise UserError(f"topology={name}: GPUs have hosts and no slices; use {topology.kind}:HOSTSx{topology.shape[1]}")
     return topology
+
+
+def topology_of(devices: Sequence[Any]) -> Topology | None:
+    """The topology of a run's devices; None if their links are unknown, or they fill no torus and no hosts completely."""
+    kind = platform_of(devices[0]).name
+    if kind not in HARDWARE:
+        return None
+    slices = {getattr(d, "slice_index", None) or 0 for d in devices}
+    if devices[0].platform == "tpu":
+        coordinates = zip(*(d.coords for d in devices), strict=True)
+        found = Topology(kind, tuple(max(c) - min(c) + 1 for c in coordinates), len(slices))
+    else:  # JAX numbers NVLink domains as slices, where it knows them
+        hosts = len(slices) if len(slices) > 1 else len({d.process_index for d in devices})
+        found = Topology(kind, (hosts, len(devices) // hosts))
+    return found if found.size == len(devices) else None
 
 
 def devices(topology: Topology) -> list[Any]:

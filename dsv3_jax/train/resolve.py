@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config
-from dsv3_jax.cost.compression import resolve_compression, topology_of
+from dsv3_jax.cost.compression import resolve_compression
 from dsv3_jax.cost.feasible import fit_to_devices
-from dsv3_jax.cost.topologies import Topology
+from dsv3_jax.cost.topologies import Topology, topology_of
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for

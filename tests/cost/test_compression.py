@@ -1,17 +1,16 @@
 """`parallel.compress=auto`: on where the slow axis would hold steps up, off elsewhere, and why."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import pytest
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.cost.compression import estimate_exchanges, resolve_compression, topology_of
+from dsv3_jax.cost.compression import estimate_exchanges, resolve_compression
 from dsv3_jax.cost.efficiency import ASSUMED
 from dsv3_jax.cost.estimate import Estimator, compressed_share
 from dsv3_jax.cost.memory import parameters_per_device
-from dsv3_jax.cost.topologies import parse_topology
+from dsv3_jax.cost.topologies import parse_topology, topology_of
 from dsv3_jax.parallel.mesh import AXES, axis_sizes
 from tests.conftest import ROOT
 
@@ -105,20 +104,3 @@ def test_replicas_that_share_hosts_may_be_summed_there_first():
     assert found["two levels, float32"][0] < min(found[f"{name}, float32"][0] for name in ("ring", "tree"))
     assert exchanges("h100:8x8", "fsdp=64") == {}
     assert list(exchanges("v5p:4x4x4", "data=4", "fsdp=16")) == ["rings of the torus, float32", "direct, 2 bits"]
-
-
-def gpu(host: int, domain: int | None = None) -> SimpleNamespace:
-    return SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=host, slice_index=domain)
-
-
-def test_topologies_are_told_from_devices():
-    assert str(topology_of([gpu(host) for host in range(4) for _ in range(8)])) == "h100:4x8"
-    assert str(topology_of([gpu(i, i // 8) for i in range(16)])) == "h100:2x8"  # a process for each GPU
-    chips = [(x, y, z) for x in range(2) for y in range(2) for z in range(4)]
-    tpus = [
-        SimpleNamespace(platform="tpu", device_kind="TPU v5p", coords=chip, slice_index=s, process_index=0)
-        for s in range(2) for chip in chips
-    ]  # fmt: skip
-    assert str(topology_of(tpus)) == "2*v5p:2x2x4"
-    assert topology_of(tpus[:5]) is None
-    assert topology_of(jax.devices()) is None

@@ -2,15 +2,15 @@
 
 from types import SimpleNamespace
 
+import jax
 import pytest
 import yaml
 
 from dsv3_jax.cli import main
 from dsv3_jax.config import load_config
-from dsv3_jax.cost.compression import topology_of
 from dsv3_jax.cost.efficiency import ASSUMED
 from dsv3_jax.cost.estimate import Estimator
-from dsv3_jax.cost.topologies import GIB, gpu_target, parse_topology
+from dsv3_jax.cost.topologies import GIB, gpu_target, parse_topology, topology_of
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.precision.platforms import HARDWARE, platform_of
 from tests.conftest import ROOT
@@ -85,3 +85,20 @@ def test_kinds_that_run_as_another_platform():
     assert parse_topology("h800:1x8").platform == "h100"
     assert parse_topology("v5p:2x2x1").platform == "v5p"
     assert gpu_target("h800") == gpu_target("h100")
+
+
+def gpu(host: int, domain: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=host, slice_index=domain)
+
+
+def test_topologies_are_told_from_devices():
+    assert str(topology_of([gpu(host) for host in range(4) for _ in range(8)])) == "h100:4x8"
+    assert str(topology_of([gpu(i, i // 8) for i in range(16)])) == "h100:2x8"  # a process for each GPU
+    chips = [(x, y, z) for x in range(2) for y in range(2) for z in range(4)]
+    tpus = [
+        SimpleNamespace(platform="tpu", device_kind="TPU v5p", coords=chip, slice_index=s, process_index=0)
+        for s in range(2) for chip in chips
+    ]  # fmt: skip
+    assert str(topology_of(tpus)) == "2*v5p:2x2x4"
+    assert topology_of(tpus[:5]) is None
+    assert topology_of(jax.devices()) is None
