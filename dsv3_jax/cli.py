@@ -51,6 +51,7 @@ def train(
     workers; with --engine a supervisor starts them, and when one fails starts again with those that are left.
 
     Example: dsv3 train configs/tiny.yaml train.steps=100 name=short
+
     Example: dsv3 train configs/tiny.yaml parallel.fsdp=8 --engine local --workers 2:4 --devices 2
 
     Args:
