@@ -109,6 +109,17 @@ def test_kernels_that_say_what_they_cost():
     assert kernel("jvp()/ffn/shard_map/exchange/while/body/ragged", "f32[8]", "(f32[8])", stated) == 500
 
 
+def test_own_kernels_count_as_their_products():
+    """They state sums and scales, too, which no figure of a plan calls FLOPs."""
+    stated = ', custom_call_target="TARGET", backend_config={"custom_call_config":{"cost_estimate":{"flops":"9999999999"}}}'
+    tpu, gpu = stated.replace("TARGET", "tpu_custom_call"), stated.replace("TARGET", "mosaic_gpu_v2")
+    product = "f32[2048,1024]", "(bf16[2048,512], bf16[512,1024], s32[2048])"
+    for name in ("jvp(head)/shard_map/logit_statistics", "ffn/scaled_matmul", "transpose(jvp(ffn))/scaled_wgrad"):
+        assert kernel(f"{name}/pallas_call", *product, tpu) == 2 * 2048 * 1024 * 512
+    assert kernel("head/shard_map/<lambda>/mpmd_map", *product, gpu) == 2 * 2048 * 1024 * 512
+    assert kernel("cond/branch_0_fun/body/mpmd_map", "u8[2048,64]", "(f32[2048,256], f32[2048,256])", gpu) == 0
+
+
 def test_bytes_of_slices_and_updates_in_place():
     """A loop over layers reads a layer's weights and writes a layer's result, not the stacks."""
     layers, size = 16, 1 << 16
