@@ -6,8 +6,8 @@ from typing import Any
 
 from flax import nnx
 
-from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.names import leaves_by_name, tree_from_names
+from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.state.train_state import TrainState
 
 WEIGHTS = "weights"  # the set of arrays that a model needs, which all checkpoints have

@@ -19,8 +19,9 @@ from dsv3_jax.exchange.codec import Codec
 from dsv3_jax.exchange.mean import Part, means_of_codes, second_moment_units
 from dsv3_jax.exchange.residual import Residual
 from dsv3_jax.exchange.wire import has_shares, split_axis
-from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.names import variables_by_name
+from dsv3_jax.model.parameters import kind_of
 from dsv3_jax.parallel.rules import is_variable, mesh_axes
 from dsv3_jax.precision.platforms import platform_of
 
@@ -46,14 +47,6 @@ class _Leaf:
         return Residual(P("data", *self.spec), P(*entries))
 
 
-def is_compressible(variable: nnx.Variable) -> bool:
-    """Whether a parameter's gradients may be sent in few bits: matrices, but not the router's, nor the embedding's.
-
-    Most rows of the embedding's are zero, and 2 bits have no zero: what they make of such rows, Adam takes for a direction.
-    """
-    return not is_float32(variable) and "embed_in" not in variable.get_metadata("logical_axes")
-
-
 def _values(tree: nnx.State, names: Iterable[str]) -> dict[str, jax.Array]:
     named = variables_by_name(tree)
     return {name: named[name].get_value() for name in names}
@@ -75,7 +68,7 @@ def _leaves(params: nnx.State, layout: Layout) -> dict[str, _Leaf]:
     """The parameters whose gradients are compressed, by name."""
     found = {}
     for name, variable in variables_by_name(params).items():
-        if not is_compressible(variable):
+        if not kind_of(variable).compressible:
             continue
         spec, shape = layout.stored_spec(variable), variable.get_value().shape
         shard = layout.sharding(spec).shard_shape(shape)

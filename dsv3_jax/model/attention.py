@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import NORM_EPS_LATENT, Linear, RMSNorm, constant, weight
+from dsv3_jax.model.layers import NORM_EPS_LATENT, Linear, RMSNorm
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import ATTENTION, constant, vector, weight
 from dsv3_jax.model.rope import attention_scale, rotate
 from dsv3_jax.precision.recipes import Recipe
 
@@ -30,20 +31,21 @@ class Attention(nnx.Module):
         N, U, X, Q = config.qk_nope_head_dim, config.v_head_dim, config.qk_head_dim, config.q_lora_rank
         std = config.initializer_range
         if Q is None:
-            self.w_q_DHX = weight(rngs, std, embed=D, heads=H, qk_head=X)
+            self.w_q_DHX = weight(rngs, std, ATTENTION, embed=D, heads=H, qk_head=X)
         else:
-            self.w_q_a_DQ = weight(rngs, std, embed=D, q_lora=Q)
+            self.w_q_a_DQ = weight(rngs, std, ATTENTION, embed=D, q_lora=Q)
             self.q_a_norm = RMSNorm(Q, NORM_EPS_LATENT)
-            self.w_q_b_QHX = weight(rngs, std, latent=Q, heads=H, qk_head=X)
-        self.w_kv_a_DX = weight(rngs, std, embed=D, kv_lora_rope=C + R)
+            self.w_q_b_QHX = weight(rngs, std, ATTENTION, latent=Q, heads=H, qk_head=X)
+        self.w_kv_a_DX = weight(rngs, std, ATTENTION, embed=D, kv_lora_rope=C + R)
         self.kv_a_norm = RMSNorm(C, NORM_EPS_LATENT)
-        self.w_kv_b_CHX = weight(rngs, std, latent=C, heads=H, kv_head=N + U)
-        self.w_o_HUD = weight(rngs, std, heads=H, v_head=U, embed=D)
+        self.w_kv_b_CHX = weight(rngs, std, ATTENTION, latent=C, heads=H, kv_head=N + U)
+        self.w_o_HUD = weight(rngs, std, ATTENTION, heads=H, v_head=U, embed=D)
         if config.attention_bias:
+            bias = vector("attention")
             if Q is not None:
-                self.b_q_a_Q = constant(0.0, q_lora=Q)
-            self.b_kv_a_X = constant(0.0, kv_lora_rope=C + R)
-            self.b_o_D = constant(0.0, embed=D)
+                self.b_q_a_Q = constant(0.0, bias, q_lora=Q)
+            self.b_kv_a_X = constant(0.0, bias, kv_lora_rope=C + R)
+            self.b_o_D = constant(0.0, bias, embed=D)
 
     def queries(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H R"]]:
         """Equations 6-9: the part without and the part with position."""

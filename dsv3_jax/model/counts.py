@@ -1,12 +1,13 @@
 """Sizes and costs of a model, counted from its declared arrays: parameters, bytes, cache, FLOPs. Allocates nothing."""
 
+import math
 from dataclasses import dataclass
 
-import jax
-import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.names import variables_by_name
+from dsv3_jax.model.parameters import kind_of
 from dsv3_jax.model.transformer import Transformer
 
 COMPONENTS = ("embedding", "head", "attention", "dense ffn", "routed experts", "shared experts", "router", "norms")
@@ -27,26 +28,6 @@ class Counts:
         return sum(self.main.values())
 
 
-def _component(path: tuple[str, ...]) -> str:
-    if "embed_VD" in path:
-        return "embedding"
-    if "head_DV" in path:
-        return "head"
-    if path[-1] == "scale":
-        return "norms"
-    if "attention" in path:
-        return "attention"
-    if "router" in path:
-        return "router"
-    if "shared" in path:
-        return "shared experts"
-    if path[-1] in ("w_gate_up_ED2M", "w_down_EMD"):
-        return "routed experts"
-    if path[-1] == "w_XD":
-        return "projection"  # of an MTP module
-    return "dense ffn"
-
-
 def _used(config: ModelConfig, component: str, size: int) -> int:
     """Parameters of `size` that one token is multiplied with."""
     if component == "embedding":
@@ -57,14 +38,13 @@ def _used(config: ModelConfig, component: str, size: int) -> int:
 
 
 def count_parameters(config: ModelConfig) -> Counts:
-    state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     main: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     mtp = activated = mtp_activated = 0
-    for path, array in jax.tree_util.tree_leaves_with_path(state):
-        names = tuple(str(getattr(key, "key", key)) for key in path)
-        component, size = _component(names), int(np.prod(array.shape))
+    for name, variable in variables_by_name(nnx.state(model)).items():
+        component, size = kind_of(variable).component, math.prod(variable.get_value().shape)
         used = _used(config, component, size)
-        if names[0] == "mtp":
+        if name.startswith("mtp/"):
             mtp, mtp_activated = mtp + size, mtp_activated + used
         else:
             main[component] += size

@@ -1,4 +1,4 @@
-"""Parameters and the small layers: every array is declared once, with its shape, logical axes and scale.
+"""The small layers: linear, norm, SwiGLU.
 
 Axis letters: B batch, L length, T = B*L tokens, D hidden, H heads, V vocabulary, Q q_lora, C kv_lora, N nope, R rope,
 U v_head_dim, F dense ffn, M moe ffn, E experts, G expert groups, K choices a token.
@@ -12,26 +12,12 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import NORM, Kind, constant, weight
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.precision.switch import Switch
 
 FFN_GATE_UP = "ffn_gate_up"  # checkpoint_name of a dense feed-forward layer's first product
 NORM_EPS_LATENT = 1e-6  # transformers fixes the two latent norms' epsilon, whatever rms_norm_eps says
-
-
-class RouterBias(nnx.Variable):
-    """The balancing bias of a router: state that training updates by load, outside the gradient."""
-
-
-def weight(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
-    """A normal(0, std) float32 matrix; `axes` maps logical axis names to sizes, in order."""
-    value = std * jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
-    return nnx.Param(value, logical_axes=tuple(axes))
-
-
-def constant(fill: float, **axes: int) -> nnx.Param:
-    """A float32 vector (a norm's scale or a bias): not decayed by the optimiser, which looks at `logical_axes`."""
-    return nnx.Param(jnp.full(tuple(axes.values()), fill, jnp.float32), logical_axes=tuple(axes))
 
 
 @jax.custom_vjp
@@ -90,7 +76,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32."""
 
     def __init__(self, size: int, eps: float):
-        self.scale = constant(1.0, norm=size)
+        self.scale = constant(1.0, NORM, norm=size)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -118,11 +104,11 @@ swiglu.defvjp(lambda gate_up_X2F: (swiglu(gate_up_X2F), gate_up_X2F), _swiglu_bw
 class SwiGLU(nnx.Module):
     """(silu(x W_gate) * (x W_up)) W_down: the dense feed-forward layer, and the shared experts."""
 
-    def __init__(self, config: ModelConfig, ffn_size: int, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, ffn_size: int, kind: Kind, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         std, D = config.initializer_range, config.hidden_size
         self.layout, self.linear = layout, Linear("ffn", recipe, layout)
-        self.w_gate_up_D2F = weight(rngs, std, embed=D, gate_up=2, ffn=ffn_size)
-        self.w_down_FD = weight(rngs, std, ffn=ffn_size, embed=D)
+        self.w_gate_up_D2F = weight(rngs, std, kind, embed=D, gate_up=2, ffn=ffn_size)
+        self.w_down_FD = weight(rngs, std, kind, ffn=ffn_size, embed=D)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         x_BLD = self.layout.constrain(x_BLD, "batch", None, None)

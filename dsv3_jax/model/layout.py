@@ -195,9 +195,3 @@ class Layout:
     def serving(self) -> "Layout":
         """The layout with which a model decodes whose weights are stored in this one."""
         return self
-
-
-def is_float32(variable: nnx.Variable) -> bool:
-    """Whether a variable is computed with in float32 whatever the activations' dtype: vectors, the router, statistics."""
-    axes = variable.get_metadata("logical_axes")
-    return len(axes) < 2 or "scores" in axes or "statistic" in axes

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: shared experts, sigmoid router, group-limited top-k, balancing (arXiv 2412.19437, section 2.1.2)."""
+"""DeepSeekMoE: shared and routed experts, and the sequence-wise balance loss (arXiv 2412.19437, section 2.1.2)."""
 
 import functools
 from collections.abc import Callable
@@ -7,18 +7,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import RouterBias, SwiGLU, linear, weight
+from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.layout import Layout, Traffic
+from dsv3_jax.model.parameters import ROUTED_EXPERTS, SHARED_EXPERTS, weight
+from dsv3_jax.model.router import make_router
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.precision.switch import Switch
 
 # (x_TD, expert_TK, weight_TK) -> y_TD
 RoutedExperts = Callable[[Array, Array, Array], Array]
-ROUTING = "routing"  # checkpoint_name of scores and choices
 
 
 class RouterStats(NamedTuple):
@@ -27,40 +27,6 @@ class RouterStats(NamedTuple):
     load_E: Float[Array, "*layers E"]
     balance_loss: Float[Array, "*layers"]
     traffic: Traffic
-
-
-class Router(nnx.Module):
-    """Affinities are sigmoids; the bias decides who is chosen, never how much a choice weighs (equations 13-16)."""
-
-    def __init__(self, config: ModelConfig, layout: Layout, rngs: nnx.Rngs):
-        self.config, self.layout = config, layout
-        self.w_DE = weight(rngs, config.initializer_range, embed=config.hidden_size, scores=config.n_routed_experts)
-        self.bias_E = RouterBias(jnp.zeros(config.n_routed_experts, jnp.float32), logical_axes=("scores",))
-
-    def scores(self, x_BLD: Array) -> Float[Array, "B L E"]:
-        """float32 affinities whatever the compute dtype: bfloat16 flips choices."""
-        return checkpoint_name(jax.nn.sigmoid(linear(x_BLD.astype(jnp.float32), self.w_DE[...])), ROUTING)
-
-    def choose(self, score_BLE: Array) -> tuple[Int[Array, "B L K"], Float[Array, "B L K"]]:
-        """Group-limited top-k: the best groups by the sum of their two best biased scores, then the best experts there."""
-        config = self.config
-        expert_BLK = self.layout.tokenwise(self._choose_experts, jax.lax.stop_gradient(score_BLE), self.bias_E[...])
-        expert_BLK = checkpoint_name(expert_BLK, ROUTING)
-        weight_BLK = jnp.take_along_axis(score_BLE, expert_BLK, axis=-1)
-        if config.norm_topk_prob:
-            weight_BLK /= weight_BLK.sum(-1, keepdims=True) + 1e-20
-        return expert_BLK, weight_BLK * config.routed_scaling_factor
-
-    def _choose_experts(self, score_BLE: Array, bias_E: Array) -> Int[Array, "B L K"]:
-        config = self.config
-        B, L, E = score_BLE.shape
-        biased_BLGE = (score_BLE + bias_E).reshape(B, L, config.n_group, -1)
-        if config.topk_group < config.n_group:
-            group_score_BLG = jax.lax.top_k(biased_BLGE, 2)[0].sum(-1)
-            group_BLK = jax.lax.top_k(group_score_BLG, config.topk_group)[1]
-            kept_BLG = (group_BLK[..., None] == jnp.arange(config.n_group)).any(2)
-            biased_BLGE = jnp.where(kept_BLG[..., None], biased_BLGE, -jnp.inf)
-        return jax.lax.top_k(biased_BLGE.reshape(B, L, E), config.num_experts_per_tok)[1]
 
 
 def _counts(expert_BLK: Array, experts: int) -> Float[Array, "B E"]:
@@ -90,10 +56,10 @@ class MoE(nnx.Module):
             config.moe_intermediate_size,
             config.initializer_range,
         )
-        self.router = Router(config, layout, rngs)
-        self.w_gate_up_ED2M = weight(rngs, std, experts=E, expert_embed=D, gate_up=2, moe_ffn=M)
-        self.w_down_EMD = weight(rngs, std, experts=E, moe_ffn=M, expert_embed=D)
-        self.shared = SwiGLU(config, M * config.n_shared_experts, layout, recipe, rngs)
+        self.router = make_router(config, layout, rngs)
+        self.w_gate_up_ED2M = weight(rngs, std, ROUTED_EXPERTS, experts=E, expert_embed=D, gate_up=2, moe_ffn=M)
+        self.w_down_EMD = weight(rngs, std, ROUTED_EXPERTS, experts=E, moe_ffn=M, expert_embed=D)
+        self.shared = SwiGLU(config, M * config.n_shared_experts, SHARED_EXPERTS, layout, recipe, rngs)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RouterStats]:
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok

@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import LATENTS, Attention, RopeTable
-from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, linear, weight
+from dsv3_jax.model.layers import FFN_GATE_UP, RMSNorm, SwiGLU, linear
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.model.moe import ROUTING, MoE, RouterStats
+from dsv3_jax.model.moe import MoE, RouterStats
+from dsv3_jax.model.parameters import DENSE_FFN, EMBEDDING, HEAD, PROJECTION, weight
 from dsv3_jax.model.rope import rope_table
+from dsv3_jax.model.router import ROUTING, Router
 from dsv3_jax.precision.recipes import RECIPES, Recipe
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
@@ -59,7 +61,7 @@ class Block(nnx.Module):
         if moe:
             self.ffn = MoE(config, layout, recipe, rngs)
         else:
-            self.ffn = SwiGLU(config, config.intermediate_size, layout, recipe, rngs)
+            self.ffn = SwiGLU(config, config.intermediate_size, DENSE_FFN, layout, recipe, rngs)
 
     def __call__(self, x_BLD: Array, segment_BL: Array, rope: RopeTable) -> tuple[Array, RouterStats | None]:
         with jax.named_scope("attention"):
@@ -88,7 +90,7 @@ class MTPModule(nnx.Module):
         D = config.hidden_size
         self.embed_norm = RMSNorm(D, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(D, config.rms_norm_eps)
-        self.w_XD = weight(rngs, config.initializer_range, embed_and_hidden=2 * D, embed=D)
+        self.w_XD = weight(rngs, config.initializer_range, PROJECTION, embed_and_hidden=2 * D, embed=D)
         self.block = Block(config, True, layout, recipe, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
 
@@ -126,14 +128,20 @@ class Transformer(nnx.Module):
         self.config, self.dtype, self.remat, self.layout = config, jnp.dtype(recipe.dtype), remat, layout
         self.core = recipe.core
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
-        self.embed_VD = weight(rngs, std, vocab_in=V, embed_in=D)
+        self.embed_VD = weight(rngs, std, EMBEDDING, vocab_in=V, embed_in=D)
         self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.ends, recipe, rngs)
         self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, layout, recipe, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head_DV = weight(rngs, std, embed=D, vocab=V)
+            self.head_DV = weight(rngs, std, HEAD, embed=D, vocab=V)
         depths = range(config.num_nextn_predict_layers)
         self.mtp = nnx.List([MTPModule(config, layout.ends, recipe, rngs) for _ in depths])
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers, in the order in which statistics come: that of the stacked MoE layers, then each MTP module's."""
+        blocks = [block for block in (self.moe_blocks, *(module.block for module in self.mtp)) if block is not None]
+        return [block.ffn.router for block in blocks]  # type: ignore[union-attr]
 
     def embed(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return self.layout.ends.embed(self.embed_VD[...], token_BL, self.dtype)

@@ -3,7 +3,7 @@
 import optax
 
 from dsv3_jax.config import OptimConfig
-from dsv3_jax.optim.optimizer import Optimizer, is_matrix, learning_rate, store_moments_as
+from dsv3_jax.optim.optimizer import Optimizer, decays, learning_rate, store_moments_as
 
 
 def adamw(config: OptimConfig, moment_dtype: str = "float32") -> Optimizer:
@@ -17,7 +17,7 @@ def adamw(config: OptimConfig, moment_dtype: str = "float32") -> Optimizer:
         adam = store_moments_as(adam, moment_dtype)
     chain = optax.chain(
         adam,
-        optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
     return Optimizer(chain.init, chain.update, lambda opt_state: optax.tree.get(opt_state, "nu"))

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from dsv3_jax.config import OptimConfig
+from dsv3_jax.model.parameters import kind_of
 
 
 def no_second_moment(opt_state: optax.OptState) -> None:
@@ -65,8 +66,6 @@ def store_moments_as(inner: optax.GradientTransformation, dtype: jnp.dtype | str
     return optax.GradientTransformation(init, update)
 
 
-def is_matrix(params: nnx.State) -> nnx.State:
-    """True where a parameter is a matrix by its declared axes (a stack of norm scales is not one): what decays."""
-    return jax.tree.map(
-        lambda p: len(p.get_metadata("logical_axes")) >= 2, params, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
+def decays(params: nnx.State) -> nnx.State:
+    """True where a parameter takes part in weight decay."""
+    return jax.tree.map(lambda p: kind_of(p).decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import Config, ParallelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import is_float32
 from dsv3_jax.parallel import embedding, experts, head, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
 from dsv3_jax.parallel.on_mesh import OnMesh

@@ -19,7 +19,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.data.batch import Batch
-from dsv3_jax.model.layout import Layout, is_float32
+from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import is_float32
 from dsv3_jax.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from dsv3_jax.parallel.layout import without_pipe
 from dsv3_jax.parallel.rules import is_variable

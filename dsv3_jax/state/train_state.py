@@ -13,8 +13,8 @@ from flax import nnx
 from dsv3_jax.config import Config
 from dsv3_jax.exchange.exchange import Exchange
 from dsv3_jax.exchange.residual import Residual
-from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.rules import is_variable

@@ -9,8 +9,8 @@ from flax import nnx
 
 from dsv3_jax.config import Config
 from dsv3_jax.data.batch import Batch
-from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
 from dsv3_jax.parallel.schedule import Schedule, make_schedule
 from dsv3_jax.precision.recipes import Recipe
@@ -46,6 +46,7 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
     model.moe_blocks = None
     ends_graph, _, _ = nnx.split(model, nnx.Param, RouterBias)
     ends_bias, depth = _without_layers(router_bias), config.model.num_nextn_predict_layers
+    layer_bias = router_bias.get("moe_blocks", nnx.State({}))  # a router may keep none
 
     def first(ends, microbatch: Batch):
         return nnx.merge(ends_graph, ends, ends_bias).first(*microbatch.inputs(depth))
@@ -68,7 +69,7 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
     def gradients(params: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         parts = microbatches(batch, config.train.grad_accum_steps, layout)
         d_ends, d_layers, metrics, stats = pipeline.gradients(
-            _without_layers(params), params["moe_blocks"], router_bias["moe_blocks"], model.dtype, parts
+            _without_layers(params), params["moe_blocks"], layer_bias, model.dtype, parts
         )
         balance = stats.balance_loss.sum() * (parts.tokens.shape[1] / share.sequences)
         traffic = sum_traffic([stats])

@@ -15,6 +15,7 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.exchange.exchange import Exchange
 from dsv3_jax.exchange.residual import Residual
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.optim.optimizer import learning_rate
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.precision import controller
@@ -22,7 +23,7 @@ from dsv3_jax.precision.platforms import platform_of
 from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.state.programs import Programs, compiled_now
-from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, abstract_model, abstract_state
+from dsv3_jax.state.train_state import ONE_DEVICE, AbstractModel, TrainState, abstract_model, abstract_state
 from dsv3_jax.train.objective import LossWeights, Metrics, Share, objective
 from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
 
@@ -129,16 +130,15 @@ def sum_of_replicas(parts: Any) -> Any:
     return jax.tree.map(lambda a: a.sum(0), parts)
 
 
-def update_router_bias(router_bias: nnx.State, load: tuple[jax.Array, ...], speed: float) -> nnx.State:
-    """Raise the bias of experts below the mean load by `speed`, lower that of those above (section 2.1.2).
+def after_step(model: AbstractModel, router_bias: nnx.State, load: tuple[jax.Array, ...], speed: float) -> nnx.State:
+    """What the routers keep outside the gradient, after each has seen its load (see `model.router.Router.after_step`).
 
-    `load` comes in the order in which layers run, stacked MoE layers first and MTP modules after, which is also the
-    order of the leaves of `router_bias`.
+    `load` is that of `Metrics`, in the order of `Transformer.routers`.
     """
-    leaves, treedef = jax.tree.flatten(router_bias)
-    loads = [a.reshape(b.shape) for a, b in zip(load, leaves, strict=True)]
-    moved = [b + speed * jnp.sign(a.mean(-1, keepdims=True) - a) for a, b in zip(loads, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, moved)
+    live = nnx.merge(model.graph, model.params, router_bias, model.eight_bit, model.probes)
+    for router, load_E in zip(live.routers, load, strict=True):
+        router.after_step(load_E, speed)
+    return nnx.state(live, RouterBias)
 
 
 def max_load_ratio(load: tuple[jax.Array, ...]) -> jax.Array:
@@ -169,11 +169,11 @@ def apply_gradients(
     ema: Any = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - config.optim.ema_decay)
-    bias = update_router_bias(state.router_bias, metrics.load, config.train.bias_update_speed)
+    model = abstract_model(config, recipe)
+    bias = after_step(model, state.router_bias, metrics.load, config.train.bias_update_speed)
     memory, decisions = state.controller, {}
     if recipe.controlled:
-        template = abstract_model(config, recipe).eight_bit
-        memory, decisions = controller.update(template, memory, probe_grads, config.precision.cooldown_steps)
+        memory, decisions = controller.update(model.eight_bit, memory, probe_grads, config.precision.cooldown_steps)
     new_state = TrainState(state.step + 1, params, bias, opt_state, ema, memory, state.residuals)
     lr = jnp.asarray(schedule(state.step))
     return new_state, StepMetrics(metrics, grad_norm, lr, max_load_ratio(metrics.load), decisions)

@@ -44,10 +44,10 @@ from dsv3_jax.data.batch import stack
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.exchange.codec import Codec
-from dsv3_jax.exchange.exchange import is_compressible
 from dsv3_jax.exchange.mean import second_moment_units
 from dsv3_jax.exchange.residual import Residual
 from dsv3_jax.exchange.wire import Wire, has_shares
+from dsv3_jax.model.parameters import kind_of
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, new_state
@@ -196,7 +196,7 @@ def make_step(run: Run, config: Config) -> Callable:
 def no_residuals(run: Run, params: nnx.State) -> list[Residual | None]:
     def of(variable: nnx.Variable) -> Residual | None:
         shape = variable.get_value().shape
-        if VARIANTS[run.variant].rounds is None or not is_compressible(variable) or not has_shares(shape, run.replicas):
+        if VARIANTS[run.variant].rounds is None or not kind_of(variable).compressible or not has_shares(shape, run.replicas):
             return None
         return Residual(jnp.zeros((run.replicas, *shape)), jnp.zeros(shape))
 

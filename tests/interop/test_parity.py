@@ -17,7 +17,7 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.interop.hf_tensors import sources
-from dsv3_jax.model.layers import RouterBias
+from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.train.objective import LossWeights, Share, objective
 from tests.conftest import FIXTURES, ROOT
 

@@ -10,9 +10,9 @@ from flax import nnx
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.batch import Batch
-from dsv3_jax.model.layers import RouterBias
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.model.moe import MoE, Router, sequence_balance_loss
+from dsv3_jax.model.moe import MoE, sequence_balance_loss
+from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.model.transformer import Transformer, positions
 from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.train.objective import LossWeights, Share, objective
@@ -53,31 +53,6 @@ def test_positions_count_within_segments():
     assert positions(jnp.asarray([[3, 3, 4, 4, 4, 7]])).tolist() == [[0, 1, 0, 1, 2, 0]]
 
 
-def naive_choice(score, bias, config):
-    """Group-limited top-k for one token, by sorting."""
-    biased = score + bias
-    groups = biased.reshape(config.n_group, -1)
-    best = np.argsort(-np.sort(groups, axis=1)[:, -2:].sum(1), kind="stable")[: config.topk_group]
-    allowed = np.full_like(biased, -np.inf).reshape(groups.shape)
-    allowed[best] = groups[best]
-    chosen = np.argsort(-allowed.reshape(-1), kind="stable")[: config.num_experts_per_tok]
-    weight = score[chosen] / score[chosen].sum() if config.norm_topk_prob else score[chosen]
-    return set(chosen.tolist()), weight.sum() * config.routed_scaling_factor
-
-
-@pytest.mark.parametrize("changes", [{}, {"n_group": 1, "topk_group": 1}, {"norm_topk_prob": False}, {"topk_group": 4}])
-def test_router_against_sorting(changes):
-    config = dataclasses.replace(MICRO, **changes)
-    router = Router(config, Layout(), nnx.Rngs(0))
-    router.bias_E[...] = jax.random.normal(jax.random.key(1), (8,)) * 0.3
-    score_TE = jax.nn.sigmoid(jax.random.normal(jax.random.key(2), (50, 8)))
-    expert_TK, weight_TK = (a[0] for a in router.choose(score_TE[None]))
-    for t in range(50):
-        chosen, total = naive_choice(np.asarray(score_TE[t]), np.asarray(router.bias_E[...]), config)
-        assert set(expert_TK[t].tolist()) == chosen
-        assert float(weight_TK[t].sum()) == pytest.approx(total, rel=1e-5)
-
-
 def test_balance_loss_by_hand():
     """Even routing gives 1; one sequence whose tokens all prefer the same experts approaches E / K."""
     E, K = 4, 2
@@ -99,16 +74,6 @@ def test_the_balance_loss_is_over_choices_without_the_bias():
     np.testing.assert_array_equal(stats.load_E, [0, 0, 0, 3])
     score = [0.880797, 0.731059, 0.5, 0.268941]
     assert float(stats.balance_loss) == pytest.approx(4 * score[0] / sum(score), rel=1e-5)
-
-
-def test_router_bias_gets_no_gradient_and_changes_no_weight():
-    router = Router(MICRO, Layout(), nnx.Rngs(0))
-    score_TE = jax.nn.sigmoid(jax.random.normal(jax.random.key(2), (20, 8)))
-    before_TK, weight_TK = (a[0] for a in router.choose(score_TE[None]))
-    router.bias_E[...] = router.bias_E[...] + 5.0  # the same for all: choices stay, and so must their weights
-    after_TK, weight_after_TK = (a[0] for a in router.choose(score_TE[None]))
-    np.testing.assert_array_equal(jnp.sort(before_TK), jnp.sort(after_TK))
-    np.testing.assert_allclose(jnp.sort(weight_TK), jnp.sort(weight_after_TK), rtol=1e-6)
 
 
 def loss_of(model: Transformer, ids, segments, mtp=1.0):

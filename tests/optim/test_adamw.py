@@ -10,14 +10,15 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import OptimConfig
+from dsv3_jax.model.parameters import HEAD, NORM
 from dsv3_jax.optim.adamw import adamw
-from dsv3_jax.optim.optimizer import is_matrix, learning_rate
+from dsv3_jax.optim.optimizer import decays, learning_rate
 
 
 def params():
     return nnx.State({
-        "w": nnx.Param(jnp.asarray([[1.0, -2.0], [3.0, 0.5]]), logical_axes=("a", "b")),
-        "stacked_norms": nnx.Param(jnp.ones((2, 3)), logical_axes=("norm",)),
+        "w": nnx.Param(jnp.asarray([[1.0, -2.0], [3.0, 0.5]]), logical_axes=("a", "b"), kind=HEAD),
+        "stacked_norms": nnx.Param(jnp.ones((2, 3)), logical_axes=("norm",), kind=NORM),
     })  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def test_the_decay_is_a_cosine():
 
 
 def test_only_matrices_decay():
-    assert [bool(leaf) for leaf in jax.tree.leaves(is_matrix(params()))] == [False, True]
+    assert [bool(leaf) for leaf in jax.tree.leaves(decays(params()))] == [False, True]
 
 
 def test_update_follows_the_formula():

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batch import Batch
-from dsv3_jax.exchange.exchange import is_compressible
+from dsv3_jax.model.parameters import kind_of
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.plan.communication import groups_of
@@ -106,10 +106,10 @@ def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
     codes = [(kind, shapes) for kind, shapes in crossing if "u8[" in shapes]
     assert sorted(kind for kind, _ in codes) == ["all-gather"] * 3 + ["all-to-all"] * 3
     sent = sum(int(np.prod(dims)) for _, shapes in codes for dims in dimensions(shapes))
-    assert sent <= most * 4 * numbers_a_device(params, is_compressible)
+    assert sent <= most * 4 * numbers_a_device(params, lambda variable: kind_of(variable).compressible)
     rest = [(kind, shapes) for kind, shapes in crossing if "u8[" not in shapes]
     assert {kind for kind, _ in rest} == {"all-reduce"}
-    whole = numbers_a_device(params, lambda variable: not is_compressible(variable))
+    whole = numbers_a_device(params, lambda variable: not kind_of(variable).compressible)
     assert whole <= sum(int(np.prod(dims)) for _, shapes in rest for dims in dimensions(shapes)) <= whole + METRICS
 
 

@@ -13,11 +13,13 @@ from flax import nnx
 from dsv3_jax.config import load_config
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Traffic
+from dsv3_jax.model.names import variables_by_name
+from dsv3_jax.model.parameters import HEAD
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.precision.recipes import recipe_of
-from dsv3_jax.state.train_state import TrainState, new_state
+from dsv3_jax.state.train_state import TrainState, abstract_model, new_state
 from dsv3_jax.train.objective import Metrics
-from dsv3_jax.train.step import apply_gradients, make_train_step, update_router_bias
+from dsv3_jax.train.step import after_step, apply_gradients, make_train_step
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -74,15 +76,28 @@ def test_options_learn_as_well(micro_overrides, extra):
     assert float(rows[-1].objective.cross_entropy) < 3.5
 
 
+# two stacked MoE layers of two experts, and no MTP module
+TWO_EXPERTS = (
+    "model.n_routed_experts=2", "model.n_group=1", "model.topk_group=1", "model.num_experts_per_tok=1",
+    "model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=0",
+)  # fmt: skip
+
+
+def no_bias(config):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape), abstract_model(config, recipe_of(config.precision)).router_bias)
+
+
 @pytest.mark.parametrize(("clip_norm", "clipped"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
 def test_what_a_step_does_with_gradients_by_hand(clip_norm, clipped):
     """(3, 4) has norm 5; Adam's first moment is a tenth of what it is given."""
-    config = load_config(TINY, [f"optim.clip_norm={clip_norm}", "optim.ema_decay=0.9", "optim.warmup_steps=10"])
-    params, grads = (nnx.State({"w": nnx.Param(jnp.asarray([a]), logical_axes=("a", "b"))}) for a in ([1.0, 1.0], [3.0, 4.0]))
+    config = load_config(TINY, [*TWO_EXPERTS, f"optim.clip_norm={clip_norm}", "optim.ema_decay=0.9", "optim.warmup_steps=10"])
+    params, grads = (
+        nnx.State({"w": nnx.Param(jnp.asarray([a]), logical_axes=("a", "b"), kind=HEAD)}) for a in ([1.0, 1.0], [3.0, 4.0])
+    )
     before = TrainState(jnp.int32(4), params, nnx.State({}), optimizer_of(config).init(params), params, {})
     zero, load = jnp.float32(0), (jnp.asarray([[1.0, 3.0], [2.0, 2.0]]),)
     metrics = Metrics(zero, zero, zero, zero, zero, Traffic(zero, zero), load)
-    bias = nnx.State({"bias": nnx.Param(jnp.zeros((2, 2)))})
+    bias = no_bias(config)
     state, found = apply_gradients(config, replace(before, router_bias=bias), grads, metrics, recipe_of(config.precision))
     assert float(found.grad_norm) == 5
     assert float(found.lr) == pytest.approx(config.optim.lr * 0.5)  # the fifth of ten steps of warm-up
@@ -106,6 +121,14 @@ def test_ema_is_the_moving_average(micro_overrides):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_bias_moves_towards_the_idle_experts():
-    moved = update_router_bias({"a": jnp.zeros((2, 4))}, (jnp.asarray([[4.0, 2, 1, 1], [2, 2, 2, 2]]),), speed=0.01)
-    np.testing.assert_allclose(moved["a"], [[-0.01, 0, 0.01, 0.01], [0, 0, 0, 0]], atol=1e-9)
+def test_each_router_sees_its_own_load():
+    """The stacked layers' before the MTP modules', whatever the leaves' order."""
+    config = load_config(TINY, [*TWO_EXPERTS, "model.num_nextn_predict_layers=2"])
+    model, bias = abstract_model(config, recipe_of(config.precision)), no_bias(config)
+    load = jnp.asarray([[3.0, 1.0], [2.0, 2.0]]), jnp.asarray([[1.0, 3.0]]), jnp.asarray([[2.0, 2.0]])
+    after = {name: v.get_value().tolist() for name, v in variables_by_name(after_step(model, bias, load, 1.0)).items()}
+    assert after == {
+        "moe_blocks/ffn/router/bias_E": [[-1, 1], [0, 0]],
+        "mtp/0/block/ffn/router/bias_E": [1, -1],
+        "mtp/1/block/ffn/router/bias_E": [0, 0],
+    }
