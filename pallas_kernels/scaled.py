@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 TILE: Literal[128] = 128  # numbers that share a scale, along the axis that a matrix product sums over
 
@@ -47,7 +47,7 @@ def tiles(size: int) -> int:
     return -(-size // TILE)
 
 
-def pad_to_tiles(x: Float[Array, "M K"], rows: int) -> Float[Array, "..."]:
+def pad_to_tiles(x: Shaped[Array, "M K"], rows: int) -> Shaped[Array, "..."]:
     """x with zeros after the end of both axes, up to whole tiles of `rows` x 128."""
     M, K = x.shape
     return jnp.pad(x, ((0, -M % rows), (0, -K % TILE))) if M % rows or K % TILE else x

@@ -74,7 +74,7 @@ def to_stages(layout: Layout, pieces: Pieces, variable: nnx.Variable, dtype: jnp
     return variable.replace(layout.on_each_device(local, (stored,), out)(w))
 
 
-def from_stages(layout: Layout, pieces: Pieces, stacked: nnx.Variable, gradient: jax.Array) -> nnx.Variable:
+def from_stages(layout: Layout, pieces: Pieces, stacked: nnx.Variable, gradient: nnx.Variable) -> nnx.Variable:
     """The other way, for gradients: [stages, chunks, most, ...] as `stacked`, [N, ...], is stored."""
     stored = layout.stored_spec(stacked)
     axis = _pipe_axis(stored)

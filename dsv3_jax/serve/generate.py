@@ -79,7 +79,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
-) -> Int[Array, "B T+N"]:
+) -> Int[Array, "B length"]:
     """Continue prompts with the latent cache; greedy unless a temperature is given.
 
     Args:

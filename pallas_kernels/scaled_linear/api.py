@@ -34,7 +34,7 @@ scaled_linear.defvjp(_fwd, _bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scaled_swiglu_linear(gate_up_TX: Float[Array, "T 2*F"], w_FN: Float[Array, "F N"], gemms: Gemms) -> Float[Array, "T N"]:
+def scaled_swiglu_linear(gate_up_TX: Float[Array, "T X"], w_FN: Float[Array, "F N"], gemms: Gemms) -> Float[Array, "T N"]:
     """(silu(gate) * up) w as `scaled_linear`; for the backward pass [gate, up] is kept in 8 bits, their product not at all."""
     return swiglu_forward(gate_up_TX, w_FN, gemms)[0]
 

@@ -31,7 +31,7 @@ def weights_transposed(w: Scaled, gemms: Gemms) -> Scaled:
     return reference.with_one_scale(w.values.T, w.scales[0, 0]) if gemms.per_tensor else w.transposed()
 
 
-def swiglu_quantized(gate_up_TX: Float[Array, "T 2*F"], gemms: Gemms) -> tuple[Scaled, Scaled]:
+def swiglu_quantized(gate_up_TX: Float[Array, "T X"], gemms: Gemms) -> tuple[Scaled, Scaled]:
     """(silu(gate) * up, [gate, up]) in 8 bits; see `swiglu_quantize`."""
     if not gemms.per_tensor:
         return swiglu_quantize(gate_up_TX, gemms.forward, gemms.power_of_two, gemms.implementation)

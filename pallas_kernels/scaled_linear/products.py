@@ -40,7 +40,7 @@ def backward(
 
 
 def swiglu_forward(
-    gate_up_TX: Float[Array, "T 2*F"], w_FN: Float[Array, "F N"], gemms: Gemms
+    gate_up_TX: Float[Array, "T X"], w_FN: Float[Array, "F N"], gemms: Gemms
 ) -> tuple[Float[Array, "T N"], Scaled]:
     """((silu(gate) * up) w in the input's dtype, [gate, up] in the 8 bits that the backward pass needs)."""
     h, gate_up = swiglu_quantized(gate_up_TX, gemms)

@@ -14,7 +14,7 @@ for _name, _module in (("reference", reference), ("xla", reference), ("tpu", tpu
 
 
 def swiglu_quantize(
-    gate_up_TX: Float[Array, "T 2*F"],
+    gate_up_TX: Float[Array, "T X"],
     format: Format = "e4m3",
     power_of_two: bool = False,
     implementation: str = "auto",

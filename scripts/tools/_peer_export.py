@@ -1,8 +1,8 @@
 """The consumer of check_export.py: transformers on torch, in an environment of its own, which knows nothing of this project.
 
-Run by that script with another interpreter, never imported. Reads a JSON request on the command line: {"directories": exports
-of one model, "ids": an .npy of prompts, "new_tokens": n, "out": where to put 0.npz, 1.npz, ... of logits and greedy tokens,
-"text": something to tokenize or null}; prints one JSON line.
+Run by that script with another interpreter, never imported. Reads JSON on the command line, {"requests": [...]}, each of them
+{"directories": exports of one model, "ids": an .npy of prompts, "new_tokens": n, "out": where to put 0.npz, 1.npz, ... of
+logits and greedy tokens, "text": something to tokenize or null}; prints one JSON line.
 """
 
 import json
@@ -29,8 +29,8 @@ def consume(directory: str, ids: torch.Tensor, new_tokens: int, out: Path) -> di
     return found | {"dtype": str(model.dtype), "finite": bool(torch.isfinite(logits).all())}
 
 
-def main() -> None:
-    request = json.loads(sys.argv[1])
+def answer(request: dict) -> list[dict]:
+    """What the client says of loading each directory of a request."""
     ids = torch.from_numpy(np.load(request["ids"]))
     directories = request["directories"]
     found = [
@@ -39,7 +39,11 @@ def main() -> None:
     ]
     if request["text"]:
         found[0]["tokens"] = AutoTokenizer.from_pretrained(directories[0])(request["text"])["input_ids"]
-    print(json.dumps({"loading": found}))
+    return found
+
+
+def main() -> None:
+    print(json.dumps({"loading": [answer(request) for request in json.loads(sys.argv[1])["requests"]]}))
 
 
 if __name__ == "__main__":

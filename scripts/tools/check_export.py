@@ -8,6 +8,8 @@ other order, and in hf-fp8 another scale.
 transformers dequantises block-FP8 to bfloat16, and rightly only where every axis is a multiple of 128 or one block: other
 hf-fp8 exports are refused here (tests compare them with the formula).
 
+Prints a JSON line for each directory; one process of the client reads them all.
+
 Example: python scripts/tools/check_export.py exported/tiny
 """
 
@@ -16,6 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -44,15 +47,34 @@ def ours(directory: Path, ids: np.ndarray, eight_bit: bool) -> dict[str, np.ndar
     return {"logits": np.asarray(model(jnp.asarray(ids))), "greedy": np.asarray(dsv3.generate(model, ids, _NEW_TOKENS))}
 
 
-def theirs(directories: list[Path], ids: np.ndarray, scratch: Path) -> list[dict]:
-    """The same by the client, of each directory, and what it says of its loading."""
-    np.save(scratch / "ids.npy", ids)
-    request = {
-        "directories": [str(d) for d in directories], "ids": str(scratch / "ids.npy"), "new_tokens": _NEW_TOKENS,
-        "out": str(scratch), "text": _TEXT if (directories[0] / "tokenizer.json").exists() else None,
-    }  # fmt: skip
-    loading = ask(peer_python(), "tools/_peer_export.py", request, False)["loading"]
-    return [dict(np.load(scratch / f"{i}.npz")) | {"loading": said} for i, said in enumerate(loading)]
+@dataclass(frozen=True)
+class Case:
+    """An export, damaged copies of it, and the prompts for all of them."""
+
+    directory: Path
+    export: HFCheckpoint
+    copies: dict[str, Path]
+    ids: np.ndarray
+    eight_bit: bool
+
+
+def theirs(cases: list[Case], scratch: Path) -> list[list[dict]]:
+    """The same by the client, of each export and its copies, and what it says of its loading."""
+    requests = []
+    for i, case in enumerate(cases):
+        out = scratch / f"client-{i}"
+        out.mkdir()
+        np.save(out / "ids.npy", case.ids)
+        requests.append({
+            "directories": [str(d) for d in (case.directory, *case.copies.values())], "ids": str(out / "ids.npy"),
+            "new_tokens": _NEW_TOKENS, "out": str(out),
+            "text": _TEXT if (case.directory / "tokenizer.json").exists() else None,
+        })  # fmt: skip
+    loading = ask(peer_python(), "tools/_peer_export.py", {"requests": requests}, False)["loading"]
+    return [
+        [dict(np.load(Path(request["out"]) / f"{i}.npz")) | {"loading": said} for i, said in enumerate(of_case)]
+        for request, of_case in zip(requests, loading, strict=True)
+    ]
 
 
 def is_aligned(found: HFCheckpoint) -> bool:
@@ -96,43 +118,56 @@ def is_same(compared: dict) -> bool:
     return compared["max_logit_difference"] <= TOLERANCE and compared["same_greedy_tokens"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    args = parser.parse_args()
-    try:
-        found = open_hf(args.directory)
-    except dsv3.UserError as error:
-        parser.error(str(error))
+def prepare(directory: Path, scratch: Path) -> Case:
+    """Raises `UserError` for what is no export, or one that the client would read wrongly."""
+    found = open_hf(directory)
     eight_bit = any(found.is_fp8(s.tensor) for s in found.sources)
     if eight_bit and not is_aligned(found):
-        parser.error(f"{args.directory}: an axis is neither a multiple of 128 nor one block, which transformers reads wrongly")
-    ids = np.random.default_rng(0).integers(2, found.config.vocab_size, (2, 24))
+        problem = "an axis is neither a multiple of 128 nor one block, which transformers reads wrongly"
+        raise dsv3.UserError(f"{directory}: {problem}")
     controls = {"pairs in the other order": wrong_pairs} | ({"other scales": other_scales} if eight_bit else {})
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        copies = [scratch / what.replace(" ", "-") for what in controls]
-        for copy, change in zip(copies, controls.values(), strict=True):
-            damaged(args.directory, copy, *change(found))
-        here = ours(args.directory, ids, eight_bit)
-        there, *damages = theirs([args.directory, *copies], ids, scratch)
-    result: dict = {"export": compare(here, there) | there["loading"]}
-    result |= {what: compare(here, damage) for what, damage in zip(controls, damages, strict=True)}
-    mtp = f"model.layers.{found.config.num_hidden_layers}."
+    copies = {what: scratch / what.replace(" ", "-") for what in controls}
+    for what, change in controls.items():
+        damaged(directory, copies[what], *change(found))
+    ids = np.random.default_rng(0).integers(2, found.config.vocab_size, (2, 24))
+    return Case(directory, found, copies, ids, eight_bit)
+
+
+def judge(case: Case, here: dict, there: list[dict]) -> bool:
+    """Print what was found; whether the export is good and every damage was noticed."""
+    result: dict = {"export": compare(here, there[0]) | there[0]["loading"]}
+    result |= {what: compare(here, damage) for what, damage in zip(case.copies, there[1:], strict=True)}
+    mtp = f"model.layers.{case.export.config.num_hidden_layers}."
     export = result["export"]
     unexpected = [key for key in export["unexpected_keys"] if not key.startswith(mtp)]
     good = is_same(export) and not export["missing_keys"] and not export["mismatched_keys"] and not unexpected
-    noticed = {what: not is_same(result[what]) for what in controls}
+    noticed = {what: not is_same(result[what]) for what in case.copies}
     tokens = "the same" if export["same_greedy_tokens"] else "OTHER"
     of_mtp = len(export["unexpected_keys"]) - len(unexpected)
     print(
-        f"logits differ by {export['max_logit_difference']:.1e} (at most {TOLERANCE}), {tokens} greedy tokens; missing keys: "
-        f"{len(export['missing_keys'])}, unexpected: {len(unexpected)} (and {of_mtp} of MTP)"
+        f"{case.directory}: logits differ by {export['max_logit_difference']:.1e} (at most {TOLERANCE}), {tokens} greedy "
+        f"tokens; missing keys: {len(export['missing_keys'])}, unexpected: {len(unexpected)} (and {of_mtp} of MTP)"
     )
     for what, seen in noticed.items():
         print(f"control, {what}: {'noticed' if seen else 'NOT NOTICED'} ({result[what]['max_logit_difference']:.1e})")
     print(json.dumps(result))
-    sys.exit(0 if good and all(noticed.values()) else 1)
+    return good and all(noticed.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", type=Path, nargs="+")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        try:
+            cases = [prepare(directory, scratch / str(i)) for i, directory in enumerate(args.directories)]
+        except dsv3.UserError as error:
+            parser.error(str(error))
+        here = [ours(case.directory, case.ids, case.eight_bit) for case in cases]
+        there = theirs(cases, scratch)
+    good = [judge(*found) for found in zip(cases, here, there, strict=True)]
+    sys.exit(0 if all(good) else 1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ MICRO = [
 
 
 def environ(directory: Path) -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    return os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "DSV3_COMPILED_DIR": str(directory / "programs"),
         "DSV3_HEARTBEAT_S": "10", "DSV3_JOIN_TIMEOUT_S": "60",
     }  # fmt: skip

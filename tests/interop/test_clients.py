@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -27,30 +28,45 @@ BLOCKS = replace(
 )  # fmt: skip
 
 
-def check(directory) -> tuple[int, dict, str]:
-    program = [sys.executable, str(ROOT / "scripts" / "tools" / "check_export.py"), str(directory)]
+EXPORTS = [
+    ("v3_tiny", "hf-f32"), ("v3_tiny", "hf-bf16"), ("v3_tiny", "hf-fp8"), ("v3_tiny_yarn", "hf-bf16"),
+    ("v3_tiny_no_q_lora", "hf-fp8"), ("options_a", "hf-f32"), ("options_b", "hf-bf16"), ("options_c", "hf-f32"),
+    ("blocks", "hf-fp8"),
+]  # fmt: skip
+
+
+def check(*directories: Path) -> tuple[int, list[dict], str]:
+    """Exit code, a result for each directory, and everything printed."""
+    program = [sys.executable, str(ROOT / "scripts" / "tools" / "check_export.py"), *map(str, directories)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
-    last = (done.stdout.strip().splitlines() or ["{}"])[-1]
-    return done.returncode, json.loads(last) if last.startswith("{") else {}, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, found, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "format"),
-    [
-        ("v3_tiny", "hf-f32"), ("v3_tiny", "hf-bf16"), ("v3_tiny", "hf-fp8"), ("v3_tiny_yarn", "hf-bf16"),
-        ("v3_tiny_no_q_lora", "hf-fp8"), ("options_a", "hf-f32"), ("options_b", "hf-bf16"), ("options_c", "hf-f32"),
-        ("blocks", "hf-fp8"),
-    ],
-)  # fmt: skip
-def test_transformers_computes_the_same(name, format, tmp_path):
-    model = random_model(BLOCKS) if name == "blocks" else dsv3.load_hf(FIXTURES / name)
-    shard_bytes = 400_000 if name == "v3_tiny_yarn" else 10**9
-    dsv3.save_hf(model, tmp_path / "out", format, shard_bytes=shard_bytes)
-    code, found, text = check(tmp_path / "out")
-    assert code == 0, text[-3000:]
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory, run_on_a_mesh) -> dict:  # noqa: F811
+    """{export: (its model's configuration, what the client found)}, all by one process of the client; the run's is "run"."""
+    root = tmp_path_factory.mktemp("exports")
+    configs = {}
+    for name, format in EXPORTS:
+        model = random_model(BLOCKS) if name == "blocks" else dsv3.load_hf(FIXTURES / name)
+        shard_bytes = 400_000 if name == "v3_tiny_yarn" else 10**9
+        dsv3.save_hf(model, root / f"{name}-{format}", format, shard_bytes=shard_bytes)
+        configs[name, format] = model.config
+    export(run_on_a_mesh, root / "run", "hf-f32")
+    code, found, text = check(*(root / f"{name}-{format}" for name, format in EXPORTS), root / "run")
+    assert code == 0, text[-6000:]
+    results = dict(zip([*EXPORTS, "run"], found, strict=True))
+    return {which: (configs.get(which), result) for which, result in results.items()}
+
+
+@pytest.mark.parametrize(("name", "format"), EXPORTS)
+def test_transformers_computes_the_same(name, format, checked):
+    """Its exit code has said that logits and tokens are the same and that damages are noticed."""
+    config, found = checked[name, format]
     assert found["export"]["dtype"] == "torch.float32"
     assert found["export"]["missing_keys"] == []
-    mtp = f"model.layers.{model.config.num_hidden_layers}."
+    mtp = f"model.layers.{config.num_hidden_layers}."
     assert all(key.startswith(mtp) for key in found["export"]["unexpected_keys"])
     assert bool(found["export"]["unexpected_keys"]) == (name == "options_b")
     controls = {key: value for key, value in found.items() if key != "export"}
@@ -58,11 +74,9 @@ def test_transformers_computes_the_same(name, format, tmp_path):
     assert all(value["max_logit_difference"] > 1e-2 for value in controls.values())
 
 
-def test_a_trained_run_with_its_tokenizer(run_on_a_mesh, tmp_path):  # noqa: F811
-    """A run on eight devices is exported; AutoTokenizer gives the run's tokens."""
-    export(run_on_a_mesh, tmp_path / "out", "hf-f32")
-    code, found, text = check(tmp_path / "out")
-    assert code == 0, text[-3000:]
+def test_a_trained_run_with_its_tokenizer(run_on_a_mesh, checked):  # noqa: F811
+    """From eight devices; AutoTokenizer gives the run's tokens."""
+    _, found = checked["run"]
     tokenizer = Tokenizer.from_file(str(run_on_a_mesh / "tokenizer.json"))
     ids = tokenizer.encode("def main():\n    return 0\n", add_special_tokens=False).ids
     assert found["export"]["tokens"] == ids

@@ -23,6 +23,7 @@ from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.metrics import MetricsWriter, read_rows
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.loop import train
+from tests.commands import dsv3 as dsv3_command
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 COMMAND = str(Path(sys.executable).with_name("dsv3"))
@@ -45,6 +46,21 @@ def assert_same_state(a, b):
 @pytest.fixture
 def config_with(micro_overrides):
     return lambda *extra: load_config(TINY, [*micro_overrides, *extra])
+
+
+@pytest.fixture(scope="module")
+def trained_once(micro_overrides_in, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run of two steps with a checkpoint of each, and its overrides; not to be changed."""
+    root = tmp_path_factory.mktemp("finished")
+    overrides = [*micro_overrides_in(root), "name=a", "train.steps=2", "checkpoint.every_steps=1"]
+    train(load_config(TINY, overrides), root)
+    return root / "a", overrides
+
+
+@pytest.fixture
+def finished_run(trained_once, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(trained_once[0], tmp_path / "a")
 
 
 def test_a_run_and_its_bit_for_bit_resume(config_with, tmp_path, capsys):
@@ -94,11 +110,10 @@ def test_a_precision_schedule_loses_no_state_and_resumes(config_with, tmp_path, 
     assert whole[3:] != alone[3:]
 
 
-def test_another_config_or_a_foreign_directory_is_refused(config_with, tmp_path):
-    train(config_with("train.steps=1", "name=a"), tmp_path)
+def test_another_config_or_a_foreign_directory_is_refused(config_with, trained_once, finished_run, tmp_path):
     before = sorted(p for p in (tmp_path / "a").rglob("*"))
     with pytest.raises(UserError, match=r"belongs to another config: optim\.lr was 0\.003, now 0\.5"):
-        train(config_with("name=a", "optim.lr=0.5"), tmp_path)
+        train(load_config(TINY, [*trained_once[1], "optim.lr=0.5"]), tmp_path)
     assert sorted(p for p in (tmp_path / "a").rglob("*")) == before
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("mine")
@@ -172,12 +187,6 @@ def test_divergence_names_step_documents_and_checkpoint(config_with, tmp_path):
 def test_checkpoints_by_step_are_kept_and_dropped(config_with, tmp_path):
     train(config_with("name=a", "checkpoint.every_steps=2", "checkpoint.keep=2"), tmp_path)
     assert complete_steps(tmp_path / "a" / "checkpoints") == [4, 6]
-
-
-@pytest.fixture
-def finished_run(config_with, tmp_path):
-    train(config_with("name=a", "train.steps=2", "checkpoint.every_steps=1"), tmp_path)
-    return tmp_path / "a"
 
 
 def largest_file(directory: Path) -> Path:
@@ -272,10 +281,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(micro_overrides, tmp_path):
     assert "\x1b" not in done.stdout  # plain lines in a pipe
     assert [row["step"] for row in rows_of(tmp_path / "runs" / "a")] == list(range(1, step + 3))
 
-    evaluated = subprocess.run([COMMAND, "eval", "runs/a"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    evaluated = dsv3_command("eval", "runs/a", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
     assert {"loss", "perplexity", "accuracy", "tokens"} <= set(json.loads(evaluated.stdout))
-    generated = subprocess.run(
-        [COMMAND, "generate", "runs/a", "--prompt", "the quick", "--max-new-tokens", "5"],
-        capture_output=True, text=True, cwd=tmp_path, check=True,
-    )  # fmt: skip
+    generated = dsv3_command("generate", "runs/a", "--prompt", "the quick", "--max-new-tokens", "5", cwd=tmp_path)
+    assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("the quick")
