@@ -29,7 +29,7 @@ SAME_MACHINE = recording.machine() == EXPECTED["machine"]
 TOLERANCE = {"finished": 1e-5, "mesh": 1e-4, "precision": 1e-4}
 FIELDS = {  # of the training state, by what stands before an array's name in a checkpoint
     "weights/params": "params", "weights/router_bias": "router_bias", "optimizer/opt_state": "opt_state",
-    "optimizer/controller": "controller", "optimizer/errors": "errors", "optimizer/step": "step", "ema/ema": "ema",
+    "optimizer/controller": "controller", "optimizer/errors": "residuals", "optimizer/step": "step", "ema/ema": "ema",
 }  # fmt: skip
 
 
