@@ -26,7 +26,7 @@ CAUSES = ("overflow", "underflow", "error", "jump")
 
 
 class Memory(NamedTuple):
-    """Of the switches of one module, of which there are N (layers) if it is stacked."""
+    """What is remembered of the switches of one module, N of them (layers) if it is stacked; part of checkpoints."""
 
     eight_bit: Bool[Array, "*N"]
     calm: Int[Array, "*N"]  # steps in a row below what allows a return
@@ -34,17 +34,18 @@ class Memory(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Of one step. `change`: -1 leaves 8 bits, 1 comes back, 0 stays. The cause is what is worst, in parts of its limit."""
+    """What a step decided. `change`: -1 leaves 8 bits, 1 comes back, 0 stays. The cause is what exceeds its limit most."""
 
     eight_bit: Bool[Array, "*N"]  # from the next step on
     change: Int[Array, "*N"]
-    cause: Int[Array, "*N"]  # of CAUSES
-    operand: Int[Array, "*N"]  # of OPERANDS
+    cause: Int[Array, "*N"]  # index into CAUSES
+    operand: Int[Array, "*N"]  # index into OPERANDS
     severity: Float[Array, "*N"]
 
 
-def _update(memory: Memory, told: Array, gemms: Gemms, cooldown: int) -> tuple[Memory, Decision]:
-    count, amax, overflow, underflow, error = jnp.moveaxis(told, -1, 0)
+def _update(memory: Memory, statistics: Array, gemms: Gemms, cooldown: int) -> tuple[Memory, Decision]:
+    """One module's switches after a step; `statistics` is f32[*N, slots, operands, statistics], summed over microbatches."""
+    count, amax, overflow, underflow, error = jnp.moveaxis(statistics, -1, 0)
     seen = count > 0
     amax, overflow, underflow, error = (
         jnp.where(seen, a / jnp.maximum(count, 1), 0) for a in (amax, overflow, underflow, error)
@@ -75,7 +76,7 @@ def _switches(template: nnx.State) -> dict[str, nnx.Variable]:
 
 
 def init(template: nnx.State) -> dict[str, Memory]:
-    """All in 8 bits. `template` has a model's `EightBit` variables, here and below."""
+    """The memory at the start: all products in 8 bits. `template` has a model's `EightBit` variables, here and below."""
     kept = (max(SLOTS.values()) + 1, len(OPERANDS))
     shapes = {name: variable.get_value().shape for name, variable in _switches(template).items()}
     return {
@@ -85,16 +86,25 @@ def init(template: nnx.State) -> dict[str, Memory]:
 
 
 def flags(template: nnx.State, memory: dict[str, Memory]) -> nnx.State:
-    """The model's `EightBit` variables as the memory has them."""
+    """The model's `EightBit` variables with the choices that the memory holds."""
     values = iter(memory[name].eight_bit for name in _switches(template))
     return nnx.from_flat_state([(path, v.replace(next(values))) for path, v in nnx.to_flat_state(template)])
 
 
 def update(
-    template: nnx.State, memory: dict[str, Memory], told: nnx.State, cooldown: int
+    template: nnx.State, memory: dict[str, Memory], probe_grads: nnx.State, cooldown: int
 ) -> tuple[dict[str, Memory], dict[str, Decision]]:
-    """After a step, whose probes' gradients are `told`."""
-    statistics = {name: probe.get_value() for name, probe in _switches(told).items()}
+    """Decide for every module after a step, from the gradients of the probes.
+
+    Args:
+        memory: by switch, as `init` or the step before returned it.
+        probe_grads: the gradients of the model's `Probe` variables, summed over microbatches, replicas and devices.
+        cooldown: calm steps in a row after which a module returns to 8 bits.
+
+    Returns:
+        The memory for the next step, and this step's decisions, both by switch.
+    """
+    statistics = {name: probe.get_value() for name, probe in _switches(probe_grads).items()}
     both = {
         name: _update(memory[name], statistics[name], flag.get_metadata("gemms"), cooldown)
         for name, flag in _switches(template).items()
@@ -103,13 +113,13 @@ def update(
 
 
 def shares(decisions: dict[str, Decision]) -> dict[str, float]:
-    """For metrics.jsonl: the share of switches that are in 8 bits. Nothing without a controller."""
+    """The share of switches that are in 8 bits, for metrics.jsonl; {} without a controller."""
     states = [np.atleast_1d(d.eight_bit) for d in decisions.values()]
     return {"eight_bit_share": float(np.concatenate(states).mean())} if states else {}
 
 
 def log_lines(step: int, template: nnx.State, decisions: dict[str, Decision]) -> list[dict[str, Any]]:
-    """For decisions.jsonl: what changed after `step` steps, and why; a line each."""
+    """What changed after `step` steps, and why: an object for each line of decisions.jsonl."""
     classes, found = {name: flag.get_metadata("op_class") for name, flag in _switches(template).items()}, []
     for name, decision in decisions.items():
         decision: Any = Decision(*(np.atleast_1d(a) for a in decision))  # type: ignore[arg-type]
@@ -127,7 +137,7 @@ def log_lines(step: int, template: nnx.State, decisions: dict[str, Decision]) ->
 
 
 def describe(line: dict[str, Any]) -> str:
-    """One of `log_lines` for people."""
+    """One of `log_lines` as a sentence."""
     where = f"step {line['step']}  {line['switch']}[{line['layer']}] ({line['op_class']}) to {line['bits']} bits"
     worst = "not finite" if line["worst_over_limit"] is None else f"{line['worst_over_limit']:.3g} of the limit"
     return f"{where}: {line['cause']}{' of ' + line['operand'] if 'operand' in line else ''}, {worst}"

@@ -47,7 +47,7 @@ RECIPES = {
 
 
 def recipe_of(config: PrecisionConfig) -> Recipe:
-    """Of training, after the `first_steps`. Raises `UserError` for `auto`, which the start of a run resolves."""
+    """The recipe of training after the `first_steps`. Raises `UserError` for `auto`, which the start of a run resolves."""
     if config.recipe not in RECIPES:
         raise UserError(f"precision.recipe={config.recipe} depends on the platform: see precision.platforms.resolve")
     return replace(RECIPES[config.recipe], controlled=config.controller)
@@ -65,5 +65,5 @@ def run_by(recipe: Recipe, implementation: str, core: str, grouped_swiglu: str =
 
 
 def unquantised(recipe: Recipe) -> Recipe:
-    """For evaluation and decoding: of the weights, in 16 or 32 bits."""
+    """The recipe of evaluation and decoding: the same weights, in 16 or 32 bits."""
     return Recipe(recipe.dtype, core=recipe.core, grouped_swiglu=recipe.grouped_swiglu)

@@ -208,7 +208,7 @@ def difference(ours: Any, theirs: Any) -> float:
 
 
 def seconds(f: Callable, *arguments) -> float:
-    """Of one call, of as many as fill a hundredth of a second, so that starting them is hidden."""
+    """Seconds of one call, averaged over as many as fill a hundredth of a second, so that starting them is hidden."""
     start = time.perf_counter()
     jax.block_until_ready(f(*arguments))
     calls = max(1, int(0.01 / (time.perf_counter() - start)))

@@ -52,7 +52,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 
 def shape_bytes(text: str) -> int:
-    """Of every array in an HLO type, such as (bf16[8,128]{1,0}, f32[4])."""
+    """Bytes of all arrays in an HLO type, such as (bf16[8,128]{1,0}, f32[4])."""
     found = re.findall(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]", text)
     return sum(BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in found)
 

@@ -118,7 +118,7 @@ class Run:
 
 
 def in_blocks(wire: Wire) -> Callable[[Array], Array]:
-    """Of [any, *shape], each rounded as its shares are."""
+    """Round arrays [any, *shape], each as its shares are."""
 
     def of(x: Float[Array, "any ..."]) -> Array:
         rows = jax.vmap(wire.to_blocks)(x)

@@ -136,7 +136,7 @@ def _too_large(x, implementation: str):
 
 
 def _resources() -> dict:
-    """Of the kernels that were compiled since the last call, from what Mosaic GPU dumped."""
+    """Figures of the kernels that were compiled since the last call, from what Mosaic GPU dumped."""
     dumped = list(Path(os.environ["MOSAIC_GPU_DUMP_TO"]).iterdir())
     text = {
         suffix: "".join(p.read_text(errors="replace") for p in dumped if p.suffix == suffix)

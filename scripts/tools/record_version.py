@@ -124,7 +124,7 @@ def make_run(dsv3: Version, config: Path, name: str) -> Path:
 
 
 def expected_of(dsv3: Version, name: str, run: Path) -> dict[str, object]:
-    """Of a run: its stored arrays and evaluation, and the metrics of going on with it."""
+    """What is recorded of a run: its stored arrays and evaluation, and the metrics of going on with it."""
     how = RUNS[name]
     evaluation = json.loads(dsv3("eval", f"runs/{name}", devices=how.devices))
     arrays = digests(run / "checkpoints" / str(how.saved))
