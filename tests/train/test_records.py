@@ -55,14 +55,11 @@ def test_checkpoints_are_due_by_steps_and_by_minutes(monkeypatch):
 def test_a_run_is_stopped_at_twice_the_loss_of_guessing(bad, said):
     """Of 100 tokens a guess costs ln 100 = 4.605."""
     config = load_config(TINY, ["model.vocab_size=100", "data.batch_size=2"])
-    run: Any = SimpleNamespace(
-        resolved=SimpleNamespace(config=config),
-        data=SimpleNamespace(source=SimpleNamespace(document_ids=lambda window: [f"document {window}"])),
-        manager=SimpleNamespace(wait=lambda: None, latest=lambda: 4),
-    )
-    _check_health(run, 5, metrics(cross_entropy=9.2))
+    source: Any = SimpleNamespace(document_ids=lambda window: [f"document {window}"])
+    manager: Any = SimpleNamespace(wait=lambda: None, latest=lambda: 4)
+    _check_health(config, source, 5, metrics(cross_entropy=9.2), manager)
     with pytest.raises(UserError) as error:
-        _check_health(run, 5, metrics(**bad))
+        _check_health(config, source, 5, metrics(**bad), manager)
     text = str(error.value)
     assert said in text
     assert "diverged at step 5" in text
