@@ -4,8 +4,10 @@ Makes a finished run, one on a mesh that was cut off, one with low precision, an
 `expected.json`: a digest of every stored array, and what this version gets when it goes on with copies of the runs. Run it
 from a checkout of the version to be recorded, with that version's own command:
 
-    .venv/bin/python PATH/TO/record_version.py tests/fixtures/version_0 --dsv3 .venv/bin/dsv3 --config configs/tiny.yaml
+    XLA_FLAGS=--xla_backend_optimization_level=0 .venv/bin/python PATH/TO/record_version.py tests/fixtures/version_0 \\
+        --dsv3 .venv/bin/dsv3 --config configs/tiny.yaml
 
+The flag is the one that tests/conftest.py sets: only the same program computes the same bits.
 tests/fixtures/version_0 was recorded from commit aead573.
 """
 
