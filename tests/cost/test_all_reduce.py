@@ -26,6 +26,12 @@ def test_a_ring_takes_what_its_messages_take(size, ranks):
     assert model.ring(size, ranks, LINK) == pytest.approx(ring_message_by_message(size, ranks, LINK))
 
 
+def test_a_tree_of_eight_is_three_high():
+    """Up and down it, and twice the bytes through each rank's link."""
+    assert model.tree(1e6, 8, LINK) == pytest.approx(6 * LINK.alpha + 2e6 / LINK.beta)
+    assert model.tree(0, 5, LINK) == pytest.approx(6 * LINK.alpha)  # as high as of eight
+
+
 def test_few_bytes_go_by_tree_and_many_by_ring_or_tree():
     assert model.tree(1e3, 1, LINK) == model.ring(1e3, 1, LINK) == 0
     assert model.tree(1e3, 125, LINK) < model.ring(1e3, 125, LINK) / 10

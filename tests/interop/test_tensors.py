@@ -25,7 +25,7 @@ def test_heads_of_the_output_projection():
     source = SOURCES["model.layers.0.self_attn.o_proj.weight"]
     region = source.to_region(numbered(source.tensor))
     assert region.shape == (2, 3, 4)  # heads, a value's size, hidden
-    assert region[1, 2, 3] == 100 * 3 + (3 * 1 + 2)
+    assert region[1, 1, 3] == 100 * 3 + (3 * 1 + 1)  # of hidden 3: head 1's values begin at 3
     np.testing.assert_array_equal(source.to_tensor(region), numbered(source.tensor))
 
 

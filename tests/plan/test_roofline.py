@@ -1,5 +1,7 @@
 """FLOPs and bytes of instructions against XLA's own count for what it can count, and against sums written out."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,17 @@ def test_bytes_of_slices_and_updates_in_place():
     cost = CostModel(p, "h100", Efficiency(), 1.0)
     moved = sum(cost.work(i, loops[0]).bytes for i in loops[0])
     assert moved < 8 * size * 4  # at most a few passes over one layer, of 16
+
+
+def test_an_instruction_takes_the_longer_of_products_and_bytes():
+    """Of an H100: 989 TFLOP/s in bfloat16, twice that in 8 bits, 3.35 TB/s, and 2 us for a launch."""
+    program = parse("HloModule m\n\nENTRY %main (x: f32[1]) -> f32[1] {\n  ROOT %x = f32[1]{0} parameter(0)\n}\n")
+    cost = CostModel(program, "h100", Efficiency(matmul=0.5, memory=0.5), 1.0)
+    product, eight, memory = 2e12 / 989e12, 2e12 / 1979e12, 6.7e9 / 3.35e12
+    assert cost.seconds(Work(Counter(bf16=1e12), 3.35e9)) == pytest.approx(product + 2e-6)  # its bytes take 2 ms
+    assert cost.seconds(Work(Counter(e4m3=1e12), 3.35e9)) == pytest.approx(memory + 2e-6)
+    assert cost.bounds(Work(Counter(e4m3=1e12), 3.35e9)) == pytest.approx((eight, memory))
+    assert cost.seconds(Work()) == 0
 
 
 def test_float32_on_a_tpu_takes_passes_of_bfloat16():

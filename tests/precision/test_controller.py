@@ -192,6 +192,19 @@ def test_the_rule_by_hand():
     assert decide(again)[1].change.tolist() == [0, 0]
 
 
+def test_the_running_mean_by_hand():
+    """Of binary logarithms, the first as it is: 0, then 0.9 x 0 + 0.1 x 2, then 0.9 x 0.2 + 0.1 x 3."""
+    memory = controller.Memory(jnp.ones(2, bool), jnp.zeros(2, jnp.int32), jnp.full((2, 3, 3), jnp.nan))
+    found = []
+    for amax in (1.0, 4.0, 8.0):
+        memory, _ = controller._update(memory, told(amax=amax), Gemms("e4m3", "e5m2"), cooldown=2)
+        found.append(float(memory.log_amax[1, 0, 2]))
+    np.testing.assert_allclose(found, [0, 0.2, 0.48], rtol=1e-6)
+    for amax, change in ((2.0**-6, 0), (2.0**6, -1)):  # smaller numbers are no jump, however much smaller
+        _, decision = controller._update(memory, told(amax=amax), Gemms("e4m3", "e5m2"), cooldown=2)
+        assert decision.change.tolist() == [0, change]
+
+
 def test_statistics_are_what_numpy_counts():
     x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     x[3, 7] = 1e7  # the tile's other 127 numbers are below what its scale can hold
