@@ -20,13 +20,12 @@ def model():
 def test_cached_hidden_states_equal_uncached(model):
     """Token by token and in uneven pieces, past where the cache was padded."""
     ids = np.load(FIXTURES / "v3_tiny" / "reference.npz")["input_ids_0"]
-    expected, _ = model.hidden(jnp.asarray(ids), jnp.zeros(ids.shape, jnp.int32))
+    expected, _ = jax.jit(model.hidden)(jnp.asarray(ids), jnp.zeros(ids.shape, jnp.int32))
     cache = empty_cache(model.config, model.layout, ids.shape[0], 80, jnp.dtype("float32"))
     start = 0
+    run = jax.jit(lambda cache, ids, start: extend(model, unstack(model, ids.size), cache, ids, start))
     for size in (5, 1, 1, 17, 1, 20):
-        hidden, cache = extend(
-            model, unstack(model, ids.shape[0] * size), cache, jnp.asarray(ids[:, start : start + size]), jnp.int32(start)
-        )
+        hidden, cache = run(cache, jnp.asarray(ids[:, start : start + size]), jnp.int32(start))
         np.testing.assert_allclose(hidden, expected[:, start : start + size], atol=1e-4)
         start += size
 
