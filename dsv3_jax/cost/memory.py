@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.config import Config, OptimConfig, PrecisionConfig
 from dsv3_jax.model.counts import count_parameters
+from dsv3_jax.model.parameters import DENSE_FFN, constant
 from dsv3_jax.optim.registry import make_optimizer
 from dsv3_jax.state.train_state import TrainState
 
@@ -29,7 +29,7 @@ def _optimizer_bytes(optim: OptimConfig, precision: PrecisionConfig) -> int:
     if precision.recipe == "auto":  # resolved later; before, moments count as float32
         precision = replace(precision, recipe="bf16")
     size = 1024
-    matrix = nnx.Param(jax.ShapeDtypeStruct((size, size), jnp.float32), logical_axes=("embed", "ffn"))
+    matrix = jax.eval_shape(lambda: constant(0.0, DENSE_FFN, embed=size, ffn=size))
     state = jax.eval_shape(make_optimizer(optim, precision).init, nnx.State({"matrix": matrix}))
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state)) // size**2
 
