@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         return u_BLD + self.b_o_D.astype(u_BLD.dtype) if self.config.attention_bias else u_BLD
 
     def __call__(self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable) -> Float[Array, "B L D"]:
-        """Attention of a whole sequence, causal within each segment."""
+        """Attention of complete sequences, causal within each segment."""
         x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
         q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)

@@ -24,7 +24,7 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Of the main model, as published figures have it."""
+        """Parameters of the main model, as published figures have it."""
         return sum(self.main.values())
 
 

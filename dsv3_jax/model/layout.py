@@ -2,7 +2,7 @@
 
 `Layout` is that of one device: it moves nothing. What stands around the model (training, checkpoints, serving) asks the same
 object about devices and stored arrays. `parallel/layout.py` has the one for meshes. Names of activation axes:
-batch; sequence (the length as it is split between blocks); heads, ffn, vocab (split inside a block, over the whole length).
+batch; sequence (the length as it is split between blocks); heads, ffn, vocab (split inside a block, whose length is complete).
 """
 
 import math
@@ -34,8 +34,8 @@ class Layout:
     """One device. The methods are those of a mesh's layout, so that the model is written once."""
 
     @property
-    def ends(self) -> "Layout":
-        """The layout of what stands before and after a pipeline's stages: embedding, dense layers, head, MTP modules."""
+    def outside_pipeline(self) -> "Layout":
+        """The layout of what is not in a pipeline's stages: embedding, dense layers, head, MTP modules."""
         return self
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
@@ -43,7 +43,7 @@ class Layout:
         return x
 
     def gather(self, layer: Any, dtype: jnp.dtype) -> Any:
-        """One layer's (or module's) parameters as the layer computes with them: matrices in `dtype`, whole along `embed`."""
+        """A layer's (or module's) parameters as it computes with them: matrices in `dtype`, not sharded along `embed`."""
         return layer
 
     def tokenwise(self, f: Callable, *arrays: Array) -> Any:

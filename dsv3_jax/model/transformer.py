@@ -113,7 +113,7 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 class Transformer(nnx.Module):
     """`recipe` says in which formats products run; parameters are float32. `remat` is what the backward pass recomputes.
 
-    `layout` says where arrays live; with its `ends`, embedding, dense layers, head and MTP modules may live otherwise.
+    `layout` says where arrays live, and its `outside_pipeline` where those of embedding, dense layers, head and MTP modules do.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class Transformer(nnx.Module):
         self.core = recipe.core
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.embed_VD = weight(rngs, std, EMBEDDING, vocab_in=V, embed_in=D)
-        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.ends, recipe, rngs)
+        self.dense_blocks = stacked_blocks(config, False, config.num_dense_layers, layout.outside_pipeline, recipe, rngs)
         self.moe_blocks = stacked_blocks(config, True, config.num_moe_layers, layout, recipe, rngs)
         self.norm = RMSNorm(D, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head_DV = weight(rngs, std, HEAD, embed=D, vocab=V)
         depths = range(config.num_nextn_predict_layers)
-        self.mtp = nnx.List([MTPModule(config, layout.ends, recipe, rngs) for _ in depths])
+        self.mtp = nnx.List([MTPModule(config, layout.outside_pipeline, recipe, rngs) for _ in depths])
 
     @property
     def routers(self) -> list[Router]:
@@ -144,14 +144,14 @@ class Transformer(nnx.Module):
         return [block.ffn.router for block in blocks]  # type: ignore[union-attr]
 
     def embed(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.layout.ends.embed(self.embed_VD[...], token_BL, self.dtype)
+        return self.layout.outside_pipeline.embed(self.embed_VD[...], token_BL, self.dtype)
 
     def head_weight(self) -> Float[Array, "D V"]:
         return self.embed_VD[...].T if self.config.tie_word_embeddings else self.head_DV[...]
 
     def first(self, token_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """What enters the MoE layers: embeddings through the dense layers."""
-        x_BLD = self.layout.ends.constrain(self.embed(token_BL), "batch", "sequence", None)
+        x_BLD = self.layout.outside_pipeline.constrain(self.embed(token_BL), "batch", "sequence", None)
         if self.dense_blocks is not None:
             x_BLD, _ = self.run(self.dense_blocks, x_BLD, segment_BL)
         return x_BLD
@@ -171,13 +171,13 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], RouterStats]:
         """Hidden states of MTP module `depth` (from 0), normalised for the head, from those of the module before.
 
-        `token_BL` holds t_{i+depth+1} at place i, `segment_BL` the segment of place i.
+        `token_BL` holds t_{i+depth+1} at position i, `segment_BL` the segment of position i.
         """
         rope = rope_table(self.config, positions(segment_BL))
         graph, state = nnx.split(self.mtp[depth])
 
         def body(hidden_BLD, state):
-            module = nnx.merge(graph, self.layout.ends.gather(state, self.dtype))
+            module = nnx.merge(graph, self.layout.outside_pipeline.gather(state, self.dtype))
             return module(hidden_BLD, self.embed(token_BL), segment_BL, rope)
 
         x_BLD, stats = self._rematerialised(body)(hidden_BLD, state)
@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
         """x through stacked blocks, and their statistics; layers that are not `live` pass it on unchanged."""
         rope = rope_table(self.config, positions(segment_BL))
         graph, layers = nnx.split(blocks)
-        layout = self.layout if isinstance(blocks.ffn, MoE) else self.layout.ends
+        layout = self.layout if isinstance(blocks.ffn, MoE) else self.layout.outside_pipeline
 
         def body(x_BLD, layer):
             layer, live = layer
@@ -222,19 +222,19 @@ def _two_level_scan(body: Callable, carry: Array, layers):
     """`lax.scan` in groups of about sqrt(N) layers, of which only the inputs are kept: O(sqrt N) activations."""
     N = jax.tree.leaves(layers)[0].shape[0]
     size = max(round(math.sqrt(N)), 1)
-    whole = N // size * size
+    grouped_layers = N // size * size
 
     def group(carry, layers):
         return jax.lax.scan(body, carry, layers)
 
     def grouped(a):
-        a = a if whole == N else a[:whole]  # a slice, even of everything, would cost a copy of the gradients
+        a = a if grouped_layers == N else a[:grouped_layers]  # a slice, even of everything, would cost a copy of the gradients
         return a.reshape(-1, size, *a.shape[1:])
 
     groups = jax.tree.map(grouped, layers)
     carry, stats = jax.lax.scan(jax.checkpoint(group), carry, groups)
-    stats = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), stats)
-    if whole == N:
+    stats = jax.tree.map(lambda a: a.reshape(grouped_layers, *a.shape[2:]), stats)
+    if grouped_layers == N:
         return carry, stats
-    carry, rest = jax.checkpoint(group)(carry, jax.tree.map(lambda a: a[whole:], layers))
+    carry, rest = jax.checkpoint(group)(carry, jax.tree.map(lambda a: a[grouped_layers:], layers))
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), stats, rest)

@@ -80,7 +80,7 @@ class _Plan(NamedTuple):
     """Where each (token, choice) of a part goes in a hop. R is the number of destinations, P = T*K."""
 
     dest_TK: Int[Array, "T K"]  # R: nowhere
-    rank_TK: Int[Array, "T K"]  # place among the rows to the same destination
+    rank_TK: Int[Array, "T K"]  # number among the rows to the same destination
     order_P: Int[Array, " P"]  # rows sorted by destination
     first_R: Int[Array, " R"]
     count_R: Int[Array, " R"]  # rows to each destination, in all rounds
@@ -120,7 +120,7 @@ class _Round(NamedTuple):
         return _transfer(self.hop, rows_CX, self.sent_R, self.received_R, fill)
 
     def back(self, rows_CX: Array) -> Array:
-        """What was made of the rows that arrived, at the places their senders know them by."""
+        """What was made of the rows that arrived, where their senders know them."""
         return _transfer(self.hop, rows_CX, self.received_R, self.sent_R, 0.0)
 
     def choice(self, k: int, rows_CX: Array) -> Array:
@@ -143,9 +143,9 @@ def _round(hop: Hop, plan: _Plan, coming_R, number) -> _Round:
 
 
 def _index_in_group(hop: Hop):
-    """This device's place in its group."""
-    place = {rank: i for group in hop.groups for i, rank in enumerate(group)}
-    return jnp.asarray([place[rank] for rank in range(len(place))])[lax.axis_index("expert")]
+    """This device's index in its group."""
+    index = {rank: i for group in hop.groups for i, rank in enumerate(group)}
+    return jnp.asarray([index[rank] for rank in range(len(index))])[lax.axis_index("expert")]
 
 
 def _transfer(hop: Hop, rows_CX, sent_R, received_R, fill: float):
@@ -172,7 +172,7 @@ def _each_round(hop: Hop, all_axes: tuple[str, ...], expert_TK, body: Callable, 
     The first round of each part stands in straight line, where a scheduler can put one part's exchange beside another's
     products. A part sets out when the last but one has been computed, or else all would be sent before anything is computed
     (XLA drops barriers before it schedules, and yet hides more with them: see docs/plan.md). The other rounds, which balanced
-    routing does not need, are a loop. As many as the fullest pair of devices needs: one number for the whole mesh, because
+    routing does not need, are a loop. As many as the fullest pair of devices needs: one number for all of the mesh, because
     loops with collectives in them must not part ways.
     """
     N = hop.parts
@@ -283,7 +283,7 @@ def _traffic(route: tuple[Hop, ...], per_node: int, expert_TK, experts: int) -> 
         return Traffic(elsewhere, (rank_TK // per_node != me // per_node).sum(dtype=jnp.float32))
     plan = _plan(route[0], expert_TK)
     across = jnp.sum(plan.count_R) - plan.count_R[me // per_node]
-    # inside a node, a choice moves on unless its expert sits where the first hop put the token: the same place as the sender's
+    # inside a node, a choice moves on unless its expert sits where the first hop put the token: the sender's rank in the node
     moves_on = (rank_TK % per_node != me % per_node).sum(dtype=jnp.float32)
     return Traffic(across + moves_on, across.astype(jnp.float32))
 
@@ -302,7 +302,7 @@ class _Setting(NamedTuple):
 
 def _setting(layout) -> _Setting:
     shape = layout.mesh.shape
-    stored = ("fsdp", "pipe") if layout.at_the_ends else ("fsdp",)  # a stage's weights are whole along `pipe` already
+    stored = ("fsdp", "pipe") if layout.is_outside_pipeline else ("fsdp",)  # a stage's weights are not sharded along `pipe`
     embed = tuple(a for a in stored if shape[a] > 1)
     ffn = ("tensor",) if shape["tensor"] > 1 else ()
     return _Setting(
@@ -317,10 +317,12 @@ def _setting(layout) -> _Setting:
 
 
 def _weights(s: _Setting, w_gate_up, w_down, x) -> tuple[tuple[Any, Any], Any]:
-    """This device's experts, whole, and x, which waits for them: gathered behind what computes x, they leave the links to the
-    exchange."""
-    whole = all_gather(all_gather(w_gate_up, s.ffn, 3), s.embed, 1), all_gather(all_gather(w_down, s.ffn, 1), s.embed, 2)
-    return lax.optimization_barrier((whole, x))
+    """This device's experts, unsharded, and x, which waits for them.
+
+    Gathered behind what computes x, they leave the links to the exchange.
+    """
+    weights = all_gather(all_gather(w_gate_up, s.ffn, 3), s.embed, 1), all_gather(all_gather(w_down, s.ffn, 1), s.embed, 2)
+    return lax.optimization_barrier((weights, x))
 
 
 def _route(layout, expert_TK, experts: int) -> tuple[Hop, ...]:
@@ -340,10 +342,10 @@ def routed(layout, gemms: Gemms | None, implementation: str, x_BLD, w_gate_up_ED
     s, experts = _setting(layout), w_down_EMD.shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight):
-        whole, x = _weights(s, w_gate_up, w_down, x)
+        weights, x = _weights(s, w_gate_up, w_down, x)
         expert_TK = _flat(expert)
         route = _route(layout, expert_TK, experts)
-        y_TD = _forward(kernel, route, s.all_axes, *whole, _flat(x), expert_TK, _flat(weight))
+        y_TD = _forward(kernel, route, s.all_axes, *weights, _flat(x), expert_TK, _flat(weight))
         traffic = _traffic(route, layout.ranks_per_node, expert_TK, experts)
         traffic = all_reduce(traffic, s.token_axes)
         return y_TD.reshape(x.shape), traffic
@@ -361,11 +363,19 @@ def _routed_bwd(layout, gemms, implementation, args, cotangents):
     s, experts = _setting(layout), args[2].shape[0]
 
     def local(x, w_gate_up, w_down, expert, weight, dy):
-        whole, x = _weights(s, w_gate_up, w_down, x)
+        weights, x = _weights(s, w_gate_up, w_down, x)
         expert_TK = _flat(expert)
-        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in whole)
+        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
         dx_TD, dweight_TK, (dw_gate_up, dw_down) = _backward(
-            kernel, _route(layout, expert_TK, experts), s.all_axes, *whole, _flat(x), expert_TK, _flat(weight), _flat(dy), zeros
+            kernel,
+            _route(layout, expert_TK, experts),
+            s.all_axes,
+            *weights,
+            _flat(x),
+            expert_TK,
+            _flat(weight),
+            _flat(dy),
+            zeros,
         )
         E, D, _, M = dw_gate_up.shape
         # as a matrix: XLA:TPU has no reduce-scatter for the layout it gives four axes, and sums everywhere

@@ -1,5 +1,5 @@
-"""The model's layout on a mesh: constraints by name, weights gathered a layer at a time, and the places where tokens meet
-weights that live elsewhere (embedding, routed experts, head), written out with `shard_map`.
+"""The model's layout on a mesh: constraints by name, weights gathered a layer at a time, and, written out with `shard_map`, the
+operations in which tokens meet weights that live elsewhere (embedding.py, experts.py, head.py, linear.py).
 
 No `shard_map` here is differentiated but that of attention, in which nothing is summed over devices: each has its own
 gradient, so that every such sum is one that stands in this file. `data` and the pipeline's stages are axes of a `vmap` around
@@ -25,7 +25,7 @@ from dsv3_jax.model.parameters import is_float32
 from dsv3_jax.parallel import embedding, experts, head, linear
 from dsv3_jax.parallel.mesh import make_mesh, ranks_per_node
 from dsv3_jax.parallel.on_mesh import OnMesh
-from dsv3_jax.parallel.rules import AT_THE_ENDS, COMPUTED, check, is_variable, mesh_axes, spec
+from dsv3_jax.parallel.rules import COMPUTED, OUTSIDE_PIPELINE, check, is_variable, mesh_axes, spec
 from dsv3_jax.parallel.serving import ServingLayout
 from pallas_kernels import causal_attention
 from pallas_kernels.registry import PLAIN
@@ -43,11 +43,11 @@ class MeshLayout(OnMesh):
     ranks_per_node: int
     two_level: bool = False
     expert_parts: int = 1
-    at_the_ends: bool = False
+    is_outside_pipeline: bool = False
 
     @property
-    def ends(self) -> "MeshLayout":
-        return replace(self, at_the_ends=True)
+    def outside_pipeline(self) -> "MeshLayout":
+        return replace(self, is_outside_pipeline=True)
 
     @property
     def serving(self) -> ServingLayout:
@@ -55,7 +55,7 @@ class MeshLayout(OnMesh):
 
     @property
     def _table(self):
-        return AT_THE_ENDS if self.at_the_ends else COMPUTED
+        return OUTSIDE_PIPELINE if self.is_outside_pipeline else COMPUTED
 
     def axes(self, name: str) -> tuple[str, ...]:
         return tuple(a for a in self._table[name] if self.mesh.shape[a] > 1)
@@ -75,7 +75,7 @@ class MeshLayout(OnMesh):
             stored, computed = self.stored_spec(variable), spec(axes, w.shape, self._table, self.mesh)
             split = without_pipe(stored)
             steps = [split, computed]
-            if self.at_the_ends:  # `pipe` moves over to the axis that it will split, before the rest is gathered
+            if self.is_outside_pipeline:  # `pipe` moves over to the axis that it will split, before the rest is gathered
                 steps = [stored, P(*(after or before for after, before in zip(computed, split, strict=True))), computed]
             return variable.replace(_gathered(w, tuple(self.sharding(s) for s in steps)))
 
@@ -117,7 +117,7 @@ def _constrain_along(w, steps: Sequence[NamedSharding]):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(w, steps: tuple[NamedSharding, ...]):
-    """`w`, from the first sharding to the last. Its gradient goes back without being whole: a reduce-scatter, no all-reduce."""
+    """`w`, from the first sharding to the last. Its gradient goes back shard by shard: a reduce-scatter, no all-reduce."""
     return _constrain_along(w, steps)
 
 
@@ -125,7 +125,7 @@ _gathered.defvjp(lambda w, steps: (_gathered(w, steps), None), lambda steps, _, 
 
 
 def make_layout(config: ParallelConfig, mesh: Mesh) -> MeshLayout:
-    """The layout of a configuration's mesh. Raises `UserError` if its expert ranks don't fill whole nodes."""
+    """The layout of a configuration's mesh. Raises `UserError` if its expert ranks don't fill nodes."""
     ranks = mesh.shape["expert"]
     per_node = min(config.expert_ranks_per_node or ranks_per_node(mesh), ranks)
     if ranks % per_node:

@@ -1,7 +1,7 @@
 """Linear layers with 8-bit operands on a mesh: each device runs the kernels on its part, and every sum stands here.
 
 XLA cannot partition a kernel, and it partitions tiles badly. As in Megatron's tensor parallelism, a weight is split along its
-outputs (the input is whole, its gradient a sum over devices) or along what is summed over (the result is a sum, handed out
+outputs (the input is not split, its gradient a sum over devices) or along what is summed over (the result is a sum, handed out
 along the sequence). Weights' gradients are summed over the batch's devices, each keeping the part that it stores.
 """
 
@@ -33,21 +33,21 @@ class _Plan(NamedTuple):
 
 
 def _plan(layout: Layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
-    def place(name: str | None) -> tuple[str, ...]:
+    def split(name: str | None) -> tuple[str, ...]:
         return layout.axes(name) if name in ("heads", "ffn") else ()
 
-    batch, places = layout.axes("batch"), [place(name) for name in axes]
-    summed, outputs = places[0], next((p for p in places[1:] if p), ())
+    batch, splits = layout.axes("batch"), [split(name) for name in axes]
+    summed, outputs = splits[0], next((s for s in splits[1:] if s), ())
     parts = layout.shards("batch")
     stored = next((i for i, name in enumerate(axes) if name in ("embed", "latent")), None)
     scatter = stored if batch and stored is not None and w_shape[stored] % parts == 0 else None
-    dw = [place or (batch if i == scatter else ()) for i, place in enumerate(places)]
-    y = layout.spec("batch", "sequence", None) if summed else P(batch or None, None, *(p or None for p in places[1:]))
-    return _Plan(batch, summed, outputs, P(*(p or None for p in places)), y, P(*(p or None for p in dw)), scatter)
+    dw = [split or (batch if i == scatter else ()) for i, split in enumerate(splits)]
+    y = layout.spec("batch", "sequence", None) if summed else P(batch or None, None, *(s or None for s in splits[1:]))
+    return _Plan(batch, summed, outputs, P(*(s or None for s in splits)), y, P(*(s or None for s in dw)), scatter)
 
 
 def _operand_specs(plan: _Plan, gated: bool) -> tuple[P, Scaled]:
-    """Of x, [B, L, K] or [B, L, 2, K], and of what each device keeps of it: values [B, L, k or 2k], scales [k_tiles, B, L]."""
+    """Specs of x, [B, L, K] or [B, L, 2, K], and of what a device keeps of it: values [B, L, k or 2k], scales [k_tiles, B, L]."""
     batch, summed = plan.batch or None, plan.summed or None
     x = P(batch, None, None, summed) if gated else P(batch, None, summed)
     return x, Scaled(P(batch, None, summed), P(summed, batch, None))  # type: ignore[arg-type]

@@ -57,21 +57,21 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
                     yield dict(zip(AXES, (data, pipe, devices // (data * pipe * tensor * expert), expert, tensor), strict=True))
 
 
-def _place(device) -> tuple[int, int, int]:
-    """Slice, host, place in the host: the hierarchy of links, slowest first."""
+def _position(device) -> tuple[int, int, int]:
+    """Slice, host, number in the host: the hierarchy of links, slowest first."""
     return getattr(device, "slice_index", 0) or 0, device.process_index, device.id
 
 
 def ordered(devices: Sequence, shape: Sequence[int]) -> np.ndarray:
     """`devices` as an array of `shape`, whose last axes lie on the fastest links.
 
-    Machines without a torus are ordered by host and place. A TPU slice's torus is laid out by JAX, which maps axes onto its
+    Machines without a torus are ordered by host and number. A TPU slice's torus is laid out by JAX, which maps axes onto its
     dimensions; the leading axes run across slices.
     """
-    devices = sorted(devices, key=_place)
+    devices = sorted(devices, key=_position)
     if not hasattr(devices[0], "coords"):
         return np.asarray(devices).reshape(shape)
-    slices = len({_place(d)[0] for d in devices})
+    slices = len({_position(d)[0] for d in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return _across_slices(devices, shape, slices)
@@ -100,7 +100,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence | None = None) -> Mesh:
 def ranks_per_node(mesh: Mesh) -> int:
     """How many neighbours along `expert` share a host (with GPUs, its fast links)."""
     along = np.moveaxis(mesh.devices, AXES.index("expert"), -1)[0, 0, 0, 0]
-    hosts = [_place(d)[:2] for d in along]
+    hosts = [_position(d)[:2] for d in along]
     return next((i for i, host in enumerate(hosts) if host != hosts[0]), len(hosts))
 
 

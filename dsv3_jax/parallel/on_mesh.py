@@ -40,7 +40,7 @@ class OnMesh(Layout):
         return jax.jit(f, in_shardings=arguments, out_shardings=results, donate_argnums=donate)
 
     def on_each_device(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """`shard_map` of `f` over the whole mesh. Under `vmap` over a mesh axis, `f` still sees arrays without that axis.
+        """`shard_map` of `f` over all axes of the mesh. Under `vmap` over a mesh axis, `f` still sees arrays without that axis.
 
         That keeps what `vmap` would make of a loop or a dynamic slice (selects, gathers) away from code that runs on one
         device, where such an axis has size 1 anyway.

@@ -1,10 +1,10 @@
 """Gradients by a pipeline: runs a `Schedule`'s table, tick by tick, and writes the backward pass out.
 
 Stages are an axis of a `vmap` whose elements live along `pipe`. The stored layers are sharded along `pipe` like everything
-else (ZeRO-3); a step begins by exchanging that for whole layers on their stages, which lets the number of layers, and their
+else (ZeRO-3); a step begins by exchanging that for complete layers on their stages, which lets the number of layers, and their
 order among chunks, be any. Backward, a stage runs its piece again from the input it kept; between forward and backward it
 holds as many inputs as the schedule has slots, however many microbatches there are. Embedding, dense layers, head and MTP
-modules stand at the two ends, where all devices share the work (see `rules.AT_THE_ENDS`): no stage has more to do than others.
+modules are outside, where all devices share the work (see `rules.OUTSIDE_PIPELINE`): no stage has more to do than others.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,14 @@ _PIPE = ("pipe",)
 
 
 class Pieces(NamedTuple):
-    """Which layer stands where: `layer` and `live`, [stages, chunks, most layers of a piece]; `place`, [layers]: its stage and
-    its index among the stage's chunks * most. A piece with fewer layers than most has dead ones, which change nothing."""
+    """Which stage and chunk run which layers.
 
-    layer: np.ndarray
-    live: np.ndarray
-    place: tuple[np.ndarray, np.ndarray]
+    A piece with fewer layers than most is filled up with layers that are not live and pass their input on.
+    """
+
+    layer: np.ndarray  # i32[stages, chunks, most layers of a piece]
+    live: np.ndarray  # bool of that shape
+    position: tuple[np.ndarray, np.ndarray]  # of each layer: its stage, and its index among the stage's chunks * most
 
 
 def cut_layers(layers: int, stages: int, chunks: int) -> Pieces:
@@ -53,7 +55,7 @@ def cut_layers(layers: int, stages: int, chunks: int) -> Pieces:
 
 
 def _pipe_axis(spec: P) -> int | None:
-    return next((i for i, place in enumerate(spec) if place and "pipe" in place), None)
+    return next((i for i, entry in enumerate(spec) if entry and "pipe" in entry), None)
 
 
 def to_stages(layout: Layout, pieces: Pieces, variable: nnx.Variable, dtype: jnp.dtype) -> nnx.Variable:
@@ -82,7 +84,7 @@ def from_stages(layout: Layout, pieces: Pieces, stacked: nnx.Variable, gradient:
     def local(g):
         g = g.reshape(1, -1, *g.shape[3:])
         g = all_gather(g, _PIPE, 0) if axis is None else all_to_all(g, _PIPE, axis + 1, 0)
-        return g[pieces.place]
+        return g[pieces.position]
 
     spec = P("pipe", None, None, *without_pipe(stored)[1:])
     return stacked.replace(layout.on_each_device(local, (spec,), stored)(gradient))
@@ -90,9 +92,11 @@ def from_stages(layout: Layout, pieces: Pieces, stacked: nnx.Variable, gradient:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What runs, and where.
+    """A model cut for a pipeline, and the schedule that runs it.
 
-    `first(ends, microbatch)` -> x. `stage(layers, bias, x, segments, live)` -> (y, loss), statistics. `last(ends, x,
+    `outer` are the parameters outside of the stages: those of embedding, dense layers, head and MTP modules.
+
+    `first(outer, microbatch)` -> x. `stage(layers, bias, x, segments, live)` -> (y, loss), statistics. `last(outer, x,
     microbatch)` -> loss, metrics. Losses add up; arrays of `microbatches` are [count, rows, ...].
     """
 
@@ -103,11 +107,11 @@ class Pipeline:
     stage: Callable
     last: Callable
 
-    def gradients(self, ends: Tree, layers: Tree, biases: Tree, dtype: jnp.dtype, microbatches: Batch) -> tuple:
-        """(gradients of `ends`, of `layers`, sum of `last`'s metrics, sum of the stages' statistics [N, ...])."""
+    def gradients(self, outer: Tree, layers: Tree, biases: Tree, dtype: jnp.dtype, microbatches: Batch) -> tuple:
+        """(gradients of `outer`, of `layers`, sum of `last`'s metrics, sum of the stages' statistics [N, ...])."""
         staged = jax.tree.map(lambda v: to_stages(self.layout, self.pieces, v, dtype), layers, is_leaf=is_variable)
         bias = jax.tree.map(lambda v: to_stages(self.layout, self.pieces, v, dtype), biases, is_leaf=is_variable)
-        run = _Run(self, ends, staged, bias, microbatches)
+        run = _Run(self, outer, staged, bias, microbatches)
         carry = run.start()
         for begin, end, any_forward, any_backward in self.schedule.phases():
             rows = jax.tree.map(lambda a, b=begin, e=end: jnp.asarray(a[b:e]), _rows(self.schedule))
@@ -118,16 +122,16 @@ class Pipeline:
             lambda v, g: from_stages(self.layout, self.pieces, v, g), layers, carry.layer_gradients, is_leaf=is_variable
         )
         statistics = jax.tree.map(self._unstage, carry.statistics)
-        return carry.end_gradients, gradients, carry.metrics, statistics
+        return carry.outer_gradients, gradients, carry.metrics, statistics
 
     def _unstage(self, s):
-        """[stages, chunks, most, ...] -> [N, ...], whole everywhere."""
+        """[stages, chunks, most, ...] -> [N, ...], on every device."""
         s = lax.with_sharding_constraint(s, self.layout.replicated)
-        return s.reshape(s.shape[0], -1, *s.shape[3:])[self.pieces.place]
+        return s.reshape(s.shape[0], -1, *s.shape[3:])[self.pieces.position]
 
 
 class _Row(NamedTuple):
-    """A tick's row of the table: i32[stages] each, and i32[] for what happens at the ends."""
+    """A tick's row of the table: i32[stages] each, and i32[] for what happens outside of the stages."""
 
     forward: Any
     forward_chunk: Any
@@ -164,26 +168,26 @@ class _Carry(NamedTuple):
     x: jax.Array  # [stages, rows, L, D]: what each stage takes next, forward
     dy: jax.Array  # the same, backward
     kept: jax.Array  # [stages, slots + 1, rows, L, D]: inputs kept for the backward pass
-    turning: jax.Array  # [slots, rows, L, D]: gradients of outputs, at the ends
+    turning: jax.Array  # [slots, rows, L, D]: gradients of outputs, outside of the stages
     layer_gradients: Tree
-    end_gradients: Tree
+    outer_gradients: Tree
     metrics: Tree
     statistics: Tree  # [stages, chunks, most, ...]
 
 
 class _Run:
-    """One step's pipeline, once its weights are in place."""
+    """One step's pipeline, once its weights are on their stages."""
 
-    def __init__(self, pipeline: Pipeline, ends: Tree, staged: Tree, bias: Tree, microbatches: Tree):
+    def __init__(self, pipeline: Pipeline, outer: Tree, staged: Tree, bias: Tree, microbatches: Tree):
         self.pipeline, self.layout, self.schedule = pipeline, pipeline.layout, pipeline.schedule
-        self.ends, self.staged, self.bias, self.microbatches = ends, staged, bias, microbatches
+        self.outer, self.staged, self.bias, self.microbatches = outer, staged, bias, microbatches
         self.live = jnp.asarray(pipeline.pieces.live)
         self.stages = self.schedule.stages
 
     # --- moving activations -------------------------------------------------------------------------------------------
 
-    def _spec(self, ends: bool, *leading: str | None) -> P:
-        layout = self.layout.ends if ends else self.layout
+    def _spec(self, outer: bool, *leading: str | None) -> P:
+        layout = self.layout.outside_pipeline if outer else self.layout
         return P(*leading, *layout.spec("batch", "sequence", None))
 
     def _shift(self, x, by: int):
@@ -192,7 +196,7 @@ class _Run:
         spec = self._spec(False, "pipe")
         return self.layout.on_each_device(lambda x: lax.ppermute(x, "pipe", ring), (spec,), spec)(x)
 
-    def _to_ends(self, x, stage: int):
+    def _to_outer(self, x, stage: int):
         """One stage's [rows, L, D], handed out over all stages' devices along L."""
 
         def local(x):
@@ -201,15 +205,15 @@ class _Run:
 
         return self.layout.on_each_device(local, (self._spec(False, "pipe"),), self._spec(True))(x)
 
-    def _from_ends(self, x, x_ends, stage: int):
-        """x with one stage's part replaced by what comes from the ends."""
+    def _from_outer(self, x, x_outer, stage: int):
+        """x with one stage's part replaced by what comes from outside."""
 
-        def local(x, x_ends):
-            whole = all_gather(x_ends, _PIPE, 1)[None]
-            return jnp.where(lax.axis_index("pipe") == stage, whole, x)
+        def local(x, x_outer):
+            entering = all_gather(x_outer, _PIPE, 1)[None]
+            return jnp.where(lax.axis_index("pipe") == stage, entering, x)
 
         spec = self._spec(False, "pipe")
-        return self.layout.on_each_device(local, (spec, self._spec(True)), spec)(x, x_ends)
+        return self.layout.on_each_device(local, (spec, self._spec(True)), spec)(x, x_outer)
 
     # --- per stage (inside `vmap`): dynamic indices stay on the device -------------------------------------------------
 
@@ -233,8 +237,8 @@ class _Run:
         def local(index, *leaves):
             return tuple(a.at[index].add(u.astype(a.dtype)) for a, u in zip(leaves[:n], leaves[n:], strict=True))
 
-        whole = tuple(P(None, *s) for s in specs)
-        out = self.layout.on_each_device(local, (P(), *whole, *specs), whole)(index, *flat, *jax.tree.leaves(update))
+        stacked = tuple(P(None, *s) for s in specs)
+        out = self.layout.on_each_device(local, (P(), *stacked, *specs), stacked)(index, *flat, *jax.tree.leaves(update))
         return jax.tree.unflatten(treedef, out)
 
     def _keep(self, kept, x, slot):
@@ -247,7 +251,7 @@ class _Run:
 
     @property
     def _layer_specs(self) -> Tree:
-        """Of one stage's piece, [most, ...]; its arrays are [stages, chunks, most, ...]."""
+        """Specs of one stage's piece, [most, ...]; its arrays are [stages, chunks, most, ...]."""
 
         def of(v):
             return P(*without_pipe(self.layout.stored_spec(v))[2:])
@@ -263,7 +267,7 @@ class _Run:
     def start(self) -> _Carry:
         """Everything empty."""
         microbatch = jax.tree.map(lambda a: a[0], self.microbatches)
-        x = jax.eval_shape(self.pipeline.first, self.ends, microbatch)
+        x = jax.eval_shape(self.pipeline.first, self.outer, microbatch)
         s, layout = self.schedule, self.layout
 
         def zeros(spec: P, *shape: int):
@@ -272,8 +276,8 @@ class _Run:
         turning = 1 if s.name == "1f1b" else s.microbatches
         f32 = jnp.float32
         layer_gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, f32), self.staged)
-        end_gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, f32), self.ends)
-        _, metrics = jax.eval_shape(self.pipeline.last, self.ends, x, microbatch)
+        outer_gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, f32), self.outer)
+        _, metrics = jax.eval_shape(self.pipeline.last, self.outer, x, microbatch)
         piece, bias, live = jax.tree.map(lambda a: a[0, 0], (self.staged, self.bias, self.live))
         segments = self.microbatches.segments[0]
         _, statistics = jax.eval_shape(self.pipeline.stage, piece, bias, x, segments, live)
@@ -284,7 +288,7 @@ class _Run:
             zeros(self._spec(False, "pipe", None), self.stages, s.slots + 1, *x.shape),
             zeros(self._spec(True, None), turning, *x.shape),
             layer_gradients,
-            end_gradients,
+            outer_gradients,
             jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), metrics),
             statistics,
         )
@@ -305,7 +309,7 @@ class _Run:
 
     def _enter(self, carry: _Carry, row: _Row) -> _Carry:
         def enter(x):
-            return self._from_ends(x, self.pipeline.first(self.ends, self._microbatch(row.entering)), 0)
+            return self._from_outer(x, self.pipeline.first(self.outer, self._microbatch(row.entering)), 0)
 
         return carry._replace(x=lax.cond(row.entering >= 0, enter, lambda x: x, carry.x))
 
@@ -330,25 +334,25 @@ class _Run:
         """The head, on what leaves the last piece; its gradient waits in `turning`."""
 
         def turn(state):
-            end_gradients, metrics, turning = state
-            y = self._to_ends(carry.x, self.stages - 1)
+            outer_gradients, metrics, turning = state
+            y = self._to_outer(carry.x, self.stages - 1)
             gradient = jax.grad(self.pipeline.last, argnums=(0, 1), has_aux=True)
-            (d_ends, dy), new = gradient(self.ends, y, self._microbatch(row.leaving))
+            (d_outer, dy), new = gradient(self.outer, y, self._microbatch(row.leaving))
             slot = row.leaving % turning.shape[0]
             return (
-                _accumulated(end_gradients, d_ends),
+                _accumulated(outer_gradients, d_outer),
                 jax.tree.map(jnp.add, metrics, new),
                 lax.dynamic_update_index_in_dim(turning, dy, slot, 0),
             )
 
-        state = (carry.end_gradients, carry.metrics, carry.turning)
-        end_gradients, metrics, turning = lax.cond(row.leaving >= 0, turn, lambda s: s, state)
-        return carry._replace(end_gradients=end_gradients, metrics=metrics, turning=turning)
+        state = (carry.outer_gradients, carry.metrics, carry.turning)
+        outer_gradients, metrics, turning = lax.cond(row.leaving >= 0, turn, lambda s: s, state)
+        return carry._replace(outer_gradients=outer_gradients, metrics=metrics, turning=turning)
 
     def _return(self, carry: _Carry, row: _Row) -> _Carry:
         def give_back(dy):
             slot = row.returning % carry.turning.shape[0]
-            return self._from_ends(dy, lax.dynamic_index_in_dim(carry.turning, slot, keepdims=False), self.stages - 1)
+            return self._from_outer(dy, lax.dynamic_index_in_dim(carry.turning, slot, keepdims=False), self.stages - 1)
 
         return carry._replace(dy=lax.cond(row.returning >= 0, give_back, lambda dy: dy, carry.dy))
 
@@ -376,11 +380,11 @@ class _Run:
     def _finish(self, carry: _Carry, row: _Row) -> _Carry:
         """Back through embedding and dense layers."""
 
-        def finish(end_gradients):
-            dx = self._to_ends(carry.dy, 0)
+        def finish(outer_gradients):
+            dx = self._to_outer(carry.dy, 0)
             microbatch = self._microbatch(row.done)
-            _, vjp = jax.vjp(lambda ends: self.pipeline.first(ends, microbatch), self.ends)
-            return _accumulated(end_gradients, vjp(dx)[0])
+            _, vjp = jax.vjp(lambda outer: self.pipeline.first(outer, microbatch), self.outer)
+            return _accumulated(outer_gradients, vjp(dx)[0])
 
-        end_gradients = lax.cond(row.done >= 0, finish, lambda g: g, carry.end_gradients)
-        return carry._replace(end_gradients=end_gradients)
+        outer_gradients = lax.cond(row.done >= 0, finish, lambda g: g, carry.outer_gradients)
+        return carry._replace(outer_gradients=outer_gradients)

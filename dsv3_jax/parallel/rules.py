@@ -2,7 +2,7 @@
 
 Parameters and optimiser state are stored sharded over `fsdp` and every axis that would otherwise hold copies (`expert`,
 `pipe`), ZeRO-3; a layer gathers its own while it runs. `data` holds replicas. Mesh axes of an entry go from major to minor,
-and `pipe` comes last, so that exchanging it for whole layers (see `pipeline.py`) moves contiguous pieces.
+and `pipe` comes last, so that exchanging it for complete layers (see `pipeline.py`) moves contiguous pieces.
 """
 
 import math
@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import Config, divisors
 from dsv3_jax.errors import UserError
 
-Place = tuple[str, ...]  # mesh axes that one array axis is sharded over
+MeshAxes = tuple[str, ...]  # mesh axes that one array axis is sharded over
 
 # Where an array is stored: parameters, gradients, moments. A list has alternatives, of which the first that divides counts.
-STORED: dict[str, Place | list[Place]] = {
+STORED: dict[str, MeshAxes | list[MeshAxes]] = {
     "embed": ("fsdp", "expert", "pipe"),
     "expert_embed": ("fsdp", "pipe"),  # of the routed experts' weights, whose first axis already takes `expert`
     "embed_in": ("fsdp", "expert", "tensor", "pipe"),  # of the embedding, where tokens travel rather than the table
@@ -31,8 +31,8 @@ STORED: dict[str, Place | list[Place]] = {
     "vocab": ("tensor",),
 }
 # Axes of a weight that stay sharded while its layer runs, and those of activations. `sequence` is the length between
-# blocks. All else, a weight's `embed` above all, is whole.
-COMPUTED: dict[str, Place] = {
+# blocks. All else, a weight's `embed` above all, is not sharded.
+COMPUTED: dict[str, MeshAxes] = {
     "experts": ("expert",),
     "heads": ("tensor",),
     "ffn": ("tensor",),
@@ -40,11 +40,11 @@ COMPUTED: dict[str, Place] = {
     "batch": ("fsdp", "expert"),
     "sequence": ("tensor",),
 }
-# Before and after a pipeline (embedding, dense layers, head, MTP modules) `pipe` serves as more of `tensor`.
-AT_THE_ENDS: dict[str, Place] = COMPUTED | dict.fromkeys(("heads", "ffn", "vocab", "sequence"), ("tensor", "pipe"))
-# Decoding (see `serving.py`): a step's few tokens are whole everywhere, weights stay as they are stored but for the routed
+# Outside of a pipeline's stages (embedding, dense layers, head, MTP modules) `pipe` serves as more of `tensor`.
+OUTSIDE_PIPELINE: dict[str, MeshAxes] = COMPUTED | dict.fromkeys(("heads", "ffn", "vocab", "sequence"), ("tensor", "pipe"))
+# Decoding (see `serving.py`): a step's few tokens are on every device, weights stay as they are stored but for the routed
 # experts, which are spread over all devices that they divide over; so are the sequences of a cache.
-SERVED: dict[str, Place | list[Place]] = {
+SERVED: dict[str, MeshAxes | list[MeshAxes]] = {
     "cache_batch": [
         ("data", "fsdp", "expert", "pipe"), ("data", "fsdp", "expert"), ("fsdp", "expert", "pipe"), ("fsdp", "expert"),
         ("expert",), ("fsdp",), ("data",), ("pipe",), (),
@@ -57,41 +57,43 @@ SERVED: dict[str, Place | list[Place]] = {
 BATCH = ("data", "fsdp", "expert")  # rows of a batch
 
 
-def _place(axis: str | None, size: int, table: Mapping[str, Place | list[Place]], mesh: Mesh | AbstractMesh) -> Place:
+def _sharded_over(
+    axis: str | None, size: int, table: Mapping[str, MeshAxes | list[MeshAxes]], mesh: Mesh | AbstractMesh
+) -> MeshAxes:
     """The mesh axes (of more than one device) over which one array axis is sharded."""
-    places = table.get(axis, ()) if axis else ()
-    places = places if isinstance(places, list) else [places]
-    used = [tuple(a for a in place if mesh.shape[a] > 1) for place in places]
+    entry = table.get(axis, ()) if axis else ()
+    alternatives = entry if isinstance(entry, list) else [entry]
+    used = [tuple(a for a in axes if mesh.shape[a] > 1) for axes in alternatives]
     return next((p for p in used if size % math.prod(mesh.shape[a] for a in p) == 0), used[0])
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, mesh: Mesh | AbstractMesh) -> P:
-    """The PartitionSpec of an array with these logical axes; leading axes beyond them (stacked layers) stay whole.
+    """The PartitionSpec of an array with these logical axes; leading axes beyond them (stacked layers) are not sharded.
 
     Raises `UserError` if two of them want the same mesh axis, or if one is not divided by what it is sharded over.
     """
     leading = len(shape) - len(axes)
-    places = [_place(axis, size, table, mesh) for axis, size in zip(axes, shape[leading:], strict=True)]
-    taken = [mesh_axis for place in places for mesh_axis in place]
+    sharded_over = [_sharded_over(axis, size, table, mesh) for axis, size in zip(axes, shape[leading:], strict=True)]
+    taken = [mesh_axis for over in sharded_over for mesh_axis in over]
     for mesh_axis in taken:
         if taken.count(mesh_axis) > 1:
-            both = [str(axis) for axis, place in zip(axes, places, strict=True) if mesh_axis in place]
+            both = [str(axis) for axis, over in zip(axes, sharded_over, strict=True) if mesh_axis in over]
             raise UserError(f"logical axes {' and '.join(both)} of one array both map to mesh axis {mesh_axis!r}")
-    for axis, place, size in zip(axes, places, shape[leading:], strict=True):
-        parts = math.prod(mesh.shape[a] for a in place)
+    for axis, over, size in zip(axes, sharded_over, shape[leading:], strict=True):
+        parts = math.prod(mesh.shape[a] for a in over)
         if size % parts:
-            over = " * ".join(f"parallel.{a}={mesh.shape[a]}" for a in place)
-            raise UserError(f"axis {axis} of {size} cannot be sharded over {over}; use a product among {divisors(size)}")
-    return P(*[None] * leading, *(place or None for place in places))
+            product = " * ".join(f"parallel.{a}={mesh.shape[a]}" for a in over)
+            raise UserError(f"axis {axis} of {size} cannot be sharded over {product}; use a product among {divisors(size)}")
+    return P(*[None] * leading, *(over or None for over in sharded_over))
 
 
-def mesh_axes(entry: str | Place | None) -> Place:
-    """Of one entry of a PartitionSpec, which keeps single names bare."""
+def mesh_axes(entry: str | MeshAxes | None) -> MeshAxes:
+    """The mesh axes of one entry of a PartitionSpec, which keeps single names bare."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def stored_spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
-    """Of a parameter, or of an optimiser's array beside it."""
+    """The spec of a parameter, or of an optimizer's array beside it."""
     return spec(variable.get_metadata("logical_axes"), variable.get_value().shape, STORED, mesh)
 
 

@@ -1,6 +1,6 @@
 """Pipeline schedules as data: what each stage does at each tick.
 
-A stage (a place along `pipe`) holds `chunks` pieces of the model; piece c of stage s is the (c * stages + s)-th in order, so
+A stage (an index along `pipe`) holds `chunks` pieces of the model; piece c of stage s is the (c * stages + s)-th in order, so
 that a microbatch goes round the stages `chunks` times (interleaved, or circular: arXiv 2104.04473, section 2.2). A tick has
 room for one forward and one backward piece on every stage; what a stage sends at a tick, its neighbour takes at the next.
 All stages run the same program, so a tick in which no stage goes forward (or backward) costs nothing for it.
@@ -18,8 +18,8 @@ IDLE = -1
 class Schedule:
     """Tables i32[ticks, stages]: the microbatch and the chunk that a stage takes, IDLE where it takes none.
 
-    Where its input is kept from forward to backward: one of `slots` buffers a stage. `output_slot`, i32[ticks], is where the
-    gradient of a microbatch's output waits; it is made when the microbatch leaves the last piece.
+    A stage keeps a piece's input from forward to backward in one of its `slots` buffers: `forward_slot` is where it is put,
+    `backward_slot` where it is taken from.
     """
 
     name: str
@@ -109,12 +109,12 @@ def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Sch
     Microbatches go in groups of `stages`, each through all chunks before the next group.
     """
     m, c, s = (a.reshape(-1) for a in np.meshgrid(range(microbatches), range(chunks), range(stages), indexing="ij"))
-    group, place = m // stages, m % stages
+    group, member = m // stages, m % stages
     lap = chunks * stages
-    forward_tick = group * lap + c * stages + place + s
+    forward_tick = group * lap + c * stages + member + s
     # the tick at which the first microbatch turns round at the last piece
     turns = {"1f1b": lap - 1, "gpipe": int(forward_tick.max()) + 1}
-    backward_tick = turns[name] + group * lap + (chunks - 1 - c) * stages + place + stages - 1 - s
+    backward_tick = turns[name] + group * lap + (chunks - 1 - c) * stages + member + stages - 1 - s
     ticks = int(backward_tick.max()) + 1
 
     slot, slots = np.zeros(len(m), np.int32), 0

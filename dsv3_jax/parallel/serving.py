@@ -1,6 +1,6 @@
 """A mesh's layout for decoding, and for notebooks: batches and lengths of any size.
 
-A step has few tokens and reads all weights, so it is the tokens that travel. They are whole on every device; weights stay
+A step has few tokens and reads all weights, so it is the tokens that travel. Every device has all of them; weights stay
 where training has stored them, and XLA adds up what devices make of their parts. The routed experts, most of the weights,
 are spread out once, before the first step; each device runs its own and the results are added up.
 """

@@ -41,7 +41,7 @@ def _cross_entropy(model: Transformer, hidden_BLD, batch: Batch, ahead: int, cou
     """Mean nll of the tokens `ahead` places on, over `count` targets, and accuracy."""
     target_BL, counts_BL = batch.targets(ahead, len(model.mtp))
     weight_BL = counts_BL.astype(jnp.float32) / jnp.maximum(count, 1)
-    return model.layout.ends.cross_entropy(hidden_BLD, model.head_weight(), target_BL, weight_BL, model.core)
+    return model.layout.outside_pipeline.cross_entropy(hidden_BLD, model.head_weight(), target_BL, weight_BL, model.core)
 
 
 def objective(model: Transformer, batch: Batch, share: Share) -> tuple[Float[Array, ""], Metrics]:

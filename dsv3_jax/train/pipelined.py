@@ -44,12 +44,12 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
     model = nnx.eval_shape(lambda: make_model(config, recipe, nnx.Rngs(0), layout))
     block_graph, _, _ = nnx.split(model.moe_blocks, nnx.Param, RouterBias)  # `rules.check` made sure that there are some
     model.moe_blocks = None
-    ends_graph, _, _ = nnx.split(model, nnx.Param, RouterBias)
-    ends_bias, depth = _without_layers(router_bias), config.model.num_nextn_predict_layers
+    outer_graph, _, _ = nnx.split(model, nnx.Param, RouterBias)
+    outer_bias, depth = _without_layers(router_bias), config.model.num_nextn_predict_layers
     layer_bias = router_bias.get("moe_blocks", nnx.State({}))  # a router may keep none
 
-    def first(ends, microbatch: Batch):
-        return nnx.merge(ends_graph, ends, ends_bias).first(*microbatch.inputs(depth))
+    def first(outer, microbatch: Batch):
+        return nnx.merge(outer_graph, outer, outer_bias).first(*microbatch.inputs(depth))
 
     def stage(layers, bias, x_BLD, segment_BX, live_N):
         segment_BL = segment_BX[:, : x_BLD.shape[1]]
@@ -59,8 +59,8 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
         balance = stats.balance_loss.sum() * share.weights.balance * (segment_BX.shape[0] / share.sequences)
         return (x_BLD, balance), stats
 
-    def last(ends, x_BLD, microbatch: Batch):
-        outside = nnx.merge(ends_graph, ends, ends_bias)
+    def last(outer, x_BLD, microbatch: Batch):
+        outside = nnx.merge(outer_graph, outer, outer_bias)
         return head_objective(outside, outside.norm(x_BLD), [], microbatch, share)
 
     pieces = cut_layers(config.model.num_moe_layers, layout.stages, config.parallel.pipe_chunks)
@@ -68,7 +68,7 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
 
     def gradients(params: nnx.State, batch: Batch) -> tuple[nnx.State, Metrics]:
         parts = microbatches(batch, config.train.grad_accum_steps, layout)
-        d_ends, d_layers, metrics, stats = pipeline.gradients(
+        d_outer, d_layers, metrics, stats = pipeline.gradients(
             _without_layers(params), params["moe_blocks"], layer_bias, model.dtype, parts
         )
         balance = stats.balance_loss.sum() * (parts.tokens.shape[1] / share.sequences)
@@ -79,6 +79,6 @@ def pipelined_gradients(config: Config, recipe: Recipe, layout: Layout, router_b
             traffic=jax.tree.map(jnp.add, metrics.traffic, traffic),
             load=(stats.load_E, *metrics.load),
         )
-        return nnx.State(d_ends.raw_mapping | {"moe_blocks": d_layers.raw_mapping}), metrics
+        return nnx.State(d_outer.raw_mapping | {"moe_blocks": d_layers.raw_mapping}), metrics
 
     return gradients

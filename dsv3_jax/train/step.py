@@ -255,9 +255,9 @@ def make_eval_step(
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array, jax.Array, tuple]]:
     """Jitted (params, router_bias, batch of L+1 tokens) -> sums over targets: nll in nats, correct, count; and expert loads.
 
-    In 16 or 32 bits whatever training does. Layers are not pipelined: `pipe` serves as it does at the ends of a pipeline.
+    In 16 or 32 bits whatever training does. Layers are not pipelined: `pipe` serves as it does outside of a pipeline's stages.
     """
-    graph = abstract_model(config, unquantised(training_recipe(config, layout)), layout.ends).graph
+    graph = abstract_model(config, unquantised(training_recipe(config, layout)), layout.outside_pipeline).graph
 
     def eval_step(params: nnx.State, router_bias: nnx.State, batch: Batch):
         (count,) = batch.target_counts(0)

@@ -85,4 +85,4 @@ def test_every_layer_has_one_place_and_order_is_kept(layers, stages, chunks):
     ]
     assert order == list(range(layers))
     flat = pieces.layer.reshape(stages, -1)
-    np.testing.assert_array_equal(flat[pieces.place], np.arange(layers))
+    np.testing.assert_array_equal(flat[pieces.position], np.arange(layers))
