@@ -1,4 +1,4 @@
-"""docs/extending.md: every addition applies to a copy of the tree, touches at most three files, and works, alone and together."""
+"""docs/extending.md: additions apply to a copy of the tree, touch at most three files, and work, alone and together."""
 
 import os
 import re

@@ -47,7 +47,7 @@ def _plan(layout: Layout, axes: Axes, w_shape: tuple[int, ...]) -> _Plan:
 
 
 def _operand_specs(plan: _Plan, gated: bool) -> tuple[P, Scaled]:
-    """Specs of x, [B, L, K] or [B, L, 2, K], and of what a device keeps of it: values [B, L, k or 2k], scales [k_tiles, B, L]."""
+    """Specs of x, [B, L, K] or [B, L, 2, K], and of what is kept of it: values [B, L, k or 2k], scales [k_tiles, B, L]."""
     batch, summed = plan.batch or None, plan.summed or None
     x = P(batch, None, None, summed) if gated else P(batch, None, summed)
     return x, Scaled(P(batch, None, summed), P(summed, batch, None))  # type: ignore[arg-type]
