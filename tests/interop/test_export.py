@@ -191,6 +191,7 @@ def test_an_export_that_fails_leaves_nothing(ragged, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_twenty_killed_exports_leave_nothing_that_loads_wrongly(tmp_path):
     """SIGKILL at random points: the directory is not there, or it is complete. The next export clears up and finishes."""
     from tests.interop.cases import noise_checkpoint

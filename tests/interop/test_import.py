@@ -196,6 +196,7 @@ def digests(checkpoint) -> dict:
     return {name: entry for name, entry in listing.items() if "/c/" in name}
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_nothing_that_loads_and_goes_on(large, tmp_path):
     """Killed at random points until it has had its time; each time nothing stands at the target, and less is left to do."""
     program = [sys.executable, str(ROOT / "tests/interop/kill_storm.py"), "import", str(large), str(tmp_path / "ckpt"), "12"]
