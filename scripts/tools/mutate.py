@@ -1,7 +1,8 @@
 """Change one line of the code at a time, and run the tests that should notice: what they let through is printed.
 
 `mutations.yaml` beside this file lists the changes: a file, a text that stands in it exactly once, what replaces it, and the
-tests that should fail then. Each is made in a copy of the checkout, never in the checkout itself. Exit code 1 if any survives or cannot be made.
+tests that should fail then. Each is made in a copy of the checkout, never in the checkout itself. Exit code 1 if any survives
+or cannot be made.
 
     python scripts/tools/mutate.py                       # all of them: seconds each
     python scripts/tools/mutate.py --only schedule clip  # those whose name contains one of these
