@@ -139,7 +139,7 @@ def test_residuals_survive_a_change_of_replicas(tmp_path, mesh, local):
     7 divides no axis of most arrays: then their workers take over the residuals of servers."""
     checkpoints = CheckpointConfig(local_dir=str(tmp_path / "local") if local else None)
     batch = "data.batch_size=112"
-    config, layout = on(mesh, batch)
+    config, layout = on(mesh, batch, mtp=True)
     saved = with_random_residuals(state_on(config, layout))
     manager = CheckpointManager(tmp_path / "run", checkpoints)
     manager.save(saved, {"config": {}})
@@ -150,7 +150,7 @@ def test_residuals_survive_a_change_of_replicas(tmp_path, mesh, local):
         *((m, 2) for m in ("data=4 fsdp=2", "data=4 tensor=2", "data=2 fsdp=4", "data=8", "data=7")),
         *uncompressed,
     ]:
-        template = abstract_state(*on(to, batch, bits=bits))
+        template = abstract_state(*on(to, batch, bits=bits, mtp=True))
         restored, _ = CheckpointManager(tmp_path / "run", checkpoints).restore(template)
         assert [a.sharding for a in jax.tree.leaves(restored)] == [a.sharding for a in jax.tree.leaves(template)]
         for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(saved.params), strict=True):
