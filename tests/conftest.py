@@ -7,6 +7,7 @@ from types import ModuleType
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
 from dsv3_jax.cluster.processes import give_threads
 
@@ -37,6 +38,9 @@ def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+    # shapes in annotations are checked where arrays only come from our own code; elsewhere callers may pass NumPy's or lists
+    checked = ["dsv3_jax.model." + name for name in ("attention", "moe", "rope")]
+    install_import_hook(checked, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     jax.config.update("jax_num_cpu_devices", 8)  # a test that wants one device says so by parallel.*, all 1 by default
     give_threads()
 
