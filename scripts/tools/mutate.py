@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the names of the mutations to try")
     parser.add_argument("--list", action="store_true", help="print the mutations and end")
     parser.add_argument("--mutations", type=Path, default=LIST, help="another list")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="for the tests of one mutation")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="for the tests of one mutation")
     parser.add_argument("--unchanged", action="store_true", help="first see that all these tests pass as the code is")
     args = parser.parse_args()
     chosen = [m for m in read_mutations(args.mutations) if not args.only or any(part in m.name for part in args.only)]

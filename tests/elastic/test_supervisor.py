@@ -124,6 +124,15 @@ def test_it_is_given_up_when_nothing_comes_of_it(play):
     assert len(of(events, "failure")) == 6
 
 
+def test_attempts_that_make_steps_are_not_in_vain(play, monkeypatch):
+    """Seven failures, each a step further; then six without one."""
+    steps = iter([0, *(step for step in range(1, 8) for _ in range(2)), *[7] * 99])  # asked before and after each attempt
+    monkeypatch.setattr(Supervisor, "_reached", lambda _: next(steps))
+    code, _, events, _ = play({"a": [1] * 13, "b": ["runs"] * 13}, "2")
+    assert code == 1
+    assert len(of(events, "failure")) == 13
+
+
 def test_hosts_that_come_later_are_taken_in(play):
     def meanwhile(actors, supervisor):
         while not all(a.started for a in actors[:2]):
