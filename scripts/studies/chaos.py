@@ -149,7 +149,7 @@ class Chaos(threading.Thread):
             _fill(self.filler)
         elif kind == "lost":
             _lose(self._engine, host)
-            shutil.rmtree(self._run.path.parents[2] / host.name, ignore_errors=True)
+            shutil.rmtree(self._run.path.parents[1] / host.name, ignore_errors=True)
         elif kind == "cut":
             assert isinstance(self._engine, NamespaceEngine)
             self._engine.cut(host.name)

@@ -16,6 +16,7 @@ from dsv3_jax.config import CheckpointConfig, load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.exchange.exchange import Exchange
 from dsv3_jax.exchange.residual import Residual
+from dsv3_jax.model.parameters import DENSE_FFN, NORM
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
@@ -208,8 +209,8 @@ def test_a_reduction_by_itself(units):
     def state_of(shape: tuple[int, ...], seed: int) -> nnx.State:
         matrix, vector = (np.random.default_rng(seed).standard_normal((*shape, *s), np.float32) for s in ((16, 24), (16,)))
         return nnx.State({
-            "w": nnx.Param(jnp.asarray(matrix), logical_axes=("embed", "ffn")),
-            "norm": nnx.Param(jnp.asarray(vector), logical_axes=("norm",)),
+            "w": nnx.Param(jnp.asarray(matrix), logical_axes=("embed", "ffn"), kind=DENSE_FFN),
+            "norm": nnx.Param(jnp.asarray(vector), logical_axes=("norm",), kind=NORM),
         })  # fmt: skip
 
     _, layout = on("data=4 fsdp=2")

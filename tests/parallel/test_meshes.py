@@ -47,7 +47,7 @@ def test_evaluation_on_a_mesh(mesh):
         config = config_of(overrides)
         layout = layout_for(config)
         state = state_on(config, layout)
-        batch = {name: a[:, :-1] for name, a in batch_of(config, 0).items()}
+        batch = jax.tree.map(lambda a: a[:, :-1], batch_of(config, 0))
         return jax.device_get(make_eval_step(config, layout)(state.params, state.router_bias, batch))
 
     for ours, theirs in zip(jax.tree.leaves(sums(MESHES[mesh])), jax.tree.leaves(sums([])), strict=True):
