@@ -72,7 +72,7 @@ def test_links_functions_and_files_exist(page):
     for name in re.findall(r"dsv3\.(\w+)\(", text):
         assert hasattr(dsv3, name), name
     for path in re.findall(r"`((?:dsv3_jax|pallas_kernels|scripts|tests|docs|configs|notebooks)/[\w/.]+)`", text):
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path).exists() or f"+++ b/{path}" in text, path  # docs/extending.md names files that its changes make
 
 
 def test_readme_is_short():
