@@ -101,6 +101,7 @@ def _accumulated(f: Callable, count: int, layout: Layout) -> Callable:
     """f(variables, batch), a sum over rows, as a loop over `count` microbatches."""
     if count == 1:
         return f
+    f = jax.jit(f, inline=True)  # traced once, for the shapes of its results and in the loop
 
     def accumulated(variables: nnx.State, batch: Batch):
         parts = microbatches(batch, count, layout)
