@@ -54,10 +54,10 @@ def by_name(params) -> dict[str, np.ndarray]:
     [
         ("data=8", ACCUMULATED, 2),
         ("data=4 fsdp=2", AT_ONCE, 1),
-        ("data=2 fsdp=2 expert=2", ACCUMULATED, 2),
-        ("data=2 expert=2 tensor=2", AT_ONCE, 4),
+        pytest.param("data=2 fsdp=2 expert=2", ACCUMULATED, 2, marks=pytest.mark.slow),
+        pytest.param("data=2 expert=2 tensor=2", AT_ONCE, 4, marks=pytest.mark.slow),
         ("data=2 pipe=2 fsdp=2", ("train.grad_accum_steps=2",), 2),
-        ("data=2 pipe=2 expert=2", ACCUMULATED, 8),
+        pytest.param("data=2 pipe=2 expert=2", ACCUMULATED, 8, marks=pytest.mark.slow),
         ("data=7", ("train.grad_accum_steps=2", "data.batch_size=14"), 2),  # of which most arrays have no axis
     ],
 )
@@ -96,7 +96,7 @@ def test_what_is_not_sent_is_in_the_residuals(mesh, more, bits):
     assert sum(true[name].size for name in uncompressed) < 0.4 * sum(a.size for a in true.values())
 
 
-@pytest.mark.parametrize("mesh", ["data=4 fsdp=2", "data=7"])
+@pytest.mark.parametrize("mesh", ["data=4 fsdp=2", pytest.param("data=7", marks=pytest.mark.slow)])
 def test_states_of_all_replicas_stay_equal_and_learn(mesh):
     """Against uncompressed gradients, over the same batches: the loss falls nearly as far."""
     losses = {}
@@ -178,6 +178,7 @@ def test_a_checkpoint_of_uncompressed_gradients_has_no_residuals(tmp_path):
     assert not any(a.any() for a in jax.tree.leaves(restored.residuals))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_path):
     """Two steps as they are, then few bits; cut off in the midst of these."""
 

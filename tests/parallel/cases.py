@@ -50,6 +50,11 @@ MESHES = {
     )
 }
 
+# the meshes that the fast suite compares whole training with: every axis by itself and in company, transports, interleaving
+FAST = {
+    "data=8", "pipe=2", "fsdp=8", "expert=8", "tensor=4", "fsdp=2 expert=2 tensor=2", "data=2 pipe=2 fsdp=2 pipe_chunks=2",
+    "expert=8 expert_transport=two_level expert_ranks_per_node=2",
+}  # fmt: skip
 WITHOUT_MTP = "model.num_nextn_predict_layers=0"
 # the meshes whose steps are compared with MTP: with and without a pipeline, and every axis once
 WITH_MTP = {"data=4 expert=2", "fsdp=2 expert=2 tensor=2", "pipe=2 expert=2 tensor=2", "data=2 pipe=2 fsdp=2 pipe_chunks=2"}

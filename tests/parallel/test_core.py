@@ -20,7 +20,7 @@ register("logit_statistics", "interpreted", functools.partial(tpu.logit_statisti
 KERNEL = replace(RECIPES["float32"], core="interpreted")
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2 expert=2 tensor=2", pytest.param("data=2 pipe=2 expert=2", marks=pytest.mark.slow)])
 def test_kernels_on_a_mesh_equal_one_device(mesh):
     """The whole model's gradients, with replicas and pipeline stages as axes of a vmap around the kernels for TPU,
     interpreted, and a sharded vocabulary. float32; sums over devices, keys and vocabulary come in another order."""

@@ -14,6 +14,7 @@ from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.train.step import make_eval_step
 from tests.parallel.cases import (
+    FAST,
     MESHES,
     WITH_MTP,
     assert_same_gradients,
@@ -29,7 +30,7 @@ from tests.parallel.cases import (
 STEPS = 20
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [mesh if mesh in FAST else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES])
 def test_mesh_equals_one_device(mesh):
     for ours, theirs in zip(results(overrides_of(mesh), STEPS), one_device(STEPS, mesh in WITH_MTP), strict=True):
         (grads, metrics), (expected_grads, expected) = ours.first, theirs.first
