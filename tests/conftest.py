@@ -38,8 +38,15 @@ def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
-    # shapes in annotations are checked where arrays only come from our own code; elsewhere callers may pass NumPy's or lists
-    checked = ["dsv3_jax.model." + name for name in ("attention", "moe", "rope")]
+    # shapes in annotations are checked in every module whose arrays only come from our own code; entry points
+    # (transformer, generate, batches) also take NumPy's arrays or lists, and beartype knows no generic NamedTuple (Residual)
+    checked = [
+        *(f"dsv3_jax.model.{name}" for name in ("attention", "layers", "moe", "rope", "router")),
+        *(f"dsv3_jax.parallel.{name}" for name in ("collectives", "experts")),
+        *(f"dsv3_jax.exchange.{name}" for name in ("codec", "wire")),
+        "pallas_kernels.gradient_codes", "pallas_kernels.quantize", "pallas_kernels.scaled",
+        "pallas_kernels.scaled_linear", "pallas_kernels.scaled_matmul", "pallas_kernels.swiglu_quantize",
+    ]  # fmt: skip
     install_import_hook(checked, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     jax.config.update("jax_num_cpu_devices", 8)  # a test that wants one device says so by parallel.*, all 1 by default
     give_threads()
