@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dsv3_jax.interop.hf_load import load_hf as load_hf
     from dsv3_jax.model.transformer import Transformer as Transformer
     from dsv3_jax.serve.generate import generate as generate
-    from dsv3_jax.train.evaluate import evaluate as evaluate
-    from dsv3_jax.train.loop import train as train
+    from dsv3_jax.training.evaluate import evaluate as evaluate
+    from dsv3_jax.training.loop import train as train
 
 _HOME = {
     "Config": "config",
@@ -34,8 +34,8 @@ _HOME = {
     "ParallelConfig": "config",
     "load_config": "config",
     "UserError": "errors",
-    "train": "train.loop",
-    "evaluate": "train.evaluate",
+    "train": "training.loop",
+    "evaluate": "training.evaluate",
     "import_hf": "interop.hf_import",
     "load_hf": "interop.hf_load",
     "save_hf": "interop.hf_export",
@@ -48,11 +48,6 @@ __all__ = [
     "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "evaluate", "generate", "import_hf", "load",
     "load_config", "load_hf", "save_hf", "train",
 ]  # fmt: skip
-
-# `train` is also the name of a room. Importing a package binds its name in the parent, once: that happens here, before
-# `__getattr__` below can give the name to the function.
-importlib.import_module("dsv3_jax.train")
-del globals()["train"]
 
 
 def __getattr__(name: str) -> Any:

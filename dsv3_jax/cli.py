@@ -27,8 +27,8 @@ def _join() -> None:
 
 
 def _train_and_finish(config: Config, root: Path, elastic: bool = False) -> None:
-    from dsv3_jax.train.finish import finish
-    from dsv3_jax.train.loop import train
+    from dsv3_jax.training.finish import finish
+    from dsv3_jax.training.loop import train
 
     result = train(config, root, elastic)
     if result.interrupted:
@@ -80,7 +80,7 @@ def train(
         leave_spares(checked, devices)
     _join()
     if rehearse:
-        from dsv3_jax.train.resolve import compile_only
+        from dsv3_jax.training.resolve import compile_only
 
         compile_only(checked, elastic=workers is not None)
     else:
@@ -117,7 +117,7 @@ def evaluate(run: RunPath, data: str | None = None) -> None:
     """
     _join()
     from dsv3_jax.cluster.processes import is_first
-    from dsv3_jax.train.evaluate import evaluate as run_evaluation
+    from dsv3_jax.training.evaluate import evaluate as run_evaluation
 
     figures = run_evaluation(run, data)
     if is_first():

@@ -223,7 +223,7 @@ class TrainConfig:
     sequence_balance_alpha: float = 1e-4  # weight of the sequence-wise balance loss
     # seconds without the end of a step (or 10 median steps, if longer) after which a process of several ends itself
     stuck_after_s: float = 300.0
-    # the same while it compiles, restores, evaluates or waits for a save (train/watchdog.py)
+    # the same while it compiles, restores, evaluates or waits for a save (training/watchdog.py)
     slow_after_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -255,9 +255,7 @@ class ParallelConfig:
     # auto: 2, where that is expected to pay (cost/compression.py)
     compress: Literal[0, 1, 2, 4, 8, "auto"] = 0
     compress_after: int = 200  # steps as they are: few bits need the second moments that these leave
-    max_state_gib: float | None = (
-        None  # GiB of weights and moments per device; a run that has lost hosts takes no mesh with more
-    )
+    max_state_gib: float | None = None  # GiB of weights and moments per device, at most, on any mesh that a run shrinks to
 
     def __post_init__(self) -> None:
         axes = ("data", "pipe", "fsdp", "expert", "tensor")

@@ -6,6 +6,7 @@ holds an implementation, of this package or of a plug-in, to the operation's def
 
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.errors import Unavailable
+from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.grouped_swiglu.dense import dense_is_worthwhile, dense_swiglu
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
@@ -13,5 +14,5 @@ from pallas_kernels.registry import register
 
 __all__ = [
     "Unavailable", "causal_attention", "dense_is_worthwhile", "dense_swiglu", "grouped_swiglu", "linear_cross_entropy",
-    "register",
+    "mean_of_codes", "pack_codes", "register",
 ]  # fmt: skip

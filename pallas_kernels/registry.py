@@ -9,7 +9,8 @@
   The platform is the one that the program is lowered for, so that a program compiled on a machine without an accelerator is
   right; which GPU it is, the mesh in context says, or the process's own device.
 
-Only `auto` falls back. Whoever names an implementation gets it, or `Unavailable`, which says what it does not take.
+Only `auto` falls back. Whoever names an implementation gets it, or an error: `Unavailable` says what it does not take, and JAX
+itself refuses to lower a kernel for a platform that it is not for.
 """
 
 from collections.abc import Callable

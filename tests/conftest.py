@@ -44,8 +44,7 @@ def pytest_configure(config):
         *(f"dsv3_jax.model.{name}" for name in ("attention", "layers", "moe", "rope", "router")),
         *(f"dsv3_jax.parallel.{name}" for name in ("collectives", "experts")),
         *(f"dsv3_jax.exchange.{name}" for name in ("codec", "wire")),
-        "pallas_kernels.gradient_codes", "pallas_kernels.quantize", "pallas_kernels.scaled",
-        "pallas_kernels.scaled_linear", "pallas_kernels.scaled_matmul", "pallas_kernels.swiglu_quantize",
+        "pallas_kernels.gradient_codes", "pallas_kernels.scaled", "pallas_kernels.scaled_linear",
     ]  # fmt: skip
     install_import_hook(checked, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
     jax.config.update("jax_num_cpu_devices", 8)  # a test that wants one device says so by parallel.*, all 1 by default

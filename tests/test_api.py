@@ -2,15 +2,12 @@
 
 import inspect
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import dsv3_jax as dsv3
 from dsv3_jax import cli
-from dsv3_jax.train import loop
 from tests.conftest import ROOT
 
 FUNCTIONS = ("evaluate", "generate", "import_hf", "load", "load_config", "load_hf", "save_hf", "train")
@@ -65,12 +62,6 @@ def test_docstrings_say_what_is_taken_returned_and_raised(name):
     arguments = text.partition("Args:")[2].partition("Returns:")[0]
     for parameter in inspect.signature(function).parameters:
         assert f"    {parameter}: " in arguments
-
-
-def test_train_is_the_function_whatever_of_its_room_is_imported():
-    assert dsv3.train is loop.train
-    code = "import dsv3_jax.train.loop, dsv3_jax; assert dsv3_jax.train is dsv3_jax.train.__globals__['train']"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_exists():

@@ -17,7 +17,7 @@ from dsv3_jax import cli
 from dsv3_jax.config import load_config
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_import import import_hf
-from dsv3_jax.train.loop import TrainResult, train
+from dsv3_jax.training.loop import TrainResult, train
 from tests.conftest import FIXTURES, load_script
 from tests.interop.cases import read_all
 

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 # From low to high: a room imports only its own modules, rooms before it and the modules that stand beside the rooms.
 ROOMS = [
     "cluster", "data", "precision", "model", "optim", "parallel", "exchange", "state", "checkpoint", "runs", "cost", "serve",
-    "train", "interop", "plan", "elastic",
+    "training", "interop", "plan", "elastic",
 ]  # fmt: skip
 BELOW_ROOMS = {"errors", "config", "files", "progress"}  # modules of the package that every room may import
 ABOVE_ROOMS = {"__init__", "cli", "describe"}  # and those that no room may import
@@ -78,7 +78,7 @@ def test_import_is_light_and_touches_no_device():
 
 def test_importing_everything_initialises_no_backend():
     code = (
-        "import dsv3_jax; [getattr(dsv3_jax, n) for n in dsv3_jax.__all__]; import dsv3_jax.train.finish; "
+        "import dsv3_jax; [getattr(dsv3_jax, n) for n in dsv3_jax.__all__]; import dsv3_jax.training.finish; "
         "from jax._src import xla_bridge; assert not xla_bridge._backends"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -51,7 +51,7 @@ class LoadedModel(Checkpoint):
 
 @dataclass(frozen=True)
 class LoadedWeights(Checkpoint):
-    """Weights on a mesh, for `train.step.make_eval_step`."""
+    """Weights on a mesh, for `training.step.make_eval_step`."""
 
     layout: Layout
     params: nnx.State

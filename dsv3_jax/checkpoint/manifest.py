@@ -120,6 +120,8 @@ def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool =
         raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {MANIFEST})") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{directory}: damaged {MANIFEST}: {error}") from None
+    if not expected:
+        raise UserError(f"checkpoint {directory} is damaged: {MANIFEST} lists no files")
     names = [name for name in sorted(expected) if arrays or "d" not in name.split("/")]
     for name in names:
         size, path = expected[name][0], directory / name

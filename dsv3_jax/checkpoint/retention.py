@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dsv3_jax.checkpoint.manifest import MANIFEST
+from dsv3_jax.checkpoint.manifest import MANIFEST, check_format
 from dsv3_jax.config import CheckpointConfig
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
@@ -19,6 +19,12 @@ def complete_steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+
+
+def check_latest_format(directory: Path) -> None:
+    """Raise `UserError` if the latest complete checkpoint in `directory` is of a format that this version cannot read."""
+    if steps := complete_steps(directory):
+        check_format(directory / str(steps[-1]))
 
 
 def steps_to_keep(config: CheckpointConfig, steps: list[int], losses: Mapping[int, float | None]) -> set[int]:

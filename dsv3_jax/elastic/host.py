@@ -27,9 +27,9 @@ _PR_SET_PDEATHSIG = 1
 
 def _import_all() -> None:
     """Import what `dsv3 train` does, once for all workers: it takes some seconds."""
-    import dsv3_jax.train.finish
-    import dsv3_jax.train.loop
-    import dsv3_jax.train.resolve  # noqa: F401
+    import dsv3_jax.training.finish
+    import dsv3_jax.training.loop
+    import dsv3_jax.training.resolve  # noqa: F401
 
     gc.collect()
     gc.freeze()  # so that a worker's collections leave the pages that it shares with its host

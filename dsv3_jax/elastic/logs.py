@@ -44,5 +44,5 @@ def tail(path: Path) -> str:
 
 
 def ended_by_watchdog(log: Path) -> bool:
-    """Whether the log ends with the stacks that the watchdog prints (train/watchdog.py) before it ends its process."""
+    """Whether the log ends with the stacks that the watchdog prints (training/watchdog.py) before it ends its process."""
     return "Timeout (" in tail(log)

@@ -3,6 +3,7 @@
 Formats: `hf-f32`, `hf-bf16`, and `hf-fp8`, DeepSeek's block-FP8 with bfloat16 for what it leaves in 16 bits.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,10 +16,11 @@ from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import StoredArrays
 from dsv3_jax.checkpoint.storage import read_metadata
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_card import origin_of_checkpoint
-from dsv3_jax.interop.hf_tensors import Source
+from dsv3_jax.interop.hf_tensors import Source, sources
 from dsv3_jax.interop.hf_writer import SHARD_BYTES, write_hf
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
@@ -46,6 +48,7 @@ def save_hf(
     if jax.process_count() > 1:
         raise UserError("save_hf writes from one process; save a checkpoint, and `dsv3 export` it from any machine")
     arrays = {name: variable.get_value() for name, variable in variables_by_name(nnx.state(model)).items()}
+    _check_layout(model.config, arrays)
     layers: dict[str, tuple[int, np.ndarray]] = {}  # each array's layer that was read last: a sharded one is gathered once
     reading = Lock()
 
@@ -65,6 +68,12 @@ def save_hf(
     )  # fmt: skip
 
 
+def _check_layout(config: ModelConfig, arrays: Collection[str]) -> None:
+    """Raise `UserError` if the model lacks an array that Hugging Face's layout has, such as the balancing bias of a router."""
+    if absent := sorted({s.array for s in sources(config)} - {*arrays}):
+        raise UserError(f"this model has no {absent[0]}, which Hugging Face's layout needs: it cannot be exported")
+
+
 def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a run's latest checkpoint, or the one at the path, as a Hugging Face checkpoint; see `save_hf`.
 
@@ -74,6 +83,7 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
     found = open_checkpoint(run_or_checkpoint)
     config = found.config.model
     stored, variables = StoredArrays(found.path), abstract_variables(config)
+    _check_layout(config, variables)
     arrays: dict[str, Any] = {}
 
     def read(s: Source) -> np.ndarray:

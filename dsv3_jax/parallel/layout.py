@@ -3,7 +3,7 @@ operations in which tokens meet weights that live elsewhere (embedding.py, exper
 
 No `shard_map` here is differentiated but that of attention, in which nothing is summed over devices: each has its own
 gradient, so that every such sum is one that stands in this file. `data` and the pipeline's stages are axes of a `vmap` around
-the model (see `train/step.py` and `pipeline.py`) and appear nowhere in here.
+the model (see `training/step.py` and `pipeline.py`) and appear nowhere in here.
 """
 
 import functools

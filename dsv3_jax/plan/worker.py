@@ -20,8 +20,8 @@ from dsv3_jax.parallel.layout import make_layout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import check
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.resolve import abstract_batch, resolve_on
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.resolve import abstract_batch, resolve_on
+from dsv3_jax.training.step import make_train_step
 
 
 def _location(device: Any) -> list[Any]:

@@ -103,9 +103,17 @@ def register(platform: Platform) -> None:
                 f"platform {platform.name}: formats[{format!r}]={support!r}; use one of {', '.join(FORMATS)} with native, "
                 f"emulated or refused"
             )
-    missing = [f for f in ("bf16", "e4m3", "int8") if platform.formats.get(f) == "native" and f not in platform.tera_ops]
+    if not isinstance(platform.pjrt, tuple):
+        raise UserError(f"platform {platform.name}: pjrt={platform.pjrt!r}; use a tuple of names, such as ('tpu',)")
+    try:
+        re.compile(platform.kind)
+    except re.error as error:
+        raise UserError(f"platform {platform.name}: kind={platform.kind!r} is no regular expression: {error}") from None
+    needed = {"bf16"} if any(platform.formats.get(f) == "native" for f in FORMATS if f != "float32") else set()
+    native = [f for f in ("bf16", "e4m3", "int8") if platform.formats.get(f) == "native" or f in needed]
+    missing = [f for f in native if platform.tera_ops.get(f, 0) <= 0]
     if missing:
-        raise UserError(f"platform {platform.name}: {missing[0]} is native, so tera_ops[{missing[0]!r}] must say how fast")
+        raise UserError(f"platform {platform.name}: tera_ops[{missing[0]!r}] must say its peak, in 10^12 a second")
     _require_operations(platform)
     _registered[:] = [platform, *(p for p in _registered if p.name != platform.name)]
 

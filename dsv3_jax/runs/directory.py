@@ -71,7 +71,7 @@ class RunDirectory:
 
     @property
     def deadline_file(self) -> Path:
-        """Holds the time (seconds since 1970) at which process 0's watchdog aborts it, for a supervisor (train/watchdog.py)."""
+        """Holds the time (s since 1970) at which process 0's watchdog aborts it, for supervisors (training/watchdog.py)."""
         return self.path / "deadline"
 
     @property
@@ -133,6 +133,6 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
-def run_directory(config: Config, root: Path = Path("runs")) -> RunDirectory:
+def run_directory(config: Config, root: str | Path = "runs") -> RunDirectory:
     """ROOT/NAME, where a configuration's run is."""
-    return RunDirectory(root / config.name)
+    return RunDirectory(Path(root) / config.name)

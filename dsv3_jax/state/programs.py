@@ -64,7 +64,7 @@ def compiled_now(_name: str, jitted: Any, *args: Any) -> Compiled:
 
 
 @contextlib.contextmanager
-def _without_jax_cache() -> Iterator[None]:
+def without_jax_cache() -> Iterator[None]:
     """Compile without JAX's cache: what it gives for a CPU loses functions when it is serialised again."""
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
@@ -105,7 +105,7 @@ class ProgramStore:
             pass
         except Exception:  # cut off, or of a compiler that says its version but is another one: made anew
             file.unlink(missing_ok=True)
-        with _without_jax_cache():
+        with without_jax_cache():
             compiled = compiled_now(name, jitted, *args)
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)

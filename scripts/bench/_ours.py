@@ -16,7 +16,7 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import make_model, new_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ from bench_precision import batch_of
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import load_config
 from dsv3_jax.state.train_state import new_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.step import make_train_step
 
 INTERVAL_S = 600.0  # checkpoint.every_minutes
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax.config import load_config
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.step import make_train_step
 
 _LAYERS = (6, 30)
 

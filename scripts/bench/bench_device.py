@@ -34,7 +34,7 @@ from dsv3_jax.exchange.codec import Codec
 from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.precision.platforms import Platform, platform_of
 from dsv3_jax.state.train_state import new_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.step import make_train_step
 from pallas_kernels import registry, testing
 from pallas_kernels.causal_attention.api import causal_attention
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes

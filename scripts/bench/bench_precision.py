@@ -16,7 +16,7 @@ import numpy as np
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.state.train_state import new_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.step import make_train_step
 
 SIDES = {
     "bf16": ["precision.recipe=bf16"],

@@ -15,7 +15,7 @@ from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.step import gradients, make_train_step
+from dsv3_jax.training.step import gradients, make_train_step
 
 MB = 2**20
 SMALL = Path(__file__).parents[2] / "configs" / "small.yaml"

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from dsv3_jax.config import load_config
-from dsv3_jax.train.evaluate import evaluate_store
-from dsv3_jax.train.loop import train
-from dsv3_jax.train.step import make_eval_step
+from dsv3_jax.training.evaluate import evaluate_store
+from dsv3_jax.training.loop import train
+from dsv3_jax.training.step import make_eval_step
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VARIANTS = {"balanced": [], "off": ["train.bias_update_speed=0", "train.sequence_balance_alpha=0"]}

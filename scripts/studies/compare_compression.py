@@ -51,8 +51,8 @@ from dsv3_jax.model.parameters import kind_of
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, new_state
-from dsv3_jax.train.evaluate import evaluate_store
-from dsv3_jax.train.step import apply_gradients, gradient_function, make_eval_step, training_recipe
+from dsv3_jax.training.evaluate import evaluate_store
+from dsv3_jax.training.step import apply_gradients, gradient_function, make_eval_step, training_recipe
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LOCO_KEPT, _LOCO_FORGETS = 0.8, 512  # of the moving average

@@ -28,7 +28,7 @@ from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.state.train_state import TrainState, new_state
-from dsv3_jax.train.step import gradients, make_train_step
+from dsv3_jax.training.step import gradients, make_train_step
 
 _ROOT = Path(__file__).resolve().parents[2]
 WIDENED = [

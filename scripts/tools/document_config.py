@@ -7,6 +7,7 @@ import argparse
 import ast
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 from dsv3_jax import config as config_module
@@ -43,7 +44,8 @@ def _row(key: str, field: ast.AnnAssign, lines: list[str]) -> str:
     def source(node: ast.expr | None) -> str:
         return "" if node is None else ast.unparse(node).replace("None", "null").replace("|", "\\|").replace("'", "")
 
-    values = re.sub(r"Literal\[(.*?)\]", r"\1", source(field.annotation))
+    recipes = ", ".join(typing.get_args(config_module.RecipeName))
+    values = re.sub(r"Literal\[(.*?)\]", r"\1", source(field.annotation)).replace("RecipeName", recipes)
     default = source(field.value).replace("False", "false").replace("True", "true")
     return f"| `{key}` | {values} | {default} | {_comments(lines, field).replace('|', '\\|')} |"
 

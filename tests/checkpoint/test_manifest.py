@@ -8,7 +8,7 @@ import pytest
 from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import verify, write_manifest
-from dsv3_jax.checkpoint.retention import complete_steps
+from dsv3_jax.checkpoint.retention import check_latest_format, complete_steps
 from dsv3_jax.errors import UserError
 from tests.checkpoint.cases import KEEP_ALL, assert_is, saved, state_of
 
@@ -84,3 +84,21 @@ def test_sizes_contents_and_who_reads_what_by_hand(tmp_path):
     with pytest.raises(UserError, match="weights/d/b should have 4 bytes, found nothing"):
         verify(tmp_path / "7")
     verify(tmp_path / "7", arrays=False)
+
+
+def test_the_latest_checkpoint_says_whether_a_run_can_go_on(tmp_path):
+    """Before anything of the run is written."""
+    check_latest_format(tmp_path)
+    saved(tmp_path, [1, 2])
+    check_latest_format(tmp_path)
+    renumber(tmp_path / "2", 7)
+    with pytest.raises(UserError, match="has format 7"):
+        check_latest_format(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"format": 1, "files": {}}'])
+def test_a_manifest_that_lists_nothing_is_damage(tmp_path, text):
+    saved(tmp_path, [1])
+    (tmp_path / "1" / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"damaged: manifest.json lists no files"):
+        verify(tmp_path / "1")

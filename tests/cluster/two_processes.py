@@ -12,7 +12,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import local_rows, place
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, abstract_state, init_state
-from dsv3_jax.train.step import gradients
+from dsv3_jax.training.step import gradients
 from tests.parallel.cases import MESHES, WITHOUT_MTP, batch_of, config_of, step_of
 
 

@@ -246,6 +246,6 @@ def test_a_host_imports_what_training_does():
     tree = ast.parse((ROOT / "dsv3_jax/cli.py").read_text())
     train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     used = {node.module for node in ast.walk(train) if isinstance(node, ast.ImportFrom)}
-    used = {module for module in used if module and module.startswith("dsv3_jax.train.")}
+    used = {module for module in used if module and module.startswith("dsv3_jax.training.")}
     assert used
     assert used <= imports(ROOT / "dsv3_jax/elastic/host.py")

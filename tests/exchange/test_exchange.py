@@ -21,8 +21,8 @@ from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.state.train_state import abstract_state, new_state
-from dsv3_jax.train.loop import train
-from dsv3_jax.train.step import (
+from dsv3_jax.training.loop import train
+from dsv3_jax.training.step import (
     ScheduledSteps,
     gradient_function,
     make_train_step,

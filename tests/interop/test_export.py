@@ -19,7 +19,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
-from dsv3_jax.train.loop import train
+from dsv3_jax.training.loop import train
 from tests.commands import dsv3 as command
 from tests.commands import dsv3_process
 from tests.conftest import FIXTURES, ROOT

@@ -18,7 +18,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.parameters import RouterBias
-from dsv3_jax.train.objective import LossWeights, Share, objective
+from dsv3_jax.training.objective import LossWeights, Share, objective
 from tests.conftest import FIXTURES, ROOT
 
 NAMES = sorted(p.parent.name for p in FIXTURES.glob("*/reference.npz"))

@@ -16,7 +16,7 @@ from dsv3_jax.model.moe import MoE, sequence_balance_loss
 from dsv3_jax.model.parameters import RouterBias
 from dsv3_jax.model.transformer import Transformer, positions
 from dsv3_jax.precision.recipes import RECIPES
-from dsv3_jax.train.objective import LossWeights, Share, objective
+from dsv3_jax.training.objective import LossWeights, Share, objective
 
 MICRO = ModelConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=3,

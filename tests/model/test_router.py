@@ -15,8 +15,8 @@ from dsv3_jax.model.parameters import ROUTER, weight
 from dsv3_jax.model.router import Router, SigmoidRouter
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.resolve import abstract_batch
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.resolve import abstract_batch
+from dsv3_jax.training.step import make_train_step
 from tests.model.test_model import MICRO
 from tests.parallel.cases import config_of
 

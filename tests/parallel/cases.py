@@ -12,7 +12,7 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import TrainState, abstract_state, new_state
-from dsv3_jax.train.step import apply_gradients, gradients, training_recipe
+from dsv3_jax.training.step import apply_gradients, gradients, training_recipe
 from tests.conftest import ROOT
 
 # Latents and head sizes are odd; 5 MoE layers don't divide into stages; group-limited routing and the balance loss are on, and

@@ -9,7 +9,7 @@ import pytest
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.recipes import RECIPES
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.step import gradients
+from dsv3_jax.training.step import gradients
 from pallas_kernels import register
 from pallas_kernels.causal_attention import splash
 from pallas_kernels.linear_cross_entropy import tpu

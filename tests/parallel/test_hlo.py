@@ -14,7 +14,7 @@ from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.rules import is_variable
 from dsv3_jax.plan.communication import groups_of
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.step import make_train_step
 from tests.conftest import ROOT
 from tests.parallel.cases import WITHOUT_MTP, config_of
 

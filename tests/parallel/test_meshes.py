@@ -12,7 +12,7 @@ from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
-from dsv3_jax.train.step import make_eval_step
+from dsv3_jax.training.step import make_eval_step
 from tests.parallel.cases import (
     FAST,
     MESHES,

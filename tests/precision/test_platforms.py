@@ -23,8 +23,8 @@ from dsv3_jax.precision.platforms import Platform, platform_of, resolve
 from dsv3_jax.precision.recipes import RECIPES, recipe_of, run_by
 from dsv3_jax.runs.metrics import read_rows
 from dsv3_jax.state.train_state import abstract_state, new_state
-from dsv3_jax.train.loop import train
-from dsv3_jax.train.step import make_train_step
+from dsv3_jax.training.loop import train
+from dsv3_jax.training.step import make_train_step
 from pallas_kernels import devices, quantize, scaled_matmul, swiglu_quantize
 from pallas_kernels.grouped_swiglu.reference import grouped_swiglu as experts_by_definition
 from tests.conftest import ROOT
@@ -164,11 +164,21 @@ def test_a_plug_in_that_is_installed_is_found(tmp_path):
         ({"fp4": "native"}, {}, r"formats\['fp4'\]='native'"),
         ({"int8": "quick"}, {}, "use one of float32"),
         ({"bf16": "native", "int8": "native"}, {"bf16": 1.0}, r"tera_ops\['int8'\]"),
+        ({"bf16": "refused", "e4m3": "native"}, {"e4m3": 2.0}, r"tera_ops\['bf16'\]"),  # what 8 bits gain is over bf16
+        ({"bf16": "native"}, {"bf16": 0.0}, r"tera_ops\['bf16'\]"),
     ],
 )
 def test_a_bad_plug_in_is_refused(registry, formats, rates, text):
     with pytest.raises(UserError, match=text):
         platforms.register(Platform("bad", ("cpu",), "", formats, rates))
+
+
+@pytest.mark.parametrize(
+    ("pjrt", "kind", "text"), [("cpux", "", "use a tuple of names"), (("cpu",), "(", "no regular expression")]
+)
+def test_a_plug_in_that_names_its_devices_wrongly_is_refused(registry, pjrt, kind, text):
+    with pytest.raises(UserError, match=text):
+        platforms.register(Platform("bad", pjrt, kind, {}, {}))
 
 
 @pytest.mark.parametrize(

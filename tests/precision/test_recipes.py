@@ -11,7 +11,7 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.precision.recipes import RECIPES, Recipe
 from dsv3_jax.state.train_state import abstract_state, new_state, serving_graph
-from dsv3_jax.train.step import gradients, make_train_step
+from dsv3_jax.training.step import gradients, make_train_step
 from tests.parallel.cases import MESHES, batch_of, config_of
 
 SMALL = ["train.grad_accum_steps=1", "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0"]

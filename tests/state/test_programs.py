@@ -8,7 +8,7 @@ import pytest
 from dsv3_jax.config import load_config
 from dsv3_jax.state import programs as compiled
 from dsv3_jax.state.programs import ProgramStore, compiled_dir
-from dsv3_jax.train.loop import train
+from dsv3_jax.training.loop import train
 from tests.conftest import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"

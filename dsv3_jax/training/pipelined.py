@@ -15,7 +15,7 @@ from dsv3_jax.parallel.pipeline import Pipeline, cut_layers
 from dsv3_jax.parallel.schedule import Schedule, make_schedule
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.state.train_state import make_model
-from dsv3_jax.train.objective import Metrics, Share, head_objective, sum_traffic
+from dsv3_jax.training.objective import Metrics, Share, head_objective, sum_traffic
 
 
 def microbatches(batch: Batch, count: int, layout: Layout) -> Batch:

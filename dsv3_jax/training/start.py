@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.checkpoint.retention import check_latest_format
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config
 from dsv3_jax.data.store import Corpus, load_corpus
@@ -17,11 +18,11 @@ from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import TrainState, abstract_state, init_program
-from dsv3_jax.train.context import RunContext, TrainingData
-from dsv3_jax.train.initial import with_initial_weights
-from dsv3_jax.train.resolve import Resolved, program_store, resolve_for_devices
-from dsv3_jax.train.signals import StopRequest
-from dsv3_jax.train.watchdog import Watchdog
+from dsv3_jax.training.context import RunContext, TrainingData
+from dsv3_jax.training.initial import with_initial_weights
+from dsv3_jax.training.resolve import Resolved, program_store, resolve_for_devices
+from dsv3_jax.training.signals import StopRequest
+from dsv3_jax.training.watchdog import Watchdog
 
 _LOCK_PATIENCE_S = 60.0  # a supervised run's processes of the attempt before may still be ending
 
@@ -43,7 +44,7 @@ def _initial_state(resolved: Resolved, manager: CheckpointManager, data: Trainin
     return state
 
 
-def start(config: Config, root: Path, elastic: bool, until_end: contextlib.ExitStack) -> tuple[RunContext, TrainState]:
+def start(config: Config, root: str | Path, elastic: bool, until_end: contextlib.ExitStack) -> tuple[RunContext, TrainState]:
     """Claim the run's directory, load data and programs, and make or restore the state. Raises `UserError` as `loop.train`.
 
     The lock, the watchdog, the progress bar and the signal handlers are released by `until_end`, open files by the context's
@@ -55,6 +56,7 @@ def start(config: Config, root: Path, elastic: bool, until_end: contextlib.ExitS
     config, layout = resolved.config, resolved.layout
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
+    on_first(lambda: check_latest_format(run.checkpoints))  # before anything of the run is changed
     corpus = _load_corpus(config)
     data = TrainingData(config, layout, corpus)
     on_first(lambda: until_end.enter_context(run.claimed(_LOCK_PATIENCE_S if several else 0.0)))
@@ -72,6 +74,8 @@ def start(config: Config, root: Path, elastic: bool, until_end: contextlib.ExitS
         progress.say(note)
     if done:
         progress.say(f"resuming {run.path} at step {done}")
+    if done >= config.train.steps:
+        progress.say(f"nothing is left to train: train.steps={config.train.steps}")
     writer = MetricsWriter(run, done) if is_first() else None
     events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
     return RunContext(resolved, run, data, programs, manager, writer, events, progress, stop, watchdog), state

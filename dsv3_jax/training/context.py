@@ -25,9 +25,9 @@ from dsv3_jax.runs.goodput import RunningAccount
 from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs
 from dsv3_jax.state.train_state import TrainState, abstract_model
-from dsv3_jax.train.resolve import Resolved, tokens_ahead
-from dsv3_jax.train.signals import StopRequest
-from dsv3_jax.train.watchdog import Watchdog
+from dsv3_jax.training.resolve import Resolved, tokens_ahead
+from dsv3_jax.training.signals import StopRequest
+from dsv3_jax.training.watchdog import Watchdog
 
 
 class TrainingData:

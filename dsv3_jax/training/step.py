@@ -24,8 +24,8 @@ from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import ONE_DEVICE, AbstractModel, TrainState, abstract_model, abstract_state
-from dsv3_jax.train.objective import LossWeights, Metrics, Share, objective
-from dsv3_jax.train.pipelined import microbatches, pipelined_gradients
+from dsv3_jax.training.objective import LossWeights, Metrics, Share, objective
+from dsv3_jax.training.pipelined import microbatches, pipelined_gradients
 
 _ODD = (np.uint32(2654435761), np.uint32(2246822519), np.uint32(3266489917))  # odd factors with well-mixed bits
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import load_config
-from dsv3_jax.train.evaluate import evaluate_store
-from dsv3_jax.train.loop import train
-from dsv3_jax.train.step import make_eval_step
+from dsv3_jax.training.evaluate import evaluate_store
+from dsv3_jax.training.loop import train
+from dsv3_jax.training.step import make_eval_step
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

@@ -18,8 +18,8 @@ from dsv3_jax.model.parameters import HEAD
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.precision.recipes import recipe_of
 from dsv3_jax.state.train_state import TrainState, abstract_model, new_state
-from dsv3_jax.train.objective import Metrics
-from dsv3_jax.train.step import after_step, apply_gradients, make_train_step
+from dsv3_jax.training.objective import Metrics
+from dsv3_jax.training.step import after_step, apply_gradients, make_train_step
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

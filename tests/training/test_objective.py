@@ -11,7 +11,7 @@ import pytest
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model.layout import Layout, Traffic
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.train.objective import LossWeights, Share, head_objective
+from dsv3_jax.training.objective import LossWeights, Share, head_objective
 
 V, L = 6, 3
 TOKENS = jnp.arange(V)[None]  # 3 inputs, and what two MTP modules need beyond them

@@ -21,8 +21,8 @@ from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.metrics import MetricsWriter, read_rows
-from dsv3_jax.train.finish import finish
-from dsv3_jax.train.loop import train
+from dsv3_jax.training.finish import finish
+from dsv3_jax.training.loop import train
 from tests.commands import dsv3 as dsv3_command
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

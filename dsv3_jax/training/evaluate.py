@@ -15,7 +15,7 @@ from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import place
 from dsv3_jax.state.train_state import ONE_DEVICE
-from dsv3_jax.train.step import make_eval_step
+from dsv3_jax.training.step import make_eval_step
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluate_store(
     eval_step: Callable, params: Any, router_bias: Any, store: TokenStore, seq_len: int, batch_size: int,
     limit: int | None = None, layout: Layout = ONE_DEVICE,
 ) -> Evaluation:  # fmt: skip
-    """Run `eval_step` (`train.step.make_eval_step`) over the store's documents, or their first `limit` batches."""
+    """Run `eval_step` (`training.step.make_eval_step`) over the store's documents, or their first `limit` batches."""
     sums, load = np.zeros(3), []
     for batch in eval_batches(store, seq_len, batch_size, limit):
         batch = place(layout, batch, range(batch_size), batch_size)

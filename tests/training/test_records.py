@@ -10,11 +10,11 @@ from dsv3_jax.config import load_config
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Traffic
-from dsv3_jax.train import context
-from dsv3_jax.train.context import SaveClock
-from dsv3_jax.train.loop import _check_health, _row
-from dsv3_jax.train.objective import Metrics
-from dsv3_jax.train.step import StepMetrics, batch_checksum
+from dsv3_jax.training import context
+from dsv3_jax.training.context import SaveClock
+from dsv3_jax.training.loop import _check_health, _row
+from dsv3_jax.training.objective import Metrics
+from dsv3_jax.training.step import StepMetrics, batch_checksum
 from tests.conftest import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"

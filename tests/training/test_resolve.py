@@ -1,7 +1,7 @@
 """From a configuration as written to what runs on the devices of the test, eight of a CPU."""
 
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.train.resolve import abstract_batch, resolve_for_devices
+from dsv3_jax.training.resolve import abstract_batch, resolve_for_devices
 from tests.conftest import ROOT
 
 

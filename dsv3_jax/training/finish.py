@@ -15,9 +15,9 @@ from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
-from dsv3_jax.train.evaluate import evaluate_store
-from dsv3_jax.train.loop import TrainResult
-from dsv3_jax.train.step import make_eval_step
+from dsv3_jax.training.evaluate import evaluate_store
+from dsv3_jax.training.loop import TrainResult
+from dsv3_jax.training.step import make_eval_step
 
 _MAX_BYTES = 2**21  # held-out text to evaluate: enough for a stable figure, and takes seconds
 _SAMPLE_TOKENS = 120

@@ -17,9 +17,9 @@ from dsv3_jax.precision import platforms
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.state.programs import ProgramStore, compiled_dir
 from dsv3_jax.state.train_state import abstract_state, init_program
-from dsv3_jax.train.initial import with_initial_tokenizer
-from dsv3_jax.train.pipelined import schedule_of
-from dsv3_jax.train.step import ScheduledSteps, training_recipe
+from dsv3_jax.training.initial import with_initial_tokenizer
+from dsv3_jax.training.pipelined import schedule_of
+from dsv3_jax.training.step import ScheduledSteps, training_recipe
 
 
 @dataclass(frozen=True)

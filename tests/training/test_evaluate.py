@@ -10,8 +10,8 @@ import pytest
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.model.layout import Layout
-from dsv3_jax.train.evaluate import Evaluation, evaluate_store
-from dsv3_jax.train.objective import LossWeights, Share, head_objective
+from dsv3_jax.training.evaluate import Evaluation, evaluate_store
+from dsv3_jax.training.objective import LossWeights, Share, head_objective
 
 
 def test_what_is_made_of_the_sums():

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dsv3_jax.train import watchdog
+from dsv3_jax.training import watchdog
 from tests.conftest import ROOT
 
 HANGS = {
@@ -18,7 +18,7 @@ HANGS = {
 
 def run(tmp_path, code: str) -> tuple[subprocess.CompletedProcess, float]:
     program = (
-        "import ctypes, time\nfrom pathlib import Path\nfrom dsv3_jax.train.watchdog import Watchdog\n"
+        "import ctypes, time\nfrom pathlib import Path\nfrom dsv3_jax.training.watchdog import Watchdog\n"
         f"dog = Watchdog(0.5, 5.0)\ndog.slow(Path({str(tmp_path / 'deadline')!r}))\n{code}"
     )
     began = time.monotonic()

@@ -19,10 +19,10 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.precision import controller
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.state.train_state import TrainState
-from dsv3_jax.train.context import RunContext
-from dsv3_jax.train.evaluate import evaluate_store
-from dsv3_jax.train.start import start
-from dsv3_jax.train.step import ScheduledSteps, StepMetrics, make_eval_step
+from dsv3_jax.training.context import RunContext
+from dsv3_jax.training.evaluate import evaluate_store
+from dsv3_jax.training.start import start
+from dsv3_jax.training.step import ScheduledSteps, StepMetrics, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class TrainResult:
     interrupted: bool  # by a signal, after saving
 
 
-def train(config: Config, root: Path = Path("runs"), elastic: bool = False) -> TrainResult:
+def train(config: Config, root: str | Path = "runs", elastic: bool = False) -> TrainResult:
     """Train to `train.steps`, going on from the run's latest checkpoint if it has one.
 
     SIGINT or SIGTERM saves a checkpoint after the current step; the same call goes on from it. Beyond this, `dsv3 train` writes
-    a report, a loss curve and a sample: see `train.finish.finish`.
+    a report, a loss curve and a sample: see `dsv3_jax.training.finish`.
 
     Args:
         config: What to train, from `load_config`.
