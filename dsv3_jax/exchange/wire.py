@@ -77,16 +77,18 @@ class Wire:
             *self.shape[: self.cut], self.shape[self.cut] // self.replicas * shares, *self.shape[self.cut + 1 :]
         )
 
-    def message(self, codes: UInt8[Array, "rows bytes"], scales: Float[Array, " rows"]) -> UInt8[Array, "shares bytes"]:
+    def message(self, codes: UInt8[Array, "rows code_bytes"], scales: Float[Array, " rows"]) -> UInt8[Array, "shares bytes"]:
         """Codes and scales of the array's blocks, or of one share's, as bytes by share."""
 
-        def by_share(a: UInt8[Array, "rows _"]) -> UInt8[Array, "shares bytes"]:
+        def by_share(a: UInt8[Array, "rows row_bytes"]) -> UInt8[Array, "shares bytes"]:
             of_runs = jnp.moveaxis(a.reshape(self.runs, -1, self.blocks * a.shape[1]), 1, 0)
             return of_runs.reshape(of_runs.shape[0], -1)
 
         return jnp.concatenate([by_share(codes), by_share(lax.bitcast_convert_type(scales, jnp.uint8))], 1)
 
-    def read(self, sent: UInt8[Array, "shares bytes"]) -> tuple[UInt8[Array, "shares rows bytes"], Float[Array, "shares rows"]]:
+    def read(
+        self, sent: UInt8[Array, "shares bytes"]
+    ) -> tuple[UInt8[Array, "shares rows code_bytes"], Float[Array, "shares rows"]]:
         """(codes, scales) of a message, a share's blocks being rows."""
         rows = self.runs * self.blocks
         codes, scales = jnp.split(sent, [sent.shape[1] - rows * SCALE_BYTES], 1)
@@ -94,7 +96,9 @@ class Wire:
         scales = lax.bitcast_convert_type(scales.reshape(shares, rows, SCALE_BYTES), jnp.float32)
         return codes.reshape(shares, rows, -1), scales
 
-    def read_in_order(self, sent: UInt8[Array, "shares bytes"]) -> tuple[UInt8[Array, "1 all bytes"], Float[Array, "1 all"]]:
+    def read_in_order(
+        self, sent: UInt8[Array, "shares bytes"]
+    ) -> tuple[UInt8[Array, "1 all code_bytes"], Float[Array, "1 all"]]:
         """As `read`, but the blocks of all shares in the order that the array has them in."""
 
         def in_order(a: Shaped[Array, "shares rows ..."]) -> Shaped[Array, "1 all ..."]:

@@ -91,7 +91,7 @@ def gpu(host: int, domain: int | None = None) -> SimpleNamespace:
     return SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=host, slice_index=domain)
 
 
-def test_topologies_are_told_from_devices():
+def test_topologies_follow_from_devices():
     assert str(topology_of([gpu(host) for host in range(4) for _ in range(8)])) == "h100:4x8"
     assert str(topology_of([gpu(i, i // 8) for i in range(16)])) == "h100:2x8"  # a process for each GPU
     chips = [(x, y, z) for x in range(2) for y in range(2) for z in range(4)]

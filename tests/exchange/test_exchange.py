@@ -62,7 +62,7 @@ def by_name(params) -> dict[str, np.ndarray]:
     ],
 )
 def test_what_is_not_sent_is_in_the_residuals(mesh, more, bits):
-    """Of one batch: the sum that comes out, and the residuals, are the true sum; few bits alone are not.
+    """For one batch: the sum that comes out, and the residuals, are the true sum; few bits alone are not.
 
     To rounding of float32 sums of a few numbers as large as the largest: 2e-6 of it."""
     config, layout = on(mesh, *more, bits=bits, mtp=mesh == "data=4 fsdp=2")
@@ -205,7 +205,7 @@ def test_a_run_goes_on_bit_for_bit_and_on_fewer_replicas(micro_overrides, tmp_pa
 
 @pytest.mark.parametrize("units", [False, True])
 def test_a_reduction_by_itself(units):
-    """Of one matrix and one vector over four replicas: in units of a second moment, and in units of 1 where there is none."""
+    """One matrix and one vector over four replicas: in units of a second moment, and in units of 1 where there is none."""
 
     def state_of(shape: tuple[int, ...], seed: int) -> nnx.State:
         matrix, vector = (np.random.default_rng(seed).standard_normal((*shape, *s), np.float32) for s in ((16, 24), (16,)))

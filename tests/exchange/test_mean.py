@@ -225,7 +225,7 @@ def bytes_of_collectives(hlo: str) -> int:
 
 @pytest.mark.parametrize(("bits", "most"), [(1, 1 / 13), (2, 1 / 7), (4, 0.26), (8, 0.51)])
 def test_bytes_on_the_wire(bits, most):
-    """Of a million numbers, scales and padding included, against an all-reduce of bfloat16, which sends each number twice."""
+    """A million numbers, scales and padding included, against an all-reduce of bfloat16 (each number sent twice)."""
     n, mesh = 1_000_008, mesh_of(8)
     init, update = per_replica(compressed_mean(bits), mesh)
     gradients = {"w": jnp.zeros((8, n))}

@@ -76,7 +76,7 @@ def test_weights_are_gathered_one_layer_at_a_time(remat):
 
 
 def numbers_a_device(params, chosen=lambda variable: True) -> int:
-    """Of the chosen parameters."""
+    """Elements of the chosen parameters that a device holds."""
     leaves = [v for v in jax.tree.leaves(params, is_leaf=is_variable) if chosen(v)]
     return sum(int(np.prod(v.get_value().sharding.shard_shape(v.get_value().shape))) for v in leaves)
 
@@ -97,7 +97,7 @@ def test_only_gradients_cross_data():
 
 @pytest.mark.parametrize(("bits", "most"), [(2, 1 / 7), (8, 0.52)])
 def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
-    """Of a model of real widths: byte arrays there and back, of head, dense and MoE layers each one, scales included, against
+    """A model of real widths: byte arrays there and back, of head, dense and MoE layers each one, scales included, against
     bfloat16's all-reduce, which sends each number twice; and all-reduces of vectors, router, embedding and metrics."""
     mesh = ["parallel.data=4", "parallel.fsdp=2", f"parallel.compress={bits}", "data.batch_size=8"]
     config = load_config(ROOT / "configs" / "small.yaml", [*mesh, "model.num_hidden_layers=2", "data.seq_len=64"])

@@ -30,7 +30,7 @@ SMALL = [
 
 @pytest.fixture
 def failed(capsys):
-    """Of a command's arguments: the one line that it says, with exit code 2."""
+    """The one line that a command with these arguments prints, with exit code 2."""
 
     def of(*arguments: str) -> str:
         with pytest.raises(SystemExit) as ended:

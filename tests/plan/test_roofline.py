@@ -138,7 +138,7 @@ def test_bytes_of_slices_and_updates_in_place():
 
 
 def test_an_instruction_takes_the_longer_of_products_and_bytes():
-    """Of an H100: 989 TFLOP/s in bfloat16, twice that in 8 bits, 3.35 TB/s, and 2 us for a launch."""
+    """An H100: 989 TFLOP/s in bfloat16, twice that in 8 bits, 3.35 TB/s, and 2 us for a launch."""
     program = parse("HloModule m\n\nENTRY %main (x: f32[1]) -> f32[1] {\n  ROOT %x = f32[1]{0} parameter(0)\n}\n")
     cost = CostModel(program, "h100", Efficiency(matmul=0.5, memory=0.5), 1.0)
     product, eight, memory = 2e12 / 989e12, 2e12 / 1979e12, 6.7e9 / 3.35e12

@@ -156,7 +156,7 @@ def test_a_mesh_decides_as_one_device_does(config, step):
     assert (ours["switch"], ours["layer"], ours["step"]) == ("moe_blocks/attention", 1, 1)
 
 
-def told(**values: float) -> jnp.ndarray:
+def recorded(**values: float) -> jnp.ndarray:
     """Statistics of one switch of two layers: calm, but for layer 1's gradients in slot 0."""
     calm = jnp.zeros((2, max(SLOTS.values()) + 1, len(OPERANDS), len(STATISTICS))).at[..., 0].set(4.0).at[..., 1].set(4.0)
     for name, value in values.items():
@@ -166,7 +166,7 @@ def told(**values: float) -> jnp.ndarray:
 
 def test_the_rule_by_hand():
     memory = controller.Memory(jnp.ones(2, bool), jnp.zeros(2, jnp.int32), jnp.full((2, 3, 3), jnp.nan))
-    decide = lambda memory, **values: controller._update(memory, told(**values), Gemms("e4m3", "e5m2"), cooldown=2)  # noqa: E731
+    decide = lambda memory, **values: controller._update(memory, recorded(**values), Gemms("e4m3", "e5m2"), cooldown=2)  # noqa: E731
     memory, decision = decide(memory)
     assert decision.change.tolist() == [0, 0]
     for values, cause in (
@@ -195,15 +195,15 @@ def test_the_rule_by_hand():
 
 
 def test_the_running_mean_by_hand():
-    """Of binary logarithms, the first as it is: 0, then 0.9 x 0 + 0.1 x 2, then 0.9 x 0.2 + 0.1 x 3."""
+    """The average is of binary logarithms, the first as it is: 0, then 0.9 x 0 + 0.1 x 2, then 0.9 x 0.2 + 0.1 x 3."""
     memory = controller.Memory(jnp.ones(2, bool), jnp.zeros(2, jnp.int32), jnp.full((2, 3, 3), jnp.nan))
     found = []
     for amax in (1.0, 4.0, 8.0):
-        memory, _ = controller._update(memory, told(amax=amax), Gemms("e4m3", "e5m2"), cooldown=2)
+        memory, _ = controller._update(memory, recorded(amax=amax), Gemms("e4m3", "e5m2"), cooldown=2)
         found.append(float(memory.log_amax[1, 0, 2]))
     np.testing.assert_allclose(found, [0, 0.2, 0.48], rtol=1e-6)
     for amax, change in ((2.0**-6, 0), (2.0**6, -1)):  # smaller numbers are no jump, however much smaller
-        _, decision = controller._update(memory, told(amax=amax), Gemms("e4m3", "e5m2"), cooldown=2)
+        _, decision = controller._update(memory, recorded(amax=amax), Gemms("e4m3", "e5m2"), cooldown=2)
         assert decision.change.tolist() == [0, change]
 
 

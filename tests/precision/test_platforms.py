@@ -69,7 +69,7 @@ def test_every_device_finds_its_platform_and_recipe(pjrt, kind, name, recipe):
 
 
 def test_rates_are_those_of_jax_own_table():
-    """Of TPUs; per device."""
+    """What TPUs can multiply, per device."""
     tpu_info = pytest.importorskip("jax._src.tpu_info")
     for pjrt, kind, name, _ in DEVICES:
         if pjrt == "tpu":

@@ -123,7 +123,7 @@ def test_another_config_or_a_foreign_directory_is_refused(config_with, trained_o
 
 
 def test_copies_on_the_host_stay_as_long_as_they_may_be_of_use(config_with, tmp_path, monkeypatch):
-    """Of a run that was stopped, which then reads all from there; not of one that is done."""
+    """The copy serves a run that was stopped, which then reads all from there; a finished run keeps none."""
     options = ("name=a", "train.steps=4", f"checkpoint.local_dir={tmp_path}/$PLACE")
     monkeypatch.setenv("PLACE", "local")
     with monkeypatch.context() as patch:

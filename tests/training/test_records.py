@@ -53,7 +53,7 @@ def test_checkpoints_are_due_by_steps_and_by_minutes(monkeypatch):
     [({"cross_entropy": 9.3}, "9.3"), ({"grad_norm": float("nan")}, "nan"), ({"loss": float("inf")}, "step 5")],
 )
 def test_a_run_is_stopped_at_twice_the_loss_of_guessing(bad, said):
-    """Of 100 tokens a guess costs ln 100 = 4.605."""
+    """A guess among 100 tokens costs ln 100 = 4.605."""
     config = load_config(TINY, ["model.vocab_size=100", "data.batch_size=2"])
     source: Any = SimpleNamespace(document_ids=lambda window: [f"document {window}"])
     manager: Any = SimpleNamespace(wait=lambda: None, latest=lambda: 4)
