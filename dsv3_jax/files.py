@@ -1,7 +1,67 @@
-"""Atomic writing of small files, and the user's cache directory."""
+"""Small files: reading those of strangers, atomic writing, and the user's cache directory."""
 
+import json
 import os
+import stat
 from pathlib import Path
+from typing import IO, Any
+
+from dsv3_jax.errors import UserError
+
+_MOST_VALUES = 3_000_000  # of a JSON file; each takes at most about 100 bytes once it is parsed
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file to read its bytes, if it is a regular one: a pipe would never open, and a device never end.
+
+    Links are followed. Raises `UserError` naming the path and what is wrong.
+    """
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except IsADirectoryError:
+        raise UserError(f"cannot read {path}: it is a directory") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"cannot read {path}: it is no regular file, but a pipe, socket or device")
+    return file
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises `UserError` as `open_regular`, and for a larger one."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"cannot read {path}: it has {size:,} bytes, and at most {most:,} are expected")
+        try:
+            return file.read(size)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_json(content: bytes, where: str | Path) -> Any:
+    """JSON in UTF-8, with or without a byte order mark; `where` names it in errors.
+
+    Raises `UserError` for what is no JSON, is nested too deeply, or has so many values that parsing takes long.
+    """
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise UserError(f"cannot read {where}: it has more than {_MOST_VALUES:,} values")
+    try:
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+    except RecursionError:
+        raise UserError(f"cannot read {where}: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"cannot read {where}: it is not valid JSON: {error}") from None
+
+
+def read_json(path: str | Path, most: int) -> Any:
+    """What a JSON file of at most `most` bytes holds. Raises `UserError` as `read_regular` and `parse_json`."""
+    return parse_json(read_regular(path, most), path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
