@@ -1,18 +1,25 @@
 """Tokenizers: a byte-level BPE trained once on the corpus and cached, or any tokenizer.json."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import read_regular
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 # names under which a foreign tokenizer.json may hold them, ours first
 _BOS_NAMES = (BOS, "<｜begin▁of▁sentence｜>", "<s>", "<|endoftext|>", "<bos>")
 _EOS_NAMES = (EOS, "<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>", "<eos>")
 _TRAINING_CHARACTERS = 16 * 2**20  # more text changes a small vocabulary little, and training is linear in it
+_MOST_BYTES = 2**28  # of a tokenizer.json; those of the largest vocabularies have 30 MB
+_IN_BARS = re.compile(r"<([|｜]).+\1>", re.DOTALL)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -42,12 +49,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizer.json and check that its ids fit the model's vocabulary."""
+@contextlib.contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into a `UserError` that begins with `what`."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every failure
-        raise UserError(f"data.tokenizer: cannot read {path}: {error}") from None
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # for most failures it raises bare Exception, and its panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
+
+
+@contextlib.contextmanager
+def _without_backtraces() -> Iterator[None]:
+    """Rust prints a panic's backtrace to the process's standard error before Python hears of it: here it goes nowhere."""
+    with contextlib.ExitStack() as until_end:
+        try:
+            saved = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        until_end.callback(os.close, saved)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        until_end.callback(os.close, nowhere)
+        os.dup2(nowhere, 2)
+        until_end.callback(os.dup2, saved, 2)
+        yield
+
+
+def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
+    """Read a tokenizer.json and check that its ids fit the model's vocabulary.
+
+    Truncation and padding that it may ask for are left out: they are settings of somebody's batches, and would cut documents.
+    """
+    path = os.path.expanduser(path)
+    try:
+        content = read_regular(path, _MOST_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from None
+    with tokenizer_errors(f"data.tokenizer: cannot read {path}"), _without_backtraces():
+        tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > vocab_size:
         raise UserError(f"data.tokenizer: {path} has {size} tokens, model.vocab_size={vocab_size} is smaller")
@@ -69,3 +114,18 @@ def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """A digest of everything that decides how text becomes ids."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def text_encoder(tokenizer: Tokenizer, special_tokens: bool) -> Tokenizer:
+    """A copy of a tokenizer for documents. Without `special_tokens` the names of control tokens in a text are text.
+
+    Otherwise a document that quotes `<|end_of_text|>` would end there. Control tokens are those marked as special, those that
+    frame documents, and others whose names stand in bars, which released tokenizers do not all mark.
+    """
+    encoder = Tokenizer.from_str(tokenizer.to_str())
+    if not special_tokens:
+        framing = [tokenizer.id_to_token(i) for i in special_ids(tokenizer)]
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        encoder.add_special_tokens(framing + [name for name in added if _IN_BARS.fullmatch(name)])
+        encoder.encode_special_tokens = True
+    return encoder
