@@ -18,7 +18,14 @@ ROOMS = [
     "cluster", "data", "precision", "model", "optim", "parallel", "exchange", "state", "checkpoint", "runs", "cost", "serve",
     "training", "interop", "plan", "elastic",
 ]  # fmt: skip
-BELOW_ROOMS = {"errors", "config", "files", "progress"}  # modules of the package that every room may import
+BELOW_ROOMS = {
+    "errors",
+    "config",
+    "files",
+    "progress",
+    "records",
+    "yaml_reader",
+}  # modules of the package that every room may import
 ABOVE_ROOMS = {"__init__", "cli", "describe"}  # and those that no room may import
 
 

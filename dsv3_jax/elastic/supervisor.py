@@ -18,6 +18,7 @@ from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_coun
 from dsv3_jax.elastic.hosts import Engine, Host, Start
 from dsv3_jax.elastic.logs import Follower, ended_by_watchdog
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_NOT_JOINED, EXIT_STOPPED
+from dsv3_jax.records import number
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.metrics import last_row
@@ -226,7 +227,7 @@ class Supervisor:
     def _could_grow(self, workers: int) -> bool:
         """Whether more workers could run, and this attempt has made a step, so that interrupting it loses nothing."""
         job = self._job
-        if workers == job.most or last_row(job.run.metrics_file).get("time", 0.0) < self.launched:
+        if workers == job.most or number(last_row(job.run.metrics_file), "time") < self.launched:
             return False
         available = min(len(self._engine.hosts()), job.most)
         more = largest_feasible_count(job.config, job.devices, available) if available > workers else workers
@@ -236,7 +237,7 @@ class Supervisor:
 
     def _reached(self) -> int:
         """The last finished step of any attempt."""
-        return max(self._reached_before, int(last_row(self._job.run.metrics_file).get("step", 0)))
+        return max(self._reached_before, last_row(self._job.run.metrics_file).get("step", 0))
 
     def _is_overdue(self) -> bool:
         try:

@@ -154,6 +154,8 @@ def figures(config: Config, compiled: Compiled, assume: Assumptions = Assumption
         **{f"waited for {what}": seconds for what, seconds in line.waited.items()},
     }  # fmt: skip
     notes = _notes(compiled, line, player.unreached(), cost.uncounted, useful)
+    if assume.imbalance.skipped:
+        notes.append(f"{assume.imbalance.source}: {assume.imbalance.skipped} damaged lines of routing.jsonl are left out")
     return Plan(
         name=config.name, topology=str(topology), devices=devices, mesh=mesh, precision=compiled.precision,
         remat=config.remat.policy,

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.metrics import read_rows
+from dsv3_jax.records import Records
+from dsv3_jax.runs.metrics import is_row
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Imbalance:
     number: float = 1.0  # 1 or more; unused if there is a record
     load_NE: np.ndarray | None = None  # tokens of each of E experts, for N recorded layers and steps
     source: str = ""  # the record's path
+    skipped: int = 0  # damaged lines of it
 
     def among(self, ranks: int, experts: int) -> float:
         """The imbalance if `ranks` devices share `experts`: a mean over layers and steps, as each waits for its fullest device.
@@ -53,9 +55,10 @@ def _recorded(given: str) -> Imbalance:
     if not path.is_file():
         raise wrong
     try:
-        load_NE = np.array([layer for row in read_rows(path) for layer in row["load"]], np.float64)
-    except (ValueError, KeyError, TypeError):
+        rows = Records(path, is_row)
+        load_NE = np.array([layer for row in rows for layer in row["load"]], np.float64)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise wrong from None
-    if load_NE.ndim != 2 or not load_NE.size or not (load_NE.sum(1) > 0).all():
+    if load_NE.ndim != 2 or not load_NE.size or not ((load_NE >= 0) & (load_NE < np.inf)).all() or not load_NE.any(1).all():
         raise wrong
-    return Imbalance(load_NE=load_NE, source=given)
+    return Imbalance(load_NE=load_NE, source=given, skipped=rows.skipped)

@@ -3,14 +3,16 @@
 All of it is computed from events.jsonl and metrics.jsonl.
 """
 
+import bisect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.records import Record, Records, last_records, number
 from dsv3_jax.runs.directory import RunDirectory
-from dsv3_jax.runs.metrics import read_rows
+from dsv3_jax.runs.metrics import is_row
 
 # The class of an interval between two events, by the event that ends it. Training ends by "failure", "ended" or "done".
 _PHASES = {"launch": "restart", "started": "restart", "restored": "restore", "compiled": "compile"}
@@ -42,6 +44,7 @@ class Account:
     failures: list[Failure]
     began: float  # seconds since 1970
     ended: float  # when it last ended without a failure; 0 if it never did
+    skipped: dict[str, int] = field(default_factory=dict)  # damaged lines by the file's name
 
     @property
     def goodput(self) -> float:
@@ -50,35 +53,93 @@ class Account:
 
 
 class RunningAccount:
-    """Goodput of a run that is training, for its metrics. Reads the past once: create it just before the first step."""
+    """Goodput of a run that is training, for its metrics. Reads the past once: create it just before the first step.
 
-    def __init__(self, run: RunDirectory):
-        past = account(run)
-        self._wall, self._steps, self._since = past.wall, past.seconds["steps"], time.time()
+    `done` is the step that the run goes on from, after which metrics.jsonl has no rows. The `saved` event of that step says how
+    long the steps until then took, so that of a long run's rows only the last are read.
+    """
+
+    def __init__(self, run: RunDirectory, done: int):
+        events = read_events(run)
+        steps_s = 0.0 if done == 0 else _steps_until(events, done)
+        if steps_s is None:  # an earlier version's events, or damaged ones
+            past = account(run)
+        else:
+            past = _account(events, [number(row, "time") for row in last_records(run.metrics_file, is_row)], steps_s)
+        self._wall, self.steps_s, self._since = past.wall, past.seconds["steps"], time.time()
         self.costs: dict[str, float] = {}  # seconds lost since the last row, by class
         if past.failures and past.failures[-1].time > past.ended:
             self.costs = past.failures[-1].seconds
 
     def row(self, step_s: float) -> dict[str, float]:
         """The columns `goodput` and `lost_*_s` for the step that has just ended and took `step_s` seconds."""
-        self._steps += step_s
+        self.steps_s += step_s
         lost = {f"lost_{phase}_s": round(seconds, 4) for phase, seconds in self.costs.items()}
         self.costs = {}
-        return {"goodput": self._steps / (self._wall + time.time() - self._since)} | lost
+        return {"goodput": self.steps_s / (self._wall + time.time() - self._since)} | lost
 
 
-def read_events(run: RunDirectory) -> list[dict[str, Any]]:
-    """A run's events, by time. Raises `UserError` if it has none."""
-    events = read_rows(run.events_file)
+def _steps_until(events: list[Record], step: int) -> float | None:
+    """Seconds of the steps until a checkpoint of `step`, by its event; None if none says so."""
+    for event in reversed(events):
+        if event["event"] == "saved" and event.get("step") == step:
+            seconds = number(event, "steps_s", -1.0)
+            return seconds if seconds >= 0 else None
+    return None
+
+
+class _Dropped(NamedTuple):
+    """Steps that a restored run does again: how many, the seconds they took, and when the last one ended."""
+
+    steps: int
+    seconds: float
+    last: float  # 0 if unknown
+
+
+def _dropped(event: Record) -> _Dropped | None:
+    found = event.get("dropped")
+    return (
+        _Dropped(int(number(found, "steps")), number(found, "seconds"), number(found, "last"))
+        if isinstance(found, dict) and found
+        else None
+    )
+
+
+def _is_event(record: Record) -> bool:
+    return isinstance(record.get("event"), str) and number(record, "time", -1.0) >= 0
+
+
+def _sound_events(run: RunDirectory) -> tuple[list[Record], int]:
+    """A run's events by time, and how many lines are damaged. Raises `UserError` if it has no sound one."""
+    found = Records(run.events_file, _is_event)
+    events = sorted(found, key=lambda e: e["time"])
+    if not events and found.skipped:
+        raise UserError(f"{run.events_file}: each of its {found.skipped} lines is damaged")
     if not events:
         raise UserError(f"{run.path} has no events.jsonl: it is no run, or one of an earlier version")
-    return sorted(events, key=lambda e: e["time"])
+    return events, found.skipped
+
+
+def read_events(run: RunDirectory) -> list[Record]:
+    """A run's sound events, by time. Raises `UserError` if it has none."""
+    return _sound_events(run)[0]
 
 
 def account(run: RunDirectory) -> Account:
     """Where the time of a run went. Raises `UserError` for a directory without events."""
-    events, rows = read_events(run), read_rows(run.metrics_file)
-    ended = sorted([r["time"] for r in rows if "time" in r] + [e["dropped"]["last"] for e in events if e.get("dropped")])
+    events, damaged = _sound_events(run)
+    rows, ended, steps_s = Records(run.metrics_file, is_row), [], 0.0
+    for row in rows:
+        ended.append(number(row, "time"))
+        steps_s += number(row, "step_time_s")
+    skipped = {run.metrics_file.name: rows.skipped, run.events_file.name: damaged}
+    return _account(events, ended, steps_s, {name: count for name, count in skipped.items() if count})
+
+
+def _account(events: list[Record], rows: list[float], steps_s: float, skipped: dict[str, int] | None = None) -> Account:
+    """The account of these events, with the times at which steps ended and the seconds that they took."""
+    dropped = [d for e in events if (d := _dropped(e))]
+    ended = sorted(t for t in (*rows, *(d.last for d in dropped)) if t)
     seconds: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     failures: list[Failure] = []
     wall = 0.0
@@ -89,9 +150,8 @@ def account(run: RunDirectory) -> Account:
         wall += spent
         phase = _PHASES.get(event["event"])
         if event["event"] == "failure":
-            stepped = max((t for t in ended if begin["time"] <= t <= event["time"]), default=begin["time"])
-            phase, spent = "detection", event["time"] - stepped
-            failures.append(Failure(event["time"], event["cause"]))
+            phase, spent = "detection", event["time"] - _last_step(ended, begin["time"], event["time"])
+            failures.append(Failure(event["time"], str(event.get("cause", "unknown"))))
         if phase is None:
             continue
         seconds[phase] += spent
@@ -99,25 +159,34 @@ def account(run: RunDirectory) -> Account:
             continue  # this failure's gap has ended
         if failures:
             failures[-1].seconds[phase] = failures[-1].seconds.get(phase, 0.0) + spent
-        if failures and (dropped := event.get("dropped")):
-            failures[-1].again, failures[-1].seconds["recompute"] = dropped["steps"], dropped["seconds"]
-    seconds["steps"] = sum(row["step_time_s"] for row in rows)
-    seconds["saving"] = sum(e["stall_s"] for e in events if e["event"] == "saved")
-    seconds["recompute"] = sum(e["dropped"]["seconds"] for e in events if e.get("dropped"))
+        if failures and (again := _dropped(event)):
+            failures[-1].again, failures[-1].seconds["recompute"] = again.steps, again.seconds
+    seconds["steps"] = steps_s
+    seconds["saving"] = sum(number(e, "stall_s") for e in events if e["event"] == "saved")
+    seconds["recompute"] = sum(d.seconds for d in dropped)
     seconds["rest"] = max(0.0, wall - sum(seconds.values()))
     good_ends = [e["time"] for e in events if e["event"] in ("ended", "done")]
-    return Account(wall, seconds, failures, events[0]["time"], max(good_ends, default=0.0))
+    return Account(wall, seconds, failures, events[0]["time"], max(good_ends, default=0.0), skipped or {})
 
 
-def _marks(events: list[dict[str, Any]], ended: list[float]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _last_step(ended: list[float], begin: float, end: float) -> float:
+    """When the last step between two times ended, of the ascending times `ended`; `begin` if there was none."""
+    before = bisect.bisect_right(ended, end)
+    return ended[before - 1] if before and ended[before - 1] >= begin else begin
+
+
+def _marks(events: list[Record], ended: list[float]) -> Iterator[tuple[Record, Record]]:
     """Pairs of consecutive events that bound an interval. A failure that nobody recorded is inserted before the next start."""
     last = None
     for event in events:
         if event["event"] not in (*_PHASES, "failure", "ended", "done"):
             continue
         if last is not None and event["event"] in ("launch", "started") and last["event"] in _UNFINISHED:
-            stepped = max((t for t in ended if last["time"] <= t <= event["time"]), default=last["time"])
-            failure = {"time": stepped, "event": "failure", "cause": "ended without a word"}
+            failure = {
+                "time": _last_step(ended, last["time"], event["time"]),
+                "event": "failure",
+                "cause": "ended without a word",
+            }
             yield last, failure
             last = failure
         if last is not None:

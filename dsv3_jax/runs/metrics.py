@@ -1,26 +1,20 @@
 """A run's records: rows of metrics.jsonl and its like, written while it trains and read afterwards."""
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from dsv3_jax.files import write_atomically
+from dsv3_jax.records import Record, Records, last_records, number, reopen
 from dsv3_jax.runs.directory import RunDirectory
 
-_TAIL_BYTES = 2**16  # longer than a row
 
-
-def _reopen(path: Path, resumed_step: int) -> tuple[TextIO, list[dict[str, Any]]]:
-    """The file, open to append to, without the rows after `resumed_step`; and those rows."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= resumed_step]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return open(path, "a", buffering=1), rows[len(kept) :]
+def is_row(record: Record) -> bool:
+    """Whether a record is a row of metrics.jsonl, decisions.jsonl or routing.jsonl: all of them name their step."""
+    return type(record.get("step")) is int and 0 <= record["step"] < 2**63
 
 
 class MetricsWriter:
@@ -32,11 +26,14 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunDirectory, resumed_step: int):
-        self._file, again = _reopen(run.metrics_file, resumed_step)
-        seconds = sum(row["step_time_s"] for row in again)
-        self.dropped = {"steps": len(again), "seconds": seconds, "last": again[-1].get("time")} if again else None
-        self._decisions, _ = _reopen(run.decisions_file, resumed_step)
-        self._routing, _ = _reopen(run.routing_file, resumed_step)
+        def is_late(row: Record) -> bool:
+            return row["step"] > resumed_step
+
+        self._file, again = reopen(run.metrics_file, is_row, is_late)
+        seconds, last = sum(number(row, "step_time_s") for row in again), max((number(row, "time") for row in again), default=0)
+        self.dropped = {"steps": len(again), "seconds": seconds, "last": last or None} if again else None
+        self._decisions, _ = reopen(run.decisions_file, is_row, is_late)
+        self._routing, _ = reopen(run.routing_file, is_row, is_late)
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: dict[str, float]) -> None:
@@ -62,26 +59,11 @@ class MetricsWriter:
         self._board.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a .jsonl file; a line that a crash has cut off is left out, and a file that is missing has none."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
+def read_rows(path: Path) -> list[Record]:
+    """All rows of metrics.jsonl or its like that are sound; a file that is missing has none."""
+    return list(Records(path, is_row))
 
 
-def last_row(path: Path) -> dict[str, Any]:
-    """The last complete row of a .jsonl file, read from the file's end; {} if there is none."""
-    if not path.exists():
-        return {}
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a crash cut it off, or reading began inside it
-    return {}
+def last_row(path: Path) -> Record:
+    """The last sound row of metrics.jsonl or its like, read from the file's end; {} if there is none."""
+    return next(iter(last_records(path, is_row)), {})

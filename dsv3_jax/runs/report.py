@@ -12,6 +12,8 @@ from dsv3_jax.runs.goodput import CLASSES, account
 def show(run: RunDirectory, console: Console) -> None:
     """Print a table of where the time went, and one of failures. Raises `UserError` for a directory without events."""
     total = account(run)
+    for name, count in total.skipped.items():
+        console.print(f"{run.path / name}: {count} damaged lines are left out")
     table = Table("", "s", "of all", title=f"{run.path}: {total.wall:.0f} s, goodput {total.goodput:.1%}")
     for name in CLASSES:
         table.add_row(name, f"{total.seconds[name]:.1f}", f"{total.seconds[name] / max(total.wall, 1e-9):.1%}")

@@ -94,7 +94,7 @@ class RunContext:
         """Compiling is over: from here on, time is the steps'."""
         self.events.write("compiled", step=step)
         if self.writer is not None:
-            self.account = RunningAccount(self.directory)
+            self.account = RunningAccount(self.directory, step - 1)
 
     def save_due(self, step: int) -> bool:
         """Whether to save now. A save that failed asks for the next one, which raises what went wrong."""
@@ -111,7 +111,8 @@ class RunContext:
         began = time.perf_counter()
         self.manager.save(state, about)
         stall_s = round(time.perf_counter() - began, 4)
-        self.events.write("saved", step=int(state.step), stall_s=stall_s)
+        steps = {} if self.account is None else {"steps_s": round(self.account.steps_s, 4)}
+        self.events.write("saved", step=int(state.step), stall_s=stall_s, **steps)
         self.watchdog.step_begins()
         if self.account is not None:
             self.account.costs["saving"] = stall_s

@@ -1,13 +1,16 @@
 """Accounts of runs whose seconds are known by hand."""
 
+import io
 import json
 
 import pytest
 from rich.console import Console
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.progress import make_console
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.goodput import RunningAccount, account
+from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.runs.report import show
 
 
@@ -111,7 +114,7 @@ def test_metrics_say_what_a_failure_cost(tmp_path, monkeypatch):
     run = run_of(tmp_path / "r", EVENTS[:10], ROWS[:2])
     clock = iter([119.8, 121.0, 122.5, 123.5])  # the first step is about to begin; three end
     monkeypatch.setattr("dsv3_jax.runs.goodput.time.time", lambda: next(clock))
-    running = RunningAccount(run)
+    running = RunningAccount(run, 2)
     assert running.row(1.2) == pytest.approx({
         "goodput": 3.2 / 21.0, "lost_detection_s": 0.5, "lost_restart_s": 1.5, "lost_restore_s": 0.5, "lost_compile_s": 0.3,
         "lost_recompute_s": 1.0,
@@ -121,9 +124,71 @@ def test_metrics_say_what_a_failure_cost(tmp_path, monkeypatch):
     assert running.row(1.0) == pytest.approx({"goodput": 5.2 / 23.5})
 
 
+def test_a_running_account_reads_the_last_rows_only(tmp_path, monkeypatch):
+    """The checkpoint's event says what the steps before it took; without it, all rows are read, to the same end."""
+    run = run_of(tmp_path / "r", EVENTS[:10], ROWS[:2])
+    monkeypatch.setattr("dsv3_jax.runs.goodput.time.time", lambda: 119.8)
+    by_rows = RunningAccount(run, 2)
+    saved = (116.0, "saved", {"step": 2, "stall_s": 0.25, "steps_s": 2.0})
+    told = run_of(tmp_path / "told", [*EVENTS[:4], saved, *EVENTS[5:10]], ROWS[:2])
+    monkeypatch.setattr("dsv3_jax.runs.goodput.account", None)  # which reads all
+    by_event = RunningAccount(told, 2)
+    assert by_event.costs == by_rows.costs
+    assert by_event.steps_s == by_rows.steps_s == 2.0
+    assert by_event.row(1.0) == by_rows.row(1.0)
+
+
+HOSTILE = [
+    b"\xff\xfe", b"null", b"[1]", b'{"time": "5", "event": "launch"}', b'{"time": 103, "event": []}',
+    b'{"time": ' + b"9" * 400 + b', "event": "done"}', b'{"time": NaN, "event": "done"}', b"[" * 50_000,
+]  # fmt: skip
+
+
+def test_damaged_lines_are_left_out_of_a_report_and_counted(tmp_path):
+    run = run_of(tmp_path / "r", EVENTS, ROWS)
+    sound = account(run)
+    for file, damage in ((run.events_file, HOSTILE), (run.metrics_file, HOSTILE[:3])):
+        lines = file.read_bytes().splitlines()
+        file.write_bytes(b"\n".join([*damage, *lines, *damage, b""]))
+    total = account(run)
+    assert total.skipped == {"metrics.jsonl": 6, "events.jsonl": 16}
+    assert (total.seconds, total.failures) == (sound.seconds, sound.failures)
+    out = io.StringIO()
+    show(run, make_console(out))
+    assert f"{run.events_file}: 16 damaged lines are left out" in out.getvalue()
+    run.events_file.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="each of its 1 lines is damaged"):
+        account(run)
+
+
+def test_events_with_fields_of_other_kinds_are_reported_all_the_same(tmp_path):
+    """And a cause is text, whatever it holds: markup once raised, or was obeyed."""
+    cause = "[/x] [link=http://a]b[/link] \x1b]0;title\x07"
+    odd = [
+        (117.6, "failure", {"cause": cause}), (118.0, "launch", {}), (119.0, "failure", {}), (119.1, "started", {}),
+        (119.2, "restored", {"dropped": 7}), (119.3, "saved", {"stall_s": "a"}), (119.4, "saved", {"stall_s": 10**400}),
+        (119.5, "restored", {"dropped": {"steps": "x", "seconds": None, "last": "y"}}), (124.0, "ended", {}),
+    ]  # fmt: skip
+    run = run_of(tmp_path / "r", [*EVENTS[:5], *odd], [])
+    run.metrics_file.write_text('{"step": 1, "time": "x", "step_time_s": [1]}\n{"step": 2}\n')
+    out = io.StringIO()
+    show(run, make_console(out))
+    assert r"[/x] [link=http://a]b[/link] \x1b]0;title\x07" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+    assert [f.cause for f in account(run).failures] == [cause, "unknown"]
+
+
+def test_a_loss_curve_of_damaged_rows_is_drawn(tmp_path):
+    rows = [b'{"step": 1, "tokens": 10, "cross_entropy": 2.0}', b"\xff", b'{"step": 2}', b'{"step": 3, "tokens": "x"}',
+            b'{"step": 4, "tokens": 40, "cross_entropy": "x", "eval_loss": [1]}']  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "damaged")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 def test_a_start_that_follows_no_failure_has_cost_nothing(tmp_path):
     later = [(1000.0, "launch", {}), (1001.0, "started", {}), (1002.0, "restored", {"step": 6}), (1003.0, "compiled", {})]
-    assert not RunningAccount(run_of(tmp_path / "r", [*EVENTS, *later], ROWS)).costs
+    assert not RunningAccount(run_of(tmp_path / "r", [*EVENTS, *later], ROWS), 6).costs
 
 
 def test_a_directory_without_events_is_named(tmp_path):

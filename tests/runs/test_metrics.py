@@ -1,7 +1,7 @@
 """A run's records: which rows a resumed run keeps."""
 
 from dsv3_jax.runs.directory import RunDirectory
-from dsv3_jax.runs.metrics import MetricsWriter, read_rows
+from dsv3_jax.runs.metrics import MetricsWriter, last_row, read_rows
 
 
 def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
@@ -16,3 +16,20 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
     again.write({"step": 3, "step_time_s": 9.0, "time": 200.0})
     again.close()
     assert [(row["step"], row["step_time_s"]) for row in read_rows(run.metrics_file)] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_damage_in_the_records_stops_no_start(tmp_path):
+    """A byte that is no UTF-8 ended every start; a row without its time or seconds still counts as a step."""
+    run = RunDirectory(tmp_path)
+    lines = [b'{"step": 1, "step_time_s": 1.0, "time": 101}', b'{"step": 1, "x": "\xff"}', b"[3]", b'{"step": "2"}']
+    later = [b'{"step": 3, "step_time_s": "1", "time": null}', b'{"step": 4, "step_time_s": 2, "time": 104}', b"\xff"]
+    for file in (run.metrics_file, run.decisions_file, run.routing_file):
+        file.write_bytes(b"\n".join([*lines, *later]))
+    again = MetricsWriter(run, 2)
+    assert again.dropped == {"steps": 2, "seconds": 2.0, "last": 104.0}
+    again.write({"step": 3, "step_time_s": 9.0})
+    again.close()
+    assert [row["step"] for row in read_rows(run.metrics_file)] == [1, 3]
+    assert run.decisions_file.read_bytes() == run.routing_file.read_bytes() == b"\n".join(lines) + b"\n"
+    run.metrics_file.write_bytes(b'{"step": 7}\n3\nnull\n{"step": -1}\n{"step": ' + b"9" * 400 + b"}\n")
+    assert last_row(run.metrics_file) == {"step": 7}

@@ -20,7 +20,8 @@ from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import RunDirectory
-from dsv3_jax.runs.metrics import MetricsWriter, read_rows
+from dsv3_jax.runs.goodput import read_events
+from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.training.finish import finish
 from dsv3_jax.training.loop import train
 from tests.commands import dsv3 as dsv3_command
@@ -131,7 +132,7 @@ def test_copies_on_the_host_stay_as_long_as_they_may_be_of_use(config_with, tmp_
         assert train(config_with(*options), tmp_path).interrupted
     assert list((tmp_path / "local").glob("*/*/0.json"))
     assert int(train(config_with(*options), tmp_path).state.step) == 4
-    restored = [e for e in read_rows(tmp_path / "a" / "events.jsonl") if e["event"] == "restored"]
+    restored = [e for e in read_events(RunDirectory(tmp_path / "a")) if e["event"] == "restored"]
     assert [e.get("local") for e in restored] == [0, 1]
     assert not list((tmp_path / "local").iterdir())
 
