@@ -7,6 +7,7 @@ of Hugging Face's `DeepseekV3Config`. Nothing here imports JAX.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -19,8 +20,13 @@ import pydantic
 import yaml
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.yaml_reader import LARGEST_TEXT, parse_yaml
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+_LARGEST = 2**31 - 1  # of an int32, which steps, sizes of arrays and tokens are
+_DEEPEST = 8  # sections inside each other in an override
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_MTP = 2**14, 2**16, 16  # what is done for each of them stays bounded
+LARGEST_SEED = 2**32 - 1  # JAX takes no more bits
 
 
 def _require(condition: bool, message: str) -> None:
@@ -40,10 +46,48 @@ def _not_negative(section: str, config: Any, *names: str) -> None:
         _require(value >= 0, f"{section}.{name}={value} must not be negative")
 
 
+def _numbers(section: str, config: Any, unlimited: tuple[str, ...] = (), **most: int) -> None:
+    """Refuse integers beyond `_LARGEST`, or the field's own in `most`, and floats that are not finite.
+
+    `unlimited` names the fields in which infinity means that there is no limit.
+    """
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, int):
+            limit = most.get(f.name, _LARGEST)
+            _require(abs(value) <= limit, f"{section}.{f.name}={_short(value)} is out of range; use at most {limit}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            fine = f.name in unlimited and value > 0
+            _require(fine, f"{section}.{f.name}={value} must be {'positive' if f.name in unlimited else 'a finite number'}")
+
+
+def _short(value: Any) -> str:
+    """A value in an error."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than some thousands of digits
+        text = hex(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+_MOST_TRIED = 2**17  # divisors that are tried: all up to the root of any n below 2^34
+
+
+@functools.cache
+def _divisors(n: int) -> tuple[int, ...]:
+    small = [d for d in range(1, min(math.isqrt(n), _MOST_TRIED) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
+
+
 def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
+    """All divisors of n, ascending; of an n beyond 2^34 those up to 2^17, and what they leave of n."""
+    return list(_divisors(n))
+
+
+def choices(n: int) -> str:
+    """The divisors of n as an error lists them."""
+    found = _divisors(n)
+    return str(list(found)) if len(found) <= 24 else f"[{', '.join(map(str, found[:20]))}, ..., {n}]"
 
 
 @dataclass(frozen=True)
@@ -64,6 +108,7 @@ class RopeConfig:
     truncate: bool = True  # YaRN: round the bounds of the ramp to dimensions
 
     def __post_init__(self) -> None:
+        _numbers("model.rope_parameters", self)
         _positive("model.rope_parameters", self, "rope_theta", "original_max_position_embeddings")
         _require(
             self.factor >= 1,
@@ -105,6 +150,9 @@ class ModelConfig:
     attention_bias: bool = False  # biases in the attention's down-projections and output
 
     def __post_init__(self) -> None:
+        _numbers(
+            "model", self, num_hidden_layers=_MOST_LAYERS, n_routed_experts=_MOST_EXPERTS, num_nextn_predict_layers=_MOST_MTP
+        )
         _positive(
             "model", self, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
             "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
@@ -121,7 +169,7 @@ class ModelConfig:
         )
         _require(
             experts % groups == 0,
-            f"model.n_group={groups} does not divide model.n_routed_experts={experts}; use one of {divisors(experts)}",
+            f"model.n_group={groups} does not divide model.n_routed_experts={experts}; use one of {choices(experts)}",
         )
         _require(
             experts // groups >= 2,
@@ -166,6 +214,7 @@ class DataConfig:
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
 
     def __post_init__(self) -> None:
+        _numbers("data", self)
         _positive("data", self, "seq_len", "batch_size")
         _require(
             0 < self.validation_fraction < 1,
@@ -193,8 +242,13 @@ class OptimConfig:
     ema_decay: float = 0.0  # 0: no moving average of the parameters
 
     def __post_init__(self) -> None:
+        _numbers("optim", self, unlimited=("clip_norm",))
         _positive("optim", self, "lr", "decay_steps", "eps", "clip_norm")
         _not_negative("optim", self, "lr_final", "warmup_steps", "weight_decay")
+        _require(
+            self.lr_final <= self.lr,
+            f"optim.lr_final={self.lr_final} exceeds optim.lr={self.lr}, from which the rate decays to it; use at most that",
+        )
         _require(
             self.decay_start >= self.warmup_steps,
             f"optim.decay_start={self.decay_start} lies before the end of the warm-up at "
@@ -227,6 +281,7 @@ class TrainConfig:
     slow_after_s: float = 3600.0
 
     def __post_init__(self) -> None:
+        _numbers("train", self, unlimited=("stuck_after_s", "slow_after_s"), seed=LARGEST_SEED)
         _positive("train", self, "steps", "grad_accum_steps", "eval_every", "eval_batches", "stuck_after_s", "slow_after_s")
         _not_negative(
             "train", self, "seed", "mtp_loss_weight", "mtp_loss_weight_final", "mtp_switch_step",
@@ -258,6 +313,7 @@ class ParallelConfig:
     max_state_gib: float | None = None  # GiB of weights and moments per device, at most, on any mesh that a run shrinks to
 
     def __post_init__(self) -> None:
+        _numbers("parallel", self, unlimited=("max_state_gib",))
         axes = ("data", "pipe", "fsdp", "expert", "tensor")
         for axis in axes:
             size = getattr(self, axis)
@@ -293,6 +349,7 @@ class PrecisionConfig:
     cooldown_steps: int = 50  # calm steps until a layer returns to 8 bits
 
     def __post_init__(self) -> None:
+        _numbers("precision", self)
         _not_negative("precision", self, "first_steps")
         _positive("precision", self, "cooldown_steps")
         _require(
@@ -334,6 +391,7 @@ class CheckpointConfig:
     local_dir: str | None = None  # a directory on each host for copies; null: none
 
     def __post_init__(self) -> None:
+        _numbers("checkpoint", self, unlimited=("every_minutes",))
         _positive("checkpoint", self, "every_minutes", "keep")
         _not_negative("checkpoint", self, "keep_best")
         for name in ("every_steps", "keep_every"):
@@ -366,39 +424,18 @@ class Config:
         accum, batch = self.train.grad_accum_steps, self.data.batch_size
         _require(
             batch % accum == 0,
-            f"train.grad_accum_steps={accum} does not divide data.batch_size={batch}; use one of {divisors(batch)}",
+            f"train.grad_accum_steps={accum} does not divide data.batch_size={batch}; use one of {choices(batch)}",
         )
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string; here it is a float, as everybody expects. Duplicate keys are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _merge(base: dict, key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
+    if len(sections) > _DEEPEST:
+        raise UserError(f"unknown key {_short(key)}: no section lies so deep")
     for section in sections:
         base = base.setdefault(section, {})
         if not isinstance(base, dict):
-            raise UserError(f"{key}: {section} is a value, not a section")
+            raise UserError(f"{_short(key)[1:-1]}: {section} is a value, not a section")
     base[leaf] = value
 
 
@@ -412,8 +449,8 @@ def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
 
 def _explain(error: pydantic.ValidationError, source: str) -> str:
     """One line for the first problem: key, value, what is accepted; for an unknown key the nearest valid name."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    first = error.errors(include_url=False)[0]
+    key = _short(".".join(str(part) for part in first["loc"]))[1:-1]
     if first["type"] == "unexpected_keyword_argument":
         valid = _leaf_keys(Config)
         # compare whole keys and last parts, so that both a typo and a misplaced key find their match
@@ -424,14 +461,25 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
         hint = f"did you mean {best}?" if best else "valid sections: " + ", ".join(f.name for f in dataclasses.fields(Config))
         return f"{source}: unknown key {key}; {hint}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{source}: {key}={first['input']!r}: {message}"
+    return f"{source}: {key}={_short(first['input'])}: {message}"
 
 
 def config_from_dict(raw: dict, source: str = "config") -> Config:
     """Check a nested dict against the tree. Raises `UserError` naming the key, the value and what would be valid."""
+    parallel = raw.get("parallel")
+    if isinstance(parallel, dict) and parallel.get("compress") is True:  # which pydantic would take for 1 bit
+        raise UserError(f"{source}: parallel.compress=true: use 1, 2, 4 or 8 bits, auto, or 0 for none")
+    try:
+        text = json.dumps(raw, default=str)
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # keys that are not text, endless integers, or sections in themselves
+        raise UserError(f"{source}: {error}") from None
     try:
         # JSON mode: strict about leaf types ("four" is no int), while sections may still be plain mappings
-        return pydantic.TypeAdapter(Config).validate_json(json.dumps(raw, default=str))
+        return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
         raise UserError(_explain(error, source)) from None
 
@@ -441,8 +489,8 @@ def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r} is not key=value, e.g. train.steps=100")
-        _merge(raw, key, _parse_yaml(value, override))
+            raise UserError(f"override {_short(override)} is not key=value, e.g. train.steps=100")
+        _merge(raw, key, parse_yaml(value, override))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -459,10 +507,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         UserError: The file cannot be read, or a key or value is wrong; the message names it and what would be valid.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST_TEXT + 1)  # and not more, of what never ends
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read config {path}: {error}") from None
-    raw = _parse_yaml(text, str(path)) or {}
+    raw = parse_yaml(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(raw).__name__}")
     merge_overrides(raw, overrides)

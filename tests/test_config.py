@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, load_config
+from dsv3_jax import yaml_reader
+from dsv3_jax.config import Config, choices, config_from_dict, config_to_dict, config_to_yaml, divisors, load_config
 from dsv3_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -51,7 +53,7 @@ BAD = [
     ("train.steps=four", "train.steps='four'"),
     ("train.steps=1.5", "train.steps=1.5"),
     ("optim.lr=true", "optim.lr=True"),
-    ("optim.lr=.nan", "optim.lr=nan must be positive"),
+    ("optim.lr=.nan", "optim.lr=nan must be a finite number"),
     ("model=3", "model=3"),
     ("model.hidden_size.x=3", "model.hidden_size"),
     ("train.steps", "not key=value"),
@@ -72,15 +74,51 @@ BAD = [
     ("precision.first_steps=-1", "precision.first_steps=-1"),
     ("name=../x", "name='../x'"),
     ("model.rope_parameters.factor=0.5", "must be at least 1"),
+    ("model.rope_parameters.rope_theta=.inf", "model.rope_parameters.rope_theta=inf must be a finite number"),
+    ("optim.lr=.inf", "optim.lr=inf must be a finite number"),
+    ("optim.weight_decay=1e400", "optim.weight_decay=inf must be a finite number"),
+    ("optim.clip_norm=-.inf", "optim.clip_norm=-inf must be positive"),
+    ("optim.lr=1e-4", "optim.lr_final=0.0003 exceeds optim.lr=0.0001"),
+    ("train.seed=4294967296", "train.seed=4294967296 is out of range; use at most 4294967295"),
+    ("train.seed=-1", "train.seed=-1 must not be negative"),
+    ("parallel.compress=true", "parallel.compress=true: use 1, 2, 4 or 8 bits, auto, or 0"),
+    ("model.num_hidden_layers=1000000000", "model.num_hidden_layers=1000000000 is out of range; use at most 16384"),
+    ("model.n_routed_experts=1000000000", "model.n_routed_experts=1000000000 is out of range; use at most 65536"),
+    ("model.num_nextn_predict_layers=1000", "use at most 16"),
+    ("data.batch_size=1000000000000000000", "data.batch_size=1000000000000000000 is out of range; use at most 2147483647"),
+    ("train.steps=" + "9" * 400, "number 99999999999999999999... is out of range"),
+    ("train.steps=0x" + "f" * 9999, "is out of range"),
+    ("train.steps=" + "x" * 50_000, "(50,002 characters): input should be a valid integer"),
+    ("train." + "x" * 50_000 + "=1", "unknown key train.xxx"),
+    (".".join("abcdefghijk") + "=1", "no section lies so deep"),
+    ("train={steps: *a}", "alias *a is not supported"),
+    ("train=" + "[" * 5000, "nested deeper than 16 levels"),
+    ("train={2020-01-01: 1}", "key 2020-01-01 is not text"),
+    ("train={!!binary aGVsbG8=: 1}", "values of type tag:yaml.org,2002:binary are not supported"),
+    ("name=!!set {a, b}", "values of type tag:yaml.org,2002:set are not supported"),
+    ("name=2020-99-99", "a value is not of its type (month must be in 1..12)"),
+    ("train.steps=!!int x", "a value is not of its type"),
+    ("train=[" + "1," * 100_000 + "]", "at most 65,536 are read"),
+    ("name=a\0b", "special characters are not allowed"),
 ]
 
 
-@pytest.mark.parametrize(("override", "expected"), BAD, ids=[o for o, _ in BAD])
+@pytest.mark.parametrize(("override", "expected"), BAD, ids=[o[:60] for o, _ in BAD])
 def test_bad_values_are_refused_by_name(override, expected):
     with pytest.raises(UserError) as error:
         load_config(CONFIGS / "tiny.yaml", [override])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.clip_norm=.inf", "checkpoint.every_minutes=.inf", "train.seed=4294967295", "optim.lr_final=1e-3", "name=2020-01-01",
+     "parallel.compress=auto", "model.num_hidden_layers=16384", "train.steps=2147483647"],
+)  # fmt: skip
+def test_unusual_values_are_taken(override):
+    load_config(CONFIGS / "tiny.yaml", ["optim.lr=1e-3", override])
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "train: {steps: 1, steps: 2}\n"])
@@ -88,6 +126,49 @@ def test_bad_yaml_is_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_config(tmp_path / "bad.yaml")
+
+
+def test_what_never_ends_is_read_within_bounds():
+    with pytest.raises(UserError, match="at most 65,536 are read"):
+        load_config("/dev/zero")
+
+
+def test_what_many_keys_cost_grows_with_their_number(tmp_path):
+    """And not with its square, as when each was compared with all others: 6,000 took 1.3 s."""
+    compared = []
+
+    class Key(str):
+        __slots__ = ()
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    keys = yaml.MappingNode(
+        "tag:yaml.org,2002:map", [(yaml.ScalarNode("k", f"k{i}"), yaml.ScalarNode("v", "1")) for i in range(99)]
+    )
+    loader = yaml_reader._Loader("")
+    loader.construct_object = lambda node, deep=False: Key(node.value)
+    assert len(loader.construct_mapping(keys)) == 99
+    assert len(compared) < 200
+
+
+def test_a_dictionary_that_is_no_json_is_refused():
+    own: dict = {}
+    own["model"] = own
+    for raw, said in ((own, "Circular"), ({("a", 1): 2}, "keys must be"), ({"train": {"steps": 10**5000}}, "4300 digits")):
+        with pytest.raises(UserError, match=said):
+            config_from_dict(raw)
+
+
+def test_divisors():
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    assert divisors(10**18)[:4] == [1, 2, 4, 5]  # those up to 2^17 only, where trying all would take minutes
+    assert choices(16) == "[1, 2, 4, 8, 16]"
+    assert choices(720720).endswith("..., 720720]")
+    assert len(choices(720720)) < 120
 
 
 def test_configuration_stays_small():
