@@ -1,22 +1,43 @@
 """What a person sees: consoles for tables and text, a live bar on a terminal, plain lines in a pipe."""
 
+import re
 import sys
 import time
 from threading import Lock
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from rich import progress as columns
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
+from rich.text import Text
 
 _LINE_EVERY_S = 5.0
 _UNWRAPPED = 10_000  # columns: more than any table or line has
+# control characters but tab and newline, those that turn the direction of text, and halves of characters, which no stream takes
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def make_console(file: IO[str] | None = None, quiet: bool = False) -> Console:
-    """A rich console on `file` (standard output if None): as wide as a terminal, and in a pipe or file never wrapped."""
+def printable(text: str) -> str:
+    """Text from anywhere as it may go to a terminal: what would control it is written out, such as \\x1b."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _PlainConsole(Console):
+    """Takes every string, also a table's cell or title, as text: nothing in it is markup, an emoji's name or a control code."""
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        style |= {"markup": False, "emoji": False}
+        return super().render_str(printable(text), **style)
+
+
+def make_console(file: IO[str] | None = None, quiet: bool = False, **options: Any) -> Console:
+    """A rich console on `file` (standard output if None): as wide as a terminal, and in a pipe or file never wrapped.
+
+    Strings are printed as they are, whatever file or stranger they came from. `options` go to rich's `Console`.
+    """
     out = sys.stdout if file is None else file
-    return Console(file=out, highlight=False, quiet=quiet, width=None if out.isatty() else _UNWRAPPED)
+    width = None if out.isatty() else _UNWRAPPED
+    return _PlainConsole(**{"file": out, "highlight": False, "quiet": quiet, "width": width, **options})
 
 
 def human(x: float, unit: str = "") -> str:
@@ -52,7 +73,7 @@ class _Reporter:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def _is_time(self) -> bool:
         """Whether the next line of a pipe is due."""
@@ -68,7 +89,7 @@ class ProgressReporter(_Reporter):
 
     def __init__(self, steps: int, done: int, quiet: bool = False):
         self._steps = steps
-        shown = columns.MofNCompleteColumn(), columns.TextColumn("{task.fields[status]}")
+        shown = columns.MofNCompleteColumn(), columns.TextColumn("{task.fields[status]}", markup=False)
         super().__init__(sys.stdout, "train", shown, steps, done, quiet)
 
     def update(self, step: int, row: dict[str, float], flops_per_s: float) -> None:

@@ -5,7 +5,7 @@ import re
 
 from rich.table import Table
 
-from dsv3_jax.progress import BytesProgress, ProgressReporter, human, make_console
+from dsv3_jax.progress import BytesProgress, ProgressReporter, human, make_console, printable
 from tests.commands import dsv3
 from tests.conftest import ROOT
 
@@ -62,6 +62,24 @@ def test_progress_in_a_pipe_is_plain_lines(capsys):
     assert out.splitlines() == [LONG, expected]
     assert err.startswith("import: 10B of 10B, ")
     assert len(err.splitlines()) == 1
+
+
+HOSTILE = "[/x] [bold]a[/bold] [link=http://b]c[/link] :smile: \x1b]0;t\x07 \ud800 \u202e é"
+SHOWN = r"[/x] [bold]a[/bold] [link=http://b]c[/link] :smile: \x1b]0;t\x07 \ud800 \u202e é"
+
+
+def test_text_is_printed_as_it_is():
+    """As a line, and as a table's title, caption, column and cell: on a terminal too nothing in it is obeyed."""
+    assert printable(HOSTILE) == SHOWN
+    for file in (io.StringIO(), Terminal()):
+        console, table = make_console(file, width=200), Table(HOSTILE, title=HOSTILE, caption=HOSTILE)
+        table.add_row(HOSTILE)
+        console.print(HOSTILE, soft_wrap=True)
+        console.print(table)
+        console.rule(HOSTILE)
+        plain = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue())  # a table's own styles
+        assert plain.count(SHOWN) == 6
+        assert "\x1b" not in plain
 
 
 def test_human():

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import write_atomically
+from dsv3_jax.files import read_json, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the checkpoints that this version writes; raise it when a version before could not read them
 _POLL_S = 0.05
 _PATIENCE_S = 300.0  # with other processes, which read as much
+_LARGEST = 2**28  # bytes of a manifest; one of a million files has half of it
 HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
 
 
@@ -95,14 +96,23 @@ def _format_of(manifest: Any) -> int:
 def check_format(directory: Path) -> None:
     """Raise `UserError` if a checkpoint's format is newer than this version reads. `verify` says what else is wrong."""
     try:
-        number = _format_of(json.loads((directory / MANIFEST).read_text()))
-    except (OSError, ValueError, RecursionError):
+        number = _format_of(read_json(directory / MANIFEST, _LARGEST))
+    except (UserError, ValueError):
         return
     if number > FORMAT:
         raise UserError(
             f"checkpoint {directory} has format {number}, and this version of dsv3_jax reads formats up to {FORMAT}; load it "
             "with the version that wrote it, or a newer one"
         )
+
+
+def _listed(name: str, entry: Any) -> tuple[int, str]:
+    """A file's size and sha256. Raises `ValueError` for an entry that no version has written."""
+    size, digest = entry
+    inside = name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
+    if type(size) is not int or not isinstance(digest, str) or not inside:
+        raise ValueError(f"the entry of {name[:80]!r} must be a file inside the checkpoint with its size and sha256")
+    return size, digest
 
 
 def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool = True) -> None:
@@ -112,13 +122,13 @@ def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool =
     array data (in Orbax's directories `d`) are left out, for a process that reads these arrays elsewhere.
     """
     check_format(directory)
+    if not (directory / MANIFEST).exists():
+        raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {MANIFEST})")
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = read_json(directory / MANIFEST, _LARGEST)
         listing = manifest["files"] if _format_of(manifest) else manifest
-        expected = {name: (size, digest) for name, (size, digest) in listing.items()}
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a checkpoint of dsv3_jax, or its saving was cut off (no {MANIFEST})") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        expected = {name: _listed(name, entry) for name, entry in listing.items()}
+    except (UserError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{directory}: damaged {MANIFEST}: {error}") from None
     if not expected:
         raise UserError(f"checkpoint {directory} is damaged: {MANIFEST} lists no files")

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from dsv3_jax.progress import printable
+
 _TAIL_BYTES = 2**18
+_PIECE_BYTES = 2**20  # read at a time, and of a line
 
 
 class Follower:
@@ -23,14 +26,19 @@ class Follower:
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
-                data = file.read()
+                while self._pass_on(file.read(_PIECE_BYTES)):
+                    file.seek(self._offset)
         except FileNotFoundError:  # the worker has not begun
             return
-        complete = data[: data.rfind(b"\n") + 1]
+
+    def _pass_on(self, data: bytes) -> bool:
+        """Pass on the complete lines in `data`; False if there is none yet. A line without an end comes in pieces."""
+        complete = data if len(data) == _PIECE_BYTES and b"\n" not in data else data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.decode(errors="replace").splitlines():
             if not line.startswith("[Gloo]"):  # which prints every connection between CPU processes
-                self._say(line)
+                self._say(printable(line))
+        return bool(complete)
 
 
 def tail(path: Path) -> str:

@@ -1,6 +1,7 @@
 """`dsv3 plan` and `dsv3 overlap`: what the verbs do, in order."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +19,7 @@ from dsv3_jax.cost.feasible import feasible_worker_counts
 from dsv3_jax.cost.memory import state_bytes_per_device
 from dsv3_jax.cost.topologies import GIB, mesh_label, parse_topology
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import read_json
 from dsv3_jax.plan.compile import Limits
 from dsv3_jax.plan.figures import Assumptions, Plan, plan_step
 from dsv3_jax.plan.page import page
@@ -27,8 +28,11 @@ from dsv3_jax.plan.search import explain, search
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
 from dsv3_jax.progress import make_console
+from dsv3_jax.records import number
+from dsv3_jax.yaml_reader import parse_yaml
 
 _LINE_EVERY_S = 10.0
+_LARGEST_PLAN = 2**28  # bytes of plan.json
 
 
 def list_topologies(console: Console) -> None:
@@ -101,12 +105,12 @@ class Request:
             name, sign, value = option.partition("=")
             if not sign or not name:
                 raise UserError(f"--xla {option}: use NAME=VALUE")
-            found[name.lstrip("-")] = yaml.safe_load(value)
+            found[name.lstrip("-")] = parse_yaml(value, f"--xla {option}")
         return found
 
     def __post_init__(self) -> None:
-        if self.assume.price is not None and self.assume.price < 0:
-            raise UserError(f"--price={self.assume.price} must not be negative")
+        if self.assume.price is not None and not 0 <= self.assume.price < math.inf:
+            raise UserError(f"--price={self.assume.price} must be a price of 0 or more")
         for topology in self.topologies:
             parse_topology(topology)
 
@@ -208,7 +212,8 @@ def _together(found: list[Overlap]) -> float | None:
 
 
 def _planned(plan: Path) -> list[tuple[str, float | None]]:
+    plans = read_json(plan, _LARGEST_PLAN)
     try:
-        return [(p["topology"], p["step"].get("hidden")) for p in json.loads(plan.read_text())["plans"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--plan={plan} is no plan.json of dsv3 plan: {error}") from None
+        return [(str(p["topology"]), number(p["step"], "hidden") if "hidden" in p["step"] else None) for p in plans["plans"]]
+    except (LookupError, TypeError, AttributeError):
+        raise UserError(f"--plan={plan} is no plan.json of dsv3 plan, which holds plans with a topology and a step") from None

@@ -110,8 +110,13 @@ def compile_step(
         request = {"config": config_to_dict(config), "topology": topology, "options": options or {}, "out": str(out)}
         _run(request, limits, say)
 
-    directory = cached(cache_root(config.data) / "plans", _key(config, parsed, options or {}), build)
-    return read(directory)
+    root, key = cache_root(config.data) / "plans", _key(config, parsed, options or {})
+    directory = cached(root, key, build)
+    try:
+        return read(directory)
+    except Exception:  # damaged on its disk, which shows in many ways: it is made again
+        shutil.rmtree(directory, ignore_errors=True)
+        return read(cached(root, key, build))
 
 
 def read(directory: Path) -> Compiled:

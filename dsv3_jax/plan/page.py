@@ -6,11 +6,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from dsv3_jax.cost.topologies import GIB
 from dsv3_jax.plan.figures import CLASSES, Plan
 from dsv3_jax.plan.report import compare, show, verdict
+from dsv3_jax.progress import make_console
 
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{font-size:12px;overflow-x:auto}"
 
@@ -69,7 +69,7 @@ def _links(plan: Plan) -> str:
 
 def page(plans: list[Plan]) -> str:
     """The page's HTML."""
-    console = Console(file=io.StringIO(), width=150, record=True, highlight=False, force_terminal=False)
+    console = make_console(io.StringIO(), width=150, record=True, force_terminal=False)
     if len(plans) > 1:
         compare(plans, console)
     for plan in plans:

@@ -150,6 +150,23 @@ def read_devices(profile: Any, label: str) -> dict[str, Device]:
     return devices
 
 
+def _read(file: Path, label: str) -> dict[str, Device]:
+    """The devices of one .xplane.pb. Raises `UserError` if it is none, or damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the reader's own types; as an error it would abort
+        try:
+            profile = jax.profiler.ProfileData(file.read_bytes())  # `from_file` aborts where this raises
+            return read_devices(profile, label)
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+        ) as error:  # of the reader, for what damage looks like
+            raise UserError(f"{file} is no trace of jax.profiler, or damaged: {error}") from None
+
+
 def overlaps(trace: Path) -> list[Overlap]:
     """The overlap on every device of a trace: a directory that `jax.profiler` wrote, or one .xplane.pb. Raises `UserError`."""
     files = [trace] if trace.is_file() else sorted(trace.rglob("*.xplane.pb"))
@@ -157,14 +174,7 @@ def overlaps(trace: Path) -> list[Overlap]:
         raise UserError(f"{trace} has no trace of jax.profiler: no *.xplane.pb in it")
     found = []
     for number, file in enumerate(files):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the reader's own types; as an error it would abort
-            try:
-                profile = jax.profiler.ProfileData(file.read_bytes())  # `from_file` aborts where this raises
-            except RuntimeError as error:
-                raise UserError(f"{file} is no trace of jax.profiler: {error}") from None
-            devices = read_devices(profile, f"{number}: " if len(files) > 1 else "")
-        for name, d in sorted(devices.items()):
+        for name, d in sorted(_read(file, f"{number}: " if len(files) > 1 else "").items()):
             work = union(d.work)
             kinds = {k: union(d.communication[k]) for k in KINDS if k in d.communication}
             everything = union(i for intervals in d.communication.values() for i in intervals)
