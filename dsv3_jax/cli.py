@@ -113,7 +113,8 @@ def evaluate(run: RunPath, data: str | None = None) -> None:
 
     Args:
         run: A run (its latest checkpoint) or a checkpoint directory.
-        data: A file or glob of .txt, .jsonl or .parquet; the run's held-out documents if not given.
+        data: A file, folder or glob of .txt, .jsonl or .parquet, also as .gz or .zst; the run's held-out documents if not
+            given.
     """
     _join()
     from dsv3_jax.cluster.processes import is_first

@@ -205,12 +205,14 @@ class DataConfig:
     """Where text comes from and how it is cut. `path=None` is the source text of Python's standard library."""
 
     __pydantic_config__ = _STRICT
-    path: str | None = None  # a file or glob of .txt, .jsonl or .parquet; several separated by commas
-    text_field: str = "text"  # the field of .jsonl and the column of .parquet
+    path: str | None = None  # a file, folder or glob of .txt, .jsonl or .parquet, also as .gz or .zst; several with commas
+    text_field: str = "text"  # the field of .jsonl and the column of .parquet; a.b: the field b in a
     tokenizer: str | None = None  # a tokenizer.json; None trains a byte-level BPE of model.vocab_size once
     seq_len: int = 256  # tokens of a sequence
     batch_size: int = 16  # global, in sequences
-    validation_fraction: float = 0.05  # of documents, chosen by hash
+    validation_fraction: float = 0.05  # of documents, chosen by hash; of a single document, its end
+    validation_path: str | None = None  # held-out documents of their own, as path: then all of path is trained on
+    special_tokens: bool = False  # names of control tokens in a text become those tokens; false: they are text
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ class PackedWindows:
         start = window * self.seq_len
         first = int(np.searchsorted(epoch.begin, start, side="right")) - 1
         last = int(np.searchsorted(epoch.begin, start + self.seq_len + self.ahead, side="left"))
-        return [self.store.ids[d] for d in epoch.order[first:last]]
+        return [self.store.ids[int(d)] for d in epoch.order[first:last]]
 
 
 class _Rows:

@@ -1,29 +1,21 @@
-"""Documents: where text comes from. Every reader yields (id, text) and reports a bad file by name and line."""
+"""The corpus: the files that `data.path` names, and their documents."""
 
 import glob
 import hashlib
-import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data.document import Document
+from dsv3_jax.data.readers import READERS, file_type
 from dsv3_jax.errors import UserError
 
 # Directories to leave out: installed packages are no part of the standard library, tests and tables no typical source text.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "lib2to3"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and its name."""
-
-    id: str  # file, or file:line (.jsonl), or file:row (.parquet)
-    text: str
+_LONGEST_PATH = 4096  # characters
+_TYPES = f"{', '.join(READERS)}, and these with .gz or .zst after them"
 
 
 def stdlib_files() -> list[Path]:
@@ -32,83 +24,87 @@ def stdlib_files() -> list[Path]:
     return sorted(p for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"data.path: cannot read {path}: {error.strerror}") from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"data.path: {path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert it") from None
+def patterns(path: str) -> Iterator[str]:
+    """What `data.path` names, one by one: it is cut at commas, but not within a name that exists; `~` is filled in."""
+    parts = path.split(",")
+    while parts:
+        name, count = os.path.expanduser(parts[0].strip()), 1
+        longer = parts[0]
+        for number, part in enumerate(parts[1:], 2):
+            longer = f"{longer},{part}"
+            if len(longer) > _LONGEST_PATH:
+                break
+            if os.path.exists(existing := os.path.expanduser(longer.strip())):
+                name, count = existing, number
+        yield name
+        parts = parts[count:]
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):  # splitlines would cut at U+2028 inside a string
-        if not line.strip():
+def _files_of(pattern: str) -> list[Path]:
+    """Files of a folder, the file of that name, or else those that match."""
+    if os.path.isdir(pattern):
+        files = _folder_files(pattern)
+        if not files:
+            raise UserError(f"data.path={pattern!r}: the folder holds no file to read; these are: {_TYPES}")
+        return files
+    names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    files = sorted(Path(name) for name in names if os.path.isfile(name))
+    if not files:
+        hint = f"; it matches folders: name one of them, such as {min(names)}" if any(map(os.path.isdir, names)) else ""
+        raise UserError(f"data.path={pattern!r} matches no file{hint}")
+    return files
+
+
+def _folder_files(folder: str) -> list[Path]:
+    """Files of types that can be read, in all its folders, in order; hidden names are left out, as by globs."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        if os.path.realpath(root) in seen:  # a link leads back
+            folders.clear()
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"data.path: {path}, line {number}: not JSON: {error.msg}") from None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"data.path: {path}, line {number}: no string field data.text_field={field!r}; found {keys}")
-        yield Document(f"{path}:{number}", record[field])
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if file_type(path) in READERS and path.is_file())
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[Document]:
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(f"data.path: {path}: no column data.text_field={column!r}; found {', '.join(names)}")
-        row = 0
-        for batch in table.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                if not isinstance(value, str):
-                    raise UserError(f"data.path: {path}, row {row}: column {column!r} holds {type(value).__name__}")
-                yield Document(f"{path}:{row}", value)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"data.path: cannot read {path}: {error}") from None
-
-
-# By the file's ending: (file, data.text_field) -> its documents. Source files of the standard library are read as .txt are.
-READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-    ".txt": lambda path, _field: iter([Document(str(path), _read_text(path))]),
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+def _refuse(error: OSError) -> None:
+    raise UserError(f"data.path: cannot read the folder {error.filename}: {error.strerror}")
 
 
 def data_files(config: DataConfig) -> list[Path]:
     """The corpus's files. Raises `UserError` for a pattern that matches nothing or a type that cannot be read."""
     if config.path is None:
         return stdlib_files()
-    files: list[Path] = []
-    for pattern in config.path.split(","):
-        matched = sorted(Path(p) for p in glob.glob(pattern.strip(), recursive=True) if Path(p).is_file())
-        if not matched:
-            raise UserError(f"data.path={pattern.strip()!r} matches no file")
-        files += matched
+    files = [path for pattern in patterns(config.path) for path in _files_of(pattern)]
     for path in files:
-        if path.suffix not in READERS:
-            raise UserError(f"data.path: {path}: unknown type {path.suffix!r}; use one of {', '.join(READERS)}")
+        if file_type(path) not in READERS:
+            raise UserError(f"data.path: {path}: unknown type {file_type(path)!r}; use one of {_TYPES}")
     return files
 
 
-def documents(config: DataConfig) -> Iterator[Document]:
-    """All documents with text. Each .txt (or standard library) file is one document."""
+def documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[Document]:
+    """All documents with text. Each .txt (or standard library) file is one document.
+
+    Rows whose text is null are skipped; at the end `report` gets a line about how many they were.
+    """
+    nulls, first = 0, ""
     for path in data_files(config):
-        read = READERS.get(path.suffix, READERS[".txt"])
-        yield from (d for d in read(path, config.text_field) if d.text.strip())
+        read = READERS.get(file_type(path), READERS[".txt"])
+        for document in read(path, config.text_field):
+            if document.content is None:
+                nulls, first = nulls + 1, first or document.id
+            elif document.has_text():
+                yield document
+    if nulls:
+        report(
+            f"data.path: {nulls:,} rows are skipped, whose data.text_field={config.text_field!r} is null; the first is {first}"
+        )
 
 
-def is_validation(text: str, fraction: float) -> bool:
+def is_validation(text: Document | str, fraction: float) -> bool:
     """Split by the text's hash: the same document falls on the same side in every run, corpus and order."""
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = (text if isinstance(text, Document) else Document("", text)).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
@@ -116,6 +112,9 @@ def fingerprint(config: DataConfig) -> str:
     """Hash of what decides the corpus: files with sizes and modification times, and the text field."""
     digest = hashlib.sha256(config.text_field.encode())
     for path in data_files(config):
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"data.path: cannot read {path}: {error.strerror}") from None
+        digest.update(os.fsencode(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))  # a name may be no UTF-8
     return digest.hexdigest()[:16]

@@ -4,12 +4,11 @@ A cache entry is a directory named by a hash of everything that decides its cont
 renamed, so that it is complete or absent.
 """
 
-import dataclasses
 import hashlib
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,22 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import Document, documents, fingerprint, is_validation
-from dsv3_jax.data.tokenizer import load_tokenizer, special_ids, tokenizer_hash, train_tokenizer
+from dsv3_jax.data.corpus import documents, fingerprint
+from dsv3_jax.data.document import Document
+from dsv3_jax.data.split import split_documents, validation_fingerprint
+from dsv3_jax.data.tokenizer import (
+    load_tokenizer,
+    special_ids,
+    text_encoder,
+    tokenizer_errors,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import user_cache
 
-_FORMAT = "1"  # part of every cache key: raise it when the files' meaning changes
-_ENCODE_BATCH = 256
+_FORMAT = "2"  # part of every cache key: raise it when the files' meaning changes
+_ENCODE_BATCH = 2**19  # bytes of text, in UTF-8: what encoding takes is some 100 times as much, in threads
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class TokenStore:
 
     tokens: np.ndarray  # i32[total], memory-mapped
     offsets: np.ndarray  # i64[documents + 1]
-    ids: list[str]  # a name per document
+    ids: Sequence[str]  # a name per document
     text_bytes: np.ndarray  # i64[documents], UTF-8 bytes of the text
 
     def __len__(self) -> int:
@@ -79,43 +87,95 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _write_store(directory: Path, encoded: Iterator[tuple[str, int, list[int]]]) -> None:
-    directory.mkdir()
-    offsets, ids, sizes = [0], [], []
-    with open(directory / "tokens.bin", "wb") as out:
-        for name, size, token_ids in encoded:
-            out.write(np.asarray(token_ids, np.int32).tobytes())
-            offsets.append(offsets[-1] + len(token_ids))
-            ids.append(name)
-            sizes.append(size)
-    np.save(directory / "offsets.npy", np.asarray(offsets, np.int64))
-    np.save(directory / "text_bytes.npy", np.asarray(sizes, np.int64))
-    (directory / "ids.json").write_text(json.dumps(ids))
+class _Names(Sequence[str]):
+    """Strings in a memory-mapped file: millions of names take no memory."""
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        self._text, self._ends = text, ends  # u8[bytes], in UTF-8; i64[names + 1]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return self._text[self._ends[index] : self._ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class _StoreWriter:
+    """Writes a token store's files, document by document and each of them piece by piece."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer):
+        directory.mkdir()
+        self._directory = directory
+        self._begin, self._end = (np.array([i], np.int32) for i in special_ids(tokenizer))
+        self._tokens, self._names = open(directory / "tokens.bin", "wb"), open(directory / "ids.bin", "wb")  # noqa: SIM115
+        self._offsets, self._names_ends, self._text_bytes = array("q", [0]), array("q", [0]), array("q")
+        self._document: Document | None = None
+
+    def __enter__(self) -> "_StoreWriter":
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        with self._tokens, self._names:
+            if error is None:
+                self._end_document()
+        for name, values in (("offsets", self._offsets), ("ids_ends", self._names_ends), ("text_bytes", self._text_bytes)):
+            np.save(self._directory / f"{name}.npy", np.asarray(values, np.int64))
+
+    def add(self, document: Document, text_bytes: int, ids: list[int]) -> None:
+        """The next piece of a document: its size in UTF-8 and its token ids."""
+        if document is not self._document:
+            self._end_document()
+            self._document = document
+            self._names_ends.append(self._names_ends[-1] + self._names.write(document.id.encode("utf-8", "surrogateescape")))
+            self._offsets.append(self._offsets[-1])
+            self._text_bytes.append(0)
+            self._write(self._begin)
+        self._text_bytes[-1] += text_bytes
+        self._write(np.array(ids, np.int32))
+
+    def _end_document(self) -> None:
+        if self._document is not None:
+            self._write(self._end)
+
+    def _write(self, tokens: np.ndarray) -> None:
+        self._tokens.write(tokens.tobytes())
+        self._offsets[-1] += len(tokens)
+
+
+def _map(path: Path, dtype: type) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _read_store(directory: Path) -> TokenStore:
-    offsets = np.load(directory / "offsets.npy")
-    tokens = np.memmap(directory / "tokens.bin", np.int32, "r") if offsets[-1] else np.zeros(0, np.int32)
-    ids = json.loads((directory / "ids.json").read_text())
-    return TokenStore(tokens, offsets, ids, np.load(directory / "text_bytes.npy"))
+    offsets, ends, text_bytes = (np.load(directory / f"{name}.npy") for name in ("offsets", "ids_ends", "text_bytes"))
+    names = _Names(_map(directory / "ids.bin", np.uint8), ends)
+    return TokenStore(_map(directory / "tokens.bin", np.int32), offsets, names, text_bytes)
 
 
-def _encode(found: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, int, list[int]]]:
-    """(name, UTF-8 bytes, ids) of each document, framed by begin and end of text."""
-    bos, eos = special_ids(tokenizer)
-    batch = []
+def _write_encoded(found: Iterable[tuple[_StoreWriter, Document]], encoder: Tokenizer) -> None:
+    """Encode documents, and write each into its store, framed by begin and end of text."""
+    batch: list[tuple[_StoreWriter, Document, str, int]] = []
 
-    def flush():
-        encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encodings, strict=True):
-            yield document.id, len(document.text.encode()), [bos, *encoding.ids, eos]
+    def flush() -> None:
+        with tokenizer_errors("data.tokenizer: cannot encode the text"):
+            encodings = encoder.encode_batch_fast([piece for _, _, piece, _ in batch], add_special_tokens=False)
+        for (writer, document, _, size), encoding in zip(batch, encodings, strict=True):
+            writer.add(document, size, encoding.ids)
         batch.clear()
 
-    for document in found:
-        batch.append(document)
-        if len(batch) == _ENCODE_BATCH:
-            yield from flush()
-    yield from flush()
+    total = 0
+    for writer, document in found:
+        for piece in document.pieces():
+            size = len(piece.encode())
+            if batch and total + size > _ENCODE_BATCH:
+                flush()
+                total = 0
+            batch.append((writer, document, piece, size))
+            total += size
+    flush()
 
 
 def _tokenizer_for(config: DataConfig, vocab_size: int, corpus_key: str) -> Tokenizer:
@@ -123,11 +183,16 @@ def _tokenizer_for(config: DataConfig, vocab_size: int, corpus_key: str) -> Toke
         return load_tokenizer(config.tokenizer, vocab_size)
 
     def build(directory: Path) -> None:
-        texts = (d.text for d in documents(config) if not is_validation(d.text, config.validation_fraction))
+        texts = (piece for held_out, d in split_documents(config) if not held_out for piece in d.pieces())
         train_tokenizer(texts, vocab_size).save(str(directory / "tokenizer.json"))
 
-    key = _key("tokenizer", corpus_key, str(vocab_size), str(config.validation_fraction))
+    key = _key("tokenizer", corpus_key, str(vocab_size), *_split_key(config))
     return load_tokenizer(cached(cache_root(config), key, build) / "tokenizer.json", vocab_size)
+
+
+def _split_key(config: DataConfig) -> tuple[str, ...]:
+    """What decides which documents are held out, beside the corpus."""
+    return (str(config.validation_fraction), "" if config.validation_path is None else "by path")
 
 
 def _key(kind: str, *parts: str) -> str:
@@ -146,12 +211,13 @@ def load_corpus(config: DataConfig, vocab_size: int, report: Callable[[str], Non
 
     def build(directory: Path) -> None:
         report("corpus: tokenising")
-        for split, validation in (("train", False), ("validation", True)):
-            found = (d for d in documents(config) if is_validation(d.text, config.validation_fraction) == validation)
-            _write_store(directory / split, _encode(found, tokenizer))
+        with _StoreWriter(directory / "train", tokenizer) as train, _StoreWriter(directory / "validation", tokenizer) as rest:
+            found = ((rest if held_out else train, document) for held_out, document in split_documents(config, report))
+            _write_encoded(found, text_encoder(tokenizer, config.special_tokens))
         _check_not_empty(config, {split: len(_read_store(directory / split)) for split in ("train", "validation")})
 
-    key = _key("tokens", corpus_key, tokenizer_hash(tokenizer), str(config.validation_fraction))
+    parts = (corpus_key, validation_fingerprint(config), tokenizer_hash(tokenizer), str(config.special_tokens))
+    key = _key("tokens", *parts, *_split_key(config))
     directory = cached(cache_root(config), key, build)
     return Corpus(tokenizer, _read_store(directory / "train"), _read_store(directory / "validation"))
 
@@ -161,6 +227,13 @@ def _check_not_empty(config: DataConfig, documents_in: dict[str, int]) -> None:
     where = config.path or "the standard library's source"
     if not found:
         raise UserError(f"data.path: {where} holds no text")
+    if config.validation_path is not None:
+        for split, path in (
+            ("train", f"data.path: {where}"),
+            ("validation", f"data.validation_path: {config.validation_path}"),
+        ):
+            if not documents_in[split]:
+                raise UserError(f"{path} holds no text")
     for split, count in documents_in.items():
         if not count:
             raise UserError(
@@ -169,12 +242,14 @@ def _check_not_empty(config: DataConfig, documents_in: dict[str, int]) -> None:
             )
 
 
-def read_documents(config: DataConfig, tokenizer: Tokenizer) -> TokenStore:
-    """All documents of `config.path`, not split, in memory (for `dsv3 eval --data`)."""
+def read_documents(config: DataConfig, tokenizer: Tokenizer, report: Callable[[str], None] = lambda _: None) -> TokenStore:
+    """All documents of `config.path`, not split (for `dsv3 eval --data`); `report` as for `load_corpus`."""
     with tempfile.TemporaryDirectory() as scratch:
-        _write_store(Path(scratch) / "all", _encode(documents(config), tokenizer))
-        store = _read_store(Path(scratch) / "all")
-        store = dataclasses.replace(store, tokens=np.array(store.tokens))
+        directory = Path(scratch) / "all"
+        with _StoreWriter(directory, tokenizer) as writer:
+            found = ((writer, document) for document in documents(config, report))
+            _write_encoded(found, text_encoder(tokenizer, config.special_tokens))
+        store = _read_store(directory)  # mapped files stay when their names are gone
     if not len(store):
         raise UserError(f"data.path: {config.path} holds no text")
     return store

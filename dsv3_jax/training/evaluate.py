@@ -1,6 +1,8 @@
 """Evaluation: sums over complete documents, in which every token is a target exactly once."""
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,8 +87,8 @@ def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str
 
     Args:
         run_or_checkpoint: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
-        data: A file or glob of .txt, .jsonl or .parquet, several separated by commas; None for the held-out documents of the
-            configuration's own data.
+        data: What `data.path` may be (docs/data.md): a file, folder or glob of .txt, .jsonl or .parquet, several separated by
+            commas; None for the held-out documents of the configuration's own data.
 
     Returns:
         `loss` (nats per token), `perplexity`, `accuracy` (share of tokens that were the likeliest), `tokens` (that were
@@ -101,7 +103,8 @@ def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str
     if data is None:
         store = load_corpus(config.data, config.model.vocab_size).validation
     else:
-        store = read_documents(replace(config.data, path=data), loaded.tokenizer())
+        report = functools.partial(print, file=sys.stderr, flush=True)
+        store = read_documents(replace(config.data, path=data), loaded.tokenizer(), report)
     eval_step = make_eval_step(config, loaded.layout)
     found = evaluate_store(
         eval_step, loaded.params, loaded.router_bias, store, config.data.seq_len, config.data.batch_size, layout=loaded.layout

@@ -1,6 +1,7 @@
 """The end of a run: report.json (held-out loss, and bits per byte beside those of gzip and xz), loss.png and sample.txt."""
 
 import gzip
+import itertools
 import json
 import lzma
 
@@ -9,7 +10,7 @@ from flax import nnx
 
 from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.config import Config
-from dsv3_jax.data.corpus import documents, is_validation
+from dsv3_jax.data.split import held_out_documents
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.runs.loss_curve import plot_loss
@@ -32,8 +33,7 @@ def first_documents(store: TokenStore, max_bytes: int) -> TokenStore:
 
 def held_out_text(config: Config, count: int) -> bytes:
     """The text of the first `count` validation documents, in the store's order, in UTF-8."""
-    texts = (d.text for d in documents(config.data) if is_validation(d.text, config.data.validation_fraction))
-    return "".join(text for text, _ in zip(texts, range(count), strict=False)).encode()
+    return "".join(document.text for document in itertools.islice(held_out_documents(config.data), count)).encode()
 
 
 def compression(result: TrainResult) -> dict[str, float]:

@@ -1,0 +1,122 @@
+"""Training and held-out documents: by `data.validation_path`, by the hashes of texts, or, of few documents, the end.
+
+A corpus of one or a few documents may leave none on one of the sides. Then its last `data.validation_fraction`, in
+characters, is held out, from the begin of a line or word, in documents of the size in which long texts are encoded.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data.corpus import documents, fingerprint, is_validation
+from dsv3_jax.data.document import Document
+from dsv3_jax.errors import UserError
+
+_SHORTEST_SIDE = 16  # characters: less is no text to train or measure on
+
+
+def split_documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[tuple[bool, Document]]:
+    """Every document with text and whether it is held out, in the corpus's order; `report` as for `documents`."""
+    if config.validation_path is not None:
+        yield from ((False, document) for document in documents(config, report))
+        yield from ((True, document) for document in _validation_documents(config, report))
+        return
+    end = _end_to_hold_out(config)
+    if end is None:
+        for document in documents(config, report):
+            yield is_validation(document, config.validation_fraction), document
+        return
+    report(f"data.path: too few documents to hold out one of them; the last {config.validation_fraction:.1%} of the text is")
+    yield from _cut_at(documents(config, report), *end)
+
+
+def held_out_documents(config: DataConfig) -> Iterator[Document]:
+    """The held-out ones alone."""
+    if config.validation_path is not None:
+        return _validation_documents(config)
+    return (document for held_out, document in split_documents(config) if held_out)
+
+
+def validation_fingerprint(config: DataConfig) -> str:
+    """`fingerprint` of the files of `data.validation_path`, empty without it."""
+    if config.validation_path is None:
+        return ""
+    with _of_validation_path():
+        return fingerprint(replace(config, path=config.validation_path))
+
+
+def _validation_documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[Document]:
+    with _of_validation_path():
+        yield from documents(replace(config, path=config.validation_path), report)
+
+
+@contextlib.contextmanager
+def _of_validation_path() -> Iterator[None]:
+    """Errors about `data.path` name the field that was given instead."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", "data.validation_path", 1)) from None
+
+
+def _end_to_hold_out(config: DataConfig) -> tuple[int, int] | None:
+    """Where the end begins, and the end of the corpus, in characters; None if the hashes do split it or it is too short."""
+    sides, total = set(), 0
+    for document in documents(config):
+        sides.add(is_validation(document, config.validation_fraction))
+        if len(sides) == 2:
+            return None
+        total += document.length()
+    held_out = max(int(config.validation_fraction * total), _SHORTEST_SIDE)
+    return (total - held_out, total) if total - held_out >= _SHORTEST_SIDE else None
+
+
+def _cut_at(found: Iterable[Document], position: int, end: int) -> Iterator[tuple[bool, Document]]:
+    """Documents before and after `position` of the corpus, the one where it lies cut in two."""
+    begin = 0
+    for document in found:
+        length = document.length()
+        if begin + length <= position:
+            yield False, document
+        elif begin >= position:
+            yield True, document
+        else:
+            at = _begin_of_line(document, position - begin, max(2 * position - end - begin, 0))
+            before = Document(document.id, functools.partial(_head, document, at))
+            if before.has_text():
+                yield False, before
+            yield from ((True, Document(f"{document.id}, from character {n}", text)) for n, text in _tail(document, at))
+        begin += length
+
+
+def _begin_of_line(document: Document, position: int, least: int) -> int:
+    """The begin of the line that holds a position, or else of the word, if not before `least`; or else the position."""
+    begin = 0
+    for piece in document.pieces():
+        if begin + len(piece) > position:
+            low, high = max(least - begin, 0), position - begin
+            for mark in ("\n", " "):
+                if (found := piece.rfind(mark, low, high)) >= 0:
+                    return begin + found + 1
+            break
+        begin += len(piece)
+    return position
+
+
+def _head(document: Document, at: int) -> Iterator[str]:
+    for piece in document.pieces():
+        yield piece[:at]
+        at -= len(piece)
+        if at <= 0:
+            return
+
+
+def _tail(document: Document, at: int) -> Iterator[tuple[int, str]]:
+    begin = 0
+    for piece in document.pieces():
+        text = piece[max(at - begin, 0) :]
+        if text.strip():
+            yield begin + len(piece) - len(text), text
+        begin += len(piece)

@@ -1,0 +1,125 @@
+"""Which documents are held out: by hash, from files of their own, or the end of a corpus of few documents."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data.split import held_out_documents, split_documents
+from dsv3_jax.data.store import load_corpus
+from dsv3_jax.data.tokenizer import special_ids
+from dsv3_jax.errors import UserError
+
+
+def sides(config: DataConfig) -> tuple[list[str], list[str]]:
+    found = [(held_out, document.text) for held_out, document in split_documents(config)]
+    assert [d.text for d in held_out_documents(config)] == [text for held_out, text in found if held_out]
+    return [text for held_out, text in found if not held_out], [text for held_out, text in found if held_out]
+
+
+@pytest.fixture
+def lines():
+    return "".join(f"line {i:04d} of the sea\n" for i in range(1000))  # 21 characters each
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.95])
+def test_the_end_of_a_single_text_is_held_out(tmp_path, lines, fraction):
+    (tmp_path / "a.txt").write_text(lines)
+    config = DataConfig(path=f"{tmp_path}/a.txt", validation_fraction=fraction, cache_dir=f"{tmp_path}/cache")
+    (train,), (held_out,) = sides(config)
+    assert train + held_out == lines
+    assert held_out.startswith("line ")
+    assert len(held_out) == pytest.approx(fraction * 21_000, abs=21)
+    said = []
+    corpus = load_corpus(config, 300, said.append)
+    assert f"data.path: too few documents to hold out one of them; the last {fraction:.1%} of the text is" in said
+    for store, text in ((corpus.train, train), (corpus.validation, held_out)):
+        bos, eos = special_ids(corpus.tokenizer)
+        assert [store.tokens[0], store.tokens[-1]] == [bos, eos]
+        assert corpus.tokenizer.decode(store.tokens.tolist()) == text
+        assert store.text_bytes.tolist() == [len(text)]
+    assert list(corpus.train.ids) == [f"{tmp_path}/a.txt"]
+    assert list(corpus.validation.ids) == [f"{tmp_path}/a.txt, from character {len(train)}"]
+
+
+def test_the_end_of_a_long_text_is_held_out_in_parts(tmp_path, lines):
+    """So that a part of it can be evaluated; neither side is ever in memory, and nothing is lost between pieces."""
+    (tmp_path / "a.txt").write_text(lines * 100)
+    (train,), held_out = sides(DataConfig(path=f"{tmp_path}/a.txt", validation_fraction=0.25))
+    assert train + "".join(held_out) == lines * 100
+    assert len("".join(held_out)) == pytest.approx(525_000, abs=21)
+    assert [len(text) > 2**15 for text in held_out[:-1]] == [True] * (len(held_out) - 1)
+    assert len(held_out) in (3, 4)
+
+
+def test_of_a_few_documents_the_last_is_cut(tmp_path, lines):
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for name in ("one", "two", "three"):
+            file.write(json.dumps({"text": f"{name}\n{lines}"}) + "\n")
+    config = DataConfig(path=f"{tmp_path}/a.jsonl", validation_fraction=0.001)
+    train, held_out = sides(config)
+    assert [text[:5] for text in train] == ["one\nl", "two\nl", "three"]
+    assert train[2] + held_out[0] == f"three\n{lines}"
+    assert len(held_out) == 1
+    train, held_out = sides(dataclasses.replace(config, validation_fraction=0.0011, path=f"{tmp_path}/a.jsonl"))
+    assert "".join(held_out).count("\n") >= 3
+
+
+def test_whole_documents_at_the_end(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * 1000)
+    config = DataConfig(path=f"{tmp_path}/*.txt", validation_fraction=0.5)
+    if len({held_out for held_out, _ in split_documents(config)}) == 2:
+        config = dataclasses.replace(config, validation_fraction=1e-9)
+    train, held_out = sides(config)
+    assert "".join(train + held_out) == "".join(f"{number}" * 1000 for number in range(4))
+    assert len("".join(held_out)) >= 16
+
+
+def test_a_line_without_spaces_is_cut_anywhere(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    assert sides(DataConfig(path=f"{tmp_path}/a.txt")) == (["x" * 950], ["x" * 50])
+    (tmp_path / "a.txt").write_text("words of text " * 100)
+    (train,), (held_out,) = sides(DataConfig(path=f"{tmp_path}/a.txt"))
+    assert train.endswith(" ")
+    assert held_out[0].isalpha()
+
+
+def test_hashes_decide_where_they_can(corpus_dir):
+    config = DataConfig(path=f"{corpus_dir}/*.txt")
+    train, held_out = sides(config)
+    assert (len(train), len(held_out)) == (191, 9)
+
+
+def test_held_out_files_of_their_own(tmp_path, corpus_dir):
+    (tmp_path / "own.jsonl").write_text('{"text": "held out one"}\n{"text": "held out two"}\n')
+    config = DataConfig(path=f"{corpus_dir}/*.txt", validation_path=f"{tmp_path}/own.jsonl", cache_dir=f"{tmp_path}/cache")
+    train, held_out = sides(config)
+    assert len(train) == 200
+    assert held_out == ["held out one", "held out two"]
+    corpus = load_corpus(config, 300)
+    assert (len(corpus.train), len(corpus.validation)) == (200, 2)
+    before = np.array(corpus.validation.tokens)
+    (tmp_path / "own.jsonl").write_text('{"text": "held out three"}\n')
+    corpus = load_corpus(config, 300)  # the cache knows that they changed
+    assert len(corpus.validation) == 1
+    assert before.tolist() != corpus.validation.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, r"^data\.validation_path='.*none\.txt' matches no file"),
+        (b"\xff", r"^data\.validation_path: .*none\.txt, line 1: not UTF-8"),
+        (b" ", r"^data\.validation_path: .*none\.txt holds no text"),
+    ],
+)
+def test_bad_held_out_files_are_named_as_such(tmp_path, corpus_dir, content, expected):
+    if content is not None:
+        (tmp_path / "none.txt").write_bytes(content)
+    config = DataConfig(path=f"{corpus_dir}/*.txt", validation_path=f"{tmp_path}/none.txt", cache_dir=f"{tmp_path}/cache")
+    with pytest.raises(UserError, match=expected):
+        load_corpus(config, 300)
+    assert not list((tmp_path / "cache").glob("tokens*"))
