@@ -18,6 +18,7 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.parameters import ATTENTION, constant, vector, weight
 from dsv3_jax.model.rope import attention_scale, rotate
 from dsv3_jax.precision.recipes import Recipe
+from pallas_kernels.products import einsum
 
 RopeTable = tuple[Array, Array]
 LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
@@ -105,11 +106,11 @@ class Attention(nnx.Module):
         q_nope_BLHN, q_rope_BLHR = (self.layout.constrain(q, "cache_batch", None, "heads", None) for q in q_BLHX)
         w_kv_b_CHX = self.w_kv_b_CHX.astype(x_BLD.dtype)
         w_k_CHN, w_v_CHU = jnp.split(w_kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
-        q_latent_BLHC = jnp.einsum("blhn,chn->blhc", q_nope_BLHN, w_k_CHN)
-        scores_BHLS = jnp.einsum("blhc,bsc->bhls", q_latent_BLHC, c_kv_BSC, preferred_element_type=jnp.float32)
-        scores_BHLS += jnp.einsum("blhr,bsr->bhls", q_rope_BLHR, k_rope_BSR, preferred_element_type=jnp.float32)
+        q_latent_BLHC = einsum("blhn,chn->blhc", q_nope_BLHN, w_k_CHN)
+        scores_BHLS = einsum("blhc,bsc->bhls", q_latent_BLHC, c_kv_BSC, dtype=jnp.float32)
+        scores_BHLS += einsum("blhr,bsr->bhls", q_rope_BLHR, k_rope_BSR, dtype=jnp.float32)
         scores_BHLS = jnp.where(visible_BLS[:, None], scores_BHLS * attention_scale(self.config), -jnp.inf)
         probs_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(x_BLD.dtype)
-        out_latent_BLHC = jnp.einsum("bhls,bsc->blhc", probs_BHLS, c_kv_BSC)
-        out_BLHU = jnp.einsum("blhc,chu->blhu", out_latent_BLHC, w_v_CHU)
+        out_latent_BLHC = einsum("bhls,bsc->blhc", probs_BHLS, c_kv_BSC)
+        out_BLHU = einsum("blhc,chu->blhu", out_latent_BLHC, w_v_CHU)
         return self.output(self.layout.constrain(out_BLHU, None, None, "heads", None))

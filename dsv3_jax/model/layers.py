@@ -15,6 +15,7 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.parameters import NORM, Kind, constant, weight
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.precision.switch import Switch
+from pallas_kernels.products import dot, dot_general
 
 FFN_GATE_UP = "ffn_gate_up"  # checkpoint_name of a dense feed-forward layer's first product
 NORM_EPS_LATENT = 1e-6  # transformers fixes the two latent norms' epsilon, whatever rms_norm_eps says
@@ -22,15 +23,15 @@ NORM_EPS_LATENT = 1e-6  # transformers fixes the two latent norms' epsilon, what
 
 @jax.custom_vjp
 def _matmul(x_XK, w_KN):
-    return jnp.dot(x_XK, w_KN)
+    return dot(x_XK, w_KN)
 
 
 def _matmul_bwd(residuals, dy_XN):
     # X stays several axes: merged ones could not keep a sharding of both batch and length
     x_XK, w_KN = residuals
     leading = tuple(range(x_XK.ndim - 1))
-    dx_XK = jax.lax.dot_general(dy_XN, w_KN, (((x_XK.ndim - 1,), (1,)), ((), ())))
-    return dx_XK, jax.lax.dot_general(x_XK, dy_XN, ((leading, leading), ((), ())))
+    dx_XK = dot_general(dy_XN, w_KN, (((x_XK.ndim - 1,), (1,)), ((), ())))
+    return dx_XK, dot_general(x_XK, dy_XN, ((leading, leading), ((), ())))
 
 
 _matmul.defvjp(lambda x_XK, w_KN: (_matmul(x_XK, w_KN), (x_XK, w_KN)), _matmul_bwd)

@@ -13,13 +13,14 @@ from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, unstack
+from pallas_kernels.products import dot
 
 _PREFILL_CHUNK = 64  # tokens at most: bounds the score matrix, and few programs serve prompts of every length
 _LENGTH_STEP = 128  # cache lengths are multiples of this, so that few programs are compiled
 
 
 def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
-    logits_BV = jnp.dot(x_BD, model.head_weight().astype(x_BD.dtype), preferred_element_type=jnp.float32)
+    logits_BV = dot(x_BD, model.head_weight().astype(x_BD.dtype), dtype=jnp.float32)
     return model.layout.constrain(logits_BV, None, None)
 
 

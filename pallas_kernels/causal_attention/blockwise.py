@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.products import einsum
+
 RESIDUALS = "causal_attention"  # checkpoint_name of what the forward pass keeps for the backward pass
 _NEG = -1e30  # finite, so that a row with nothing to attend to yet gives exp(0), not NaN; it is rescaled away later
 
@@ -24,7 +26,7 @@ def _block_size(L: int) -> int:
 
 def _scores(rows, columns, seg_rows, seg_columns, scale, visible):
     """f32[B, H, b, b] scaled products of two blocks, masked to `visible` pairs of the same segment."""
-    s = jnp.einsum("nhrx,nhcx->nhrc", rows, columns, preferred_element_type=jnp.float32) * scale
+    s = einsum("nhrx,nhcx->nhrc", rows, columns, dtype=jnp.float32) * scale
     same_Bbb = seg_rows[:, :, None] == seg_columns[:, None, :]
     return jnp.where((visible & same_Bbb)[:, None], s, _NEG)
 
@@ -51,7 +53,7 @@ def _forward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale):
             p = jnp.exp(s - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             v = _block(v_IBHbU, j)
-            pv = jnp.einsum("nhqk,nhku->nhqu", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            pv = einsum("nhqk,nhku->nhqu", p.astype(v.dtype), v, dtype=jnp.float32)
             return out * shrink[..., None] + pv, total * shrink + p.sum(-1), new_top
 
         init = (jnp.zeros((B, H, b, U), jnp.float32), jnp.zeros((B, H, b)), jnp.full((B, H, b), _NEG))
@@ -75,11 +77,11 @@ def _backward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, out_IBHbU, lse_IBHb, dout_
             # scores transposed, [B, H, keys, queries]: of the four products that use them only dq's then needs a transpose
             s = _scores(k, q, seg_k, _block(segment_IBb, i), scale, _causal(i, j, b).T)
             p = jnp.exp(s - _block(lse_IBHb, i)[:, :, None])
-            dv += jnp.einsum("nhkq,nhqu->nhku", p.astype(v.dtype), dout, preferred_element_type=jnp.float32)
-            dp = jnp.einsum("nhku,nhqu->nhkq", v, dout, preferred_element_type=jnp.float32)
+            dv += einsum("nhkq,nhqu->nhku", p.astype(v.dtype), dout, dtype=jnp.float32)
+            dp = einsum("nhku,nhqu->nhkq", v, dout, dtype=jnp.float32)
             ds = (p * (dp - _block(delta_IBHb, i)[:, :, None]) * scale).astype(q.dtype)
-            dk += jnp.einsum("nhkq,nhqx->nhkx", ds, q, preferred_element_type=jnp.float32)
-            dq = _block(dq_IBHbX, i) + jnp.einsum("nhkq,nhkx->nhqx", ds, k, preferred_element_type=jnp.float32)
+            dk += einsum("nhkq,nhqx->nhkx", ds, q, dtype=jnp.float32)
+            dq = _block(dq_IBHbX, i) + einsum("nhkq,nhkx->nhqx", ds, k, dtype=jnp.float32)
             return lax.dynamic_update_index_in_dim(dq_IBHbX, dq, i, 0), dk, dv
 
         init = (dq_IBHbX, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
@@ -117,10 +119,10 @@ def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float):
 
     def in_blocks(x_BLHX):
         x_BLHX = jnp.pad(x_BLHX, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        return jnp.einsum("bilhx->ibhlx", x_BLHX.reshape(B, -1, b, H, x_BLHX.shape[-1]))
+        return x_BLHX.reshape(B, -1, b, H, x_BLHX.shape[-1]).transpose(1, 0, 3, 2, 4)
 
     # padding gets a segment of its own: no real query sees it, and its rows still have themselves to attend to
     segment_BL = jnp.pad(segment_BL, ((0, 0), (0, pad)), constant_values=-1)
     segment_IBb = jnp.moveaxis(segment_BL.reshape(B, -1, b), 1, 0)
     out_IBHbU = _attention(in_blocks(q_BLHX), in_blocks(k_BLHX), in_blocks(v_BLHU), segment_IBb, scale)
-    return jnp.einsum("ibhlu->bilhu", out_IBHbU).reshape(B, L + pad, H, U)[:, :L]
+    return out_IBHbU.transpose(1, 0, 3, 2, 4).reshape(B, L + pad, H, U)[:, :L]

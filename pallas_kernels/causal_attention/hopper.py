@@ -20,6 +20,7 @@ from pallas_kernels import cost
 from pallas_kernels.causal_attention.blockwise import RESIDUALS
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.hopper import COLUMN, ROW, over_columns, summed, tiling
+from pallas_kernels.products import einsum
 
 _ROWS = 64  # rows of a warpgroup, as many as wgmma multiplies at once
 _GROUPS = 2  # warpgroups of a program of the forward pass; the backward passes' sums take the registers of two
@@ -278,7 +279,7 @@ def _attention_fwd(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret: 
 def _attention_bwd(scale: float, interpret: Any, residuals, dout_BLHU):
     q_BLHX, k_BLHX, v_BLHU, segment_BL, out_BLHU, lse_BHL = residuals
     # row sums of p * dp, which the softmax's gradient needs (FlashAttention-2, section 3.1)
-    delta_BHL = jnp.einsum("blhu,blhu->bhl", out_BLHU, dout_BLHU, preferred_element_type=jnp.float32)
+    delta_BHL = einsum("blhu,blhu->bhl", out_BLHU, dout_BLHU, dtype=jnp.float32)
     arguments = (q_BLHX, k_BLHX, v_BLHU, segment_BL, dout_BLHU, lse_BHL, delta_BHL, scale, interpret)
     dk_BLHX, dv_BLHU = (_gradient_of_keys(*arguments, of_values=of_values) for of_values in (False, True))
     return _gradient_of_queries(*arguments), dk_BLHX, dv_BLHU, None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.causal_attention.blockwise import RESIDUALS
+from pallas_kernels.products import as_precise_as_operands
 
 _LANES = 128
 
@@ -47,5 +48,6 @@ def causal_attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, scale: float, interpret
     segment_BL = jnp.pad(segment_BL.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
     q_BLHX = (q_BLHX * scale).astype(q_BLHX.dtype)  # the kernel does not scale
     q_BHLX, k_BHLX, v_BHLU = map(heads_first, (q_BLHX, k_BLHX, v_BLHU))
-    out_BHLU: Any = jax.vmap(of_sequence)(q_BHLX, k_BHLX, v_BHLU, segment_BL)
+    attend = as_precise_as_operands(jax.vmap(of_sequence), q_BHLX, k_BHLX, v_BHLU)
+    out_BHLU: Any = attend(q_BHLX, k_BHLX, v_BHLU, segment_BL)
     return jnp.swapaxes(out_BHLU, 1, 2)[:, :L]

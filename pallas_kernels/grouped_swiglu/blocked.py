@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.grouped_swiglu.rows import Rows, rows_of_slots, sum_choices
+from pallas_kernels.products import dot_general
 
 RESIDUALS = "grouped_swiglu"  # checkpoint_name of what the forward pass keeps for the backward pass
 
@@ -35,7 +36,7 @@ def _layout(expert_TK, experts: int) -> Rows:
 def _dot(a, b, contract: tuple[int, int]):
     """Matrix product with float32 accumulation over one dimension of each operand."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return dot_general(a, b, dims, dtype=jnp.float32)
 
 
 def _rows(array, start, size: int):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.products import dot
+
 
 def dense_is_worthwhile(tokens: int, choices: int, experts: int) -> bool:
     """Whether there are few tokens, whose choices reach most experts."""
@@ -24,10 +26,10 @@ def dense_swiglu(
     """The result of `grouped_swiglu`, from weights whose first axes are swapped."""
     D, E, _, M = w_gate_up_DE2M.shape
     T = x_TD.shape[0]
-    gate_up_TX = jnp.dot(x_TD, w_gate_up_DE2M.reshape(D, -1), preferred_element_type=jnp.float32)
+    gate_up_TX = dot(x_TD, w_gate_up_DE2M.reshape(D, -1), dtype=jnp.float32)
     gate_up_TE2M = gate_up_TX.reshape(T, E, 2, M)
     chosen_TKE = expert_TK[..., None] == jnp.arange(E)
     weight_TE = jnp.sum(jnp.where(chosen_TKE, weight_TK[..., None], 0), axis=1)
     h_TEM = jax.nn.silu(gate_up_TE2M[:, :, 0]) * gate_up_TE2M[:, :, 1] * weight_TE[..., None]
     h_TX = h_TEM.reshape(T, E * M).astype(x_TD.dtype)
-    return jnp.dot(h_TX, w_down_EMD.reshape(E * M, D), preferred_element_type=jnp.float32).astype(x_TD.dtype)
+    return dot(h_TX, w_down_EMD.reshape(E * M, D), dtype=jnp.float32).astype(x_TD.dtype)

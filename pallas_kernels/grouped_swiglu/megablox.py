@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
+from pallas_kernels.products import as_precise_as_operands
+
 _TILES = (512, 1024, 1024)  # rows, contraction, columns at most: 10 MB with the two copies of each that a core holds
 
 
@@ -22,7 +24,11 @@ def _product(x_PX, w_EXY, count_E, exists_P1, interpret: bool):
     has them."""
     x_PX = jnp.where(exists_P1, x_PX, 0)
     tiling = _tiling(x_PX.shape[0], *w_EXY.shape[1:])
-    y_PY = gmm(x_PX, w_EXY, count_E, x_PX.dtype, tiling, interpret=interpret)
+
+    def product(x_PX, w_EXY, count_E):
+        return gmm(x_PX, w_EXY, count_E, x_PX.dtype, tiling, interpret=interpret)
+
+    y_PY = as_precise_as_operands(product, x_PX, w_EXY)(x_PX, w_EXY, count_E)
     return jnp.where(exists_P1, y_PY, 0)
 
 

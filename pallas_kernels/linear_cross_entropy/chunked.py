@@ -14,6 +14,7 @@ from jax import lax
 from pallas_kernels import registry
 from pallas_kernels.linear_cross_entropy import hopper, tpu
 from pallas_kernels.linear_cross_entropy.statistics import logit_statistics
+from pallas_kernels.products import dot
 
 # Tokens of a chunk. In plain JAX, 512: 16 MB of float32 logits at V = 8192, and a matmul large enough to run at speed on a
 # CPU. On an accelerator dw's float32 sums go through memory once a chunk, which takes 2048 tokens' products to hide.
@@ -76,8 +77,8 @@ def loss_and_gradients(x_TD, w_DV, target_T, weight_T, setting: Setting):
         chunk_sums, lse, logits = _chunk_loss(x, w_DV, target, weight, setting, keep=True)
         onehot = target[:, None] == jnp.arange(w_DV.shape[1])
         dlogits = ((jnp.exp(logits - lse[:, None]) - onehot) * weight[:, None]).astype(x.dtype)
-        dx = jnp.dot(dlogits, w_DV.T, preferred_element_type=jnp.float32).astype(x.dtype)
-        dw_DV = dw_DV + jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
+        dx = dot(dlogits, w_DV.T, dtype=jnp.float32).astype(x.dtype)
+        dw_DV = dw_DV + dot(x.T, dlogits, dtype=jnp.float32)
         return (jax.tree.map(jnp.add, sums, chunk_sums), dw_DV), dx
 
     init = (jnp.float32(0), jnp.float32(0)), jnp.zeros(w_DV.shape, jnp.float32)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.products import dot
+
 NEG = -1e30  # in place of a logit that is not there: exp(0), never NaN, once the largest is subtracted
 
 
@@ -22,7 +24,7 @@ def logit_statistics(
     x_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"], target_T: Int[Array, " T"], keep: bool
 ) -> LogitStatistics:
     """The definition, in plain JAX."""
-    logits_TV = jnp.dot(x_TD, w_DV, preferred_element_type=jnp.float32)
+    logits_TV = dot(x_TD, w_DV, dtype=jnp.float32)
     top_T = logits_TV.max(-1)
     total_T = jnp.exp(logits_TV - top_T[:, None]).sum(-1)
     here_T = (target_T >= 0) & (target_T < w_DV.shape[1])

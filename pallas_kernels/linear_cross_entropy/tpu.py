@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import cost
 from pallas_kernels.linear_cross_entropy.statistics import NEG, LogitStatistics, over_blocks
+from pallas_kernels.products import dot
 from pallas_kernels.scaled import TILE
 from pallas_kernels.tpu import block_columns
 
@@ -23,7 +24,7 @@ def _kernel(x_ref, w_ref, target_ref, *rest, vocabulary: int, keep: bool):
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    sum_ref[...] += jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32)
+    sum_ref[...] += dot(x_ref[...], w_ref[...], dtype=jnp.float32)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():

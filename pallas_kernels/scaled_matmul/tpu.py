@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import cost
+from pallas_kernels.products import dot_general
 from pallas_kernels.scaled import TILE, Scaled
 from pallas_kernels.tpu import block_columns
 
@@ -21,7 +21,7 @@ def _kernel(_, a_ref, a_scale_ref, b_ref, b_scale_ref, y_ref, sum_ref):
     exact = jnp.int32 if a_ref.dtype == jnp.int8 else jnp.float32
     for tile in range(a_ref.shape[1] // TILE):
         k = slice(tile * TILE, (tile + 1) * TILE)
-        dot = lax.dot_general(a_ref[:, k], b_ref[:, k], (((1,), (1,)), ((), ())), preferred_element_type=exact)
+        dot = dot_general(a_ref[:, k], b_ref[:, k], (((1,), (1,)), ((), ())), exact)
         # into float32 after 128 numbers, where the scales change
         sum_ref[...] += dot.astype(jnp.float32) * a_scale_ref[tile].T * b_scale_ref[tile]
 
@@ -86,7 +86,7 @@ def _wgrad_kernel(group_ref, block_ref, a_ref, a_scale_ref, b_ref, b_scale_ref, 
     @pl.when(block_ref[visit] >= 0)
     def _():
         exact = jnp.int32 if a_ref.dtype == jnp.int8 else jnp.float32
-        dot = lax.dot_general(a_ref[...], b_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=exact)
+        dot = dot_general(a_ref[...], b_ref[...], (((1,), (1,)), ((), ())), exact)
         sum_ref[...] += dot.astype(jnp.float32) * a_scale_ref[0].T * b_scale_ref[0]
 
     @pl.when((visit == last) | (group != group_ref[jnp.minimum(visit + 1, last)]))
