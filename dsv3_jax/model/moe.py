@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import SwiGLU
@@ -22,7 +22,8 @@ RoutedExperts = Callable[[Array, Array, Array], Array]
 
 
 class RouterStats(NamedTuple):
-    """What one MoE layer tells training: tokens routed to each expert, the sequence-wise balance loss, copies sent away."""
+    """What one MoE layer tells training: tokens routed to each expert (no padding), the sequence-wise balance loss, and copies
+    sent away."""
 
     load_E: Float[Array, "*layers E"]
     balance_loss: Float[Array, "*layers"]
@@ -61,13 +62,14 @@ class MoE(nnx.Module):
         self.w_down_EMD = weight(rngs, std, ROUTED_EXPERTS, experts=E, moe_ffn=M, expert_embed=D)
         self.shared = SwiGLU(config, M * config.n_shared_experts, SHARED_EXPERTS, layout, recipe, rngs)
 
-    def __call__(self, x_BLD: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], RouterStats]:
+    def __call__(self, x_BLD: Float[Array, "B L D"], real_BL: Bool[Array, "B L"]) -> tuple[Float[Array, "B L D"], RouterStats]:
+        """The layer's output, and its statistics, in whose `load_E` only tokens that are `real` count: no padding."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         score_BLE = self.router.scores(x_BLD)
         expert_BLK, weight_BLK = self.router.choose(score_BLE)
         y_BLD, traffic = self.routed(x_BLD, expert_BLK, weight_BLK)
         top_BLK = self.layout.tokenwise(lambda s: jax.lax.top_k(s, K)[1], jax.lax.stop_gradient(score_BLE))
-        load_E = _counts(expert_BLK, E).sum(0)
+        load_E = _counts(jnp.where(real_BL[..., None], expert_BLK, E), E).sum(0)
         stats = RouterStats(load_E, sequence_balance_loss(score_BLE, top_BLK), traffic)
         return y_BLD + self.shared(x_BLD), stats
 

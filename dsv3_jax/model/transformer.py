@@ -25,6 +25,7 @@ from dsv3_jax.model.router import ROUTING, Router
 from dsv3_jax.precision.recipes import RECIPES, Recipe
 from pallas_kernels.causal_attention.blockwise import RESIDUALS as ATTENTION
 from pallas_kernels.grouped_swiglu.blocked import RESIDUALS as EXPERTS
+from pallas_kernels.products import dot
 from pallas_kernels.scaled_linear.products import RESIDUALS as SCALED_SWIGLU
 
 MIDDLE = "block_middle"  # checkpoint_name of a block's residual stream between attention and feed-forward
@@ -70,7 +71,7 @@ class Block(nnx.Module):
         with jax.named_scope("ffn"):
             normed_BLD = self.ffn_norm(x_BLD)
             if isinstance(self.ffn, MoE):
-                y_BLD, stats = self.ffn(normed_BLD)
+                y_BLD, stats = self.ffn(normed_BLD, segment_BL >= 0)
                 return x_BLD + y_BLD, stats
             return x_BLD + self.ffn(normed_BLD), None
 
@@ -215,7 +216,7 @@ class Transformer(nnx.Module):
 def _logits(graph: nnx.GraphDef[Transformer], state: nnx.State, token_BL: Array) -> Array:
     model = nnx.merge(graph, state)
     x_BLD, _ = model.hidden(token_BL, jnp.zeros_like(token_BL))
-    return jnp.dot(x_BLD, model.head_weight().astype(model.dtype), preferred_element_type=jnp.float32)
+    return dot(x_BLD, model.head_weight().astype(model.dtype), dtype=jnp.float32)
 
 
 def _two_level_scan(body: Callable, carry: Array, layers):

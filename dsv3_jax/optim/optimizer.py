@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax import lax
+from jaxtyping import Float
 
 from dsv3_jax.config import OptimConfig
 from dsv3_jax.model.parameters import kind_of
@@ -50,18 +53,56 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def store_moments_as(inner: optax.GradientTransformation, dtype: jnp.dtype | str) -> optax.GradientTransformation:
-    """`inner` computing in float32 with its floating-point state kept in `dtype` between steps."""
+def _cast_floats(tree: Any, cast: Callable[[int, jax.Array], jax.Array]) -> Any:
+    """The tree with its n-th array as cast(n, array), where that is of floating point."""
+    arrays, structure = jax.tree.flatten(tree)
+    return structure.unflatten([cast(n, a) if jnp.issubdtype(a.dtype, jnp.floating) else a for n, a in enumerate(arrays)])
 
-    def cast(tree: Any, dtype: jnp.dtype | str) -> Any:
-        return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+def _random_bits(shape: tuple[int, ...], step: jax.Array, stream: int) -> jax.Array:
+    """u32 numbers that depend on an entry's place in the whole array, the step and the stream alone: on no mesh, no process."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    seed = step.astype(jnp.uint32) * np.uint32(0x85EBCA77) + np.uint32(stream * 0xC2B2AE3D % 2**32)
+    bits = place * np.uint32(0x9E3779B1) + seed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's last steps
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return bits ^ (bits >> 16)
+
+
+def round_at_random(x: Float[jax.Array, "*X"], step: jax.Array, stream: int) -> jax.Array:
+    """bfloat16 x, which is float32, rounded up or down so that it is right on average; the same at each step on any mesh."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + (_random_bits(x.shape, step, stream) >> 16)
+    rounded = lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+# A step moves an average by (1 - decay) of its distance to what is new. bfloat16's numbers lie 2^-7 of themselves apart at
+# most: an average that moves by less than half of that would stay where it is for ever, and one that moves by few of them is
+# pulled off.
+_COARSE = 4 * 2.0**-7
+
+
+def store_moments_as(
+    inner: optax.GradientTransformation, dtype: jnp.dtype | str, decays: tuple[float, ...]
+) -> optax.GradientTransformation:
+    """`inner` computing in float32 with its floating-point state kept in `dtype` between steps.
+
+    `decays` are those of the averages in its state. Where one is so slow that rounding to the nearest bfloat16 would take away
+    part of each step's change, or all of it, moments are rounded at random. `inner` then counts its steps, as Optax's do.
+    """
+    at_random = dtype == "bfloat16" and 1 - max(decays) < _COARSE
 
     def init(params):
-        return cast(inner.init(params), dtype)
+        return _cast_floats(inner.init(params), lambda _, a: a.astype(dtype))
 
     def update(updates, state, params=None):
-        updates, state = inner.update(updates, cast(state, "float32"), params)
-        return updates, cast(state, dtype)
+        updates, state = inner.update(updates, _cast_floats(state, lambda _, a: a.astype(jnp.float32)), params)
+        if not at_random:
+            return updates, _cast_floats(state, lambda _, a: a.astype(dtype))
+        step = optax.tree.get(state, "count")
+        return updates, _cast_floats(state, lambda n, a: round_at_random(a, step, n))
 
     return optax.GradientTransformation(init, update)
 

@@ -71,10 +71,12 @@ def test_the_balance_loss_is_over_choices_without_the_bias():
     moe = MoE(config, Layout(), RECIPES["float32"], nnx.Rngs(0))
     moe.router.w_DE[...] = jnp.asarray([[2.0, 1.0, 0.0, -1.0], [0.0] * 4])
     moe.router.bias_E[...] = jnp.asarray([0.0, 0.0, 0.0, 10.0])
-    _, stats = moe(jnp.tile(jnp.asarray([1.0, 0.0]), (1, 3, 1)))
+    _, stats = moe(jnp.tile(jnp.asarray([1.0, 0.0]), (1, 3, 1)), jnp.ones((1, 3), bool))
     np.testing.assert_array_equal(stats.load_E, [0, 0, 0, 3])
     score = [0.880797, 0.731059, 0.5, 0.268941]
     assert float(stats.balance_loss) == pytest.approx(4 * score[0] / sum(score), rel=1e-5)
+    _, padded = moe(jnp.tile(jnp.asarray([1.0, 0.0]), (1, 3, 1)), jnp.asarray([[True, True, False]]))
+    np.testing.assert_array_equal(padded.load_E, [0, 0, 0, 2])  # padding is no expert's token
 
 
 def loss_of(model: Transformer, ids, segments, mtp=1.0):

@@ -10,8 +10,11 @@ import pytest
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.state.train_state import new_state
 from dsv3_jax.training.evaluate import Evaluation, evaluate_store
 from dsv3_jax.training.objective import LossWeights, Share, head_objective
+from dsv3_jax.training.step import make_eval_step
+from tests.parallel.cases import WITHOUT_MTP, config_of
 
 
 def test_what_is_made_of_the_sums():
@@ -39,6 +42,19 @@ def test_every_target_of_every_document_counts_once():
     assert [a.tolist() for a in found.load] == [[7, 0]]
     assert (found.loss, found.accuracy) == (2, 0.5)
     assert evaluate_store(eval_step, None, None, store, seq_len=2, batch_size=3, limit=1).tokens == 5
+
+
+def test_the_load_is_that_of_the_text_whatever_the_batch():
+    """27 tokens make 4 windows of 8, of which the last has 3 tokens; a batch of 3 leaves 2 rows without any text."""
+    config = config_of(["train.grad_accum_steps=1", "model.num_hidden_layers=2", WITHOUT_MTP, "precision.recipe=float32"])
+    K, state = config.model.num_experts_per_tok, new_state(config)
+    store = TokenStore(np.arange(27, dtype=np.int32), np.array([0, 11, 27]), ["a", "b"], np.array([11, 16]))
+    eval_step = make_eval_step(config)
+    one, three = (evaluate_store(eval_step, state.params, state.router_bias, store, 8, rows) for rows in (1, 3))
+    assert [float(a.sum()) for a in one.load] == [27 * K]
+    np.testing.assert_array_equal(one.load[0], three.load[0])
+    assert one.max_load == three.max_load > 1
+    assert one.tokens == three.tokens == 25
 
 
 def test_cross_entropy_and_accuracy_by_hand():
