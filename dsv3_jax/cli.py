@@ -148,7 +148,9 @@ def generate(
     from dsv3_jax.serve.generate import continue_text
 
     loaded = load_with_config(run)
-    text = continue_text(loaded.model, loaded.tokenizer(), prompt, max_new_tokens, temperature, top_p, seed)
+    text = continue_text(
+        loaded.model, loaded.tokenizer(), loaded.special_tokens(), prompt, max_new_tokens, temperature, top_p, seed
+    )
     if is_first():
         print(text)
 

@@ -13,6 +13,8 @@ from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.checkpoint.storage import load_weights, read_metadata
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
+from dsv3_jax.data.companions import DIRECTORY, Companions, read_companions
+from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout
@@ -40,6 +42,15 @@ class Checkpoint:
         if file is None:
             raise UserError(f"no tokenizer.json in {self.path} or above it; a checkpoint needs its run's one")
         return load_tokenizer(file, self.config.model.vocab_size)
+
+    def companions(self) -> Companions:
+        """The files that came with its model or tokenizer from Hugging Face: an imported checkpoint's own, or its run's."""
+        of_run = self.path.parent.name == "checkpoints" and not (self.path / DIRECTORY).is_dir()
+        return read_companions(self.path.parents[1] if of_run else self.path)
+
+    def special_tokens(self) -> SpecialTokens:
+        """The tokens that begin and end a text. Raises `UserError` as `tokenizer`."""
+        return special_tokens(self.tokenizer(), self.companions())
 
 
 @dataclass(frozen=True)

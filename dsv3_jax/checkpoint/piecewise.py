@@ -107,7 +107,9 @@ class PiecewiseWriter:
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file to the checkpoint, such as a tokenizer's."""
-        (self._checkpoint / name).write_bytes(content)
+        path = self._checkpoint / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
 
     def _record(self, name: str, size: int, digest: str) -> None:
         with self._writing:

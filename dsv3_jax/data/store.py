@@ -16,12 +16,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data.companions import Companions, beside
 from dsv3_jax.data.corpus import documents, fingerprint
 from dsv3_jax.data.document import Document
+from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.split import split_documents, validation_fingerprint
 from dsv3_jax.data.tokenizer import (
     load_tokenizer,
-    special_ids,
     text_encoder,
     tokenizer_errors,
     tokenizer_hash,
@@ -36,7 +37,7 @@ _ENCODE_BATCH = 2**19  # bytes of text, in UTF-8: what encoding takes is some 10
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents as token ids. Invariants: offsets[0] = 0, offsets[-1] = len(tokens), every document is bos .. eos."""
+    """Documents as token ids, framed by `SpecialTokens.frame`. Invariants: offsets[0] = 0, offsets[-1] = len(tokens)."""
 
     tokens: np.ndarray  # i32[total], memory-mapped
     offsets: np.ndarray  # i64[documents + 1]
@@ -52,6 +53,7 @@ class Corpus:
     """A tokenised corpus in its two splits."""
 
     tokenizer: Tokenizer
+    special: SpecialTokens
     train: TokenStore
     validation: TokenStore
 
@@ -106,10 +108,10 @@ class _Names(Sequence[str]):
 class _StoreWriter:
     """Writes a token store's files, document by document and each of them piece by piece."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer):
+    def __init__(self, directory: Path, special: SpecialTokens):
         directory.mkdir()
         self._directory = directory
-        self._begin, self._end = (np.array([i], np.int32) for i in special_ids(tokenizer))
+        self._begin, self._end = (np.array(ids, np.int32) for ids in special.frame)
         self._tokens, self._names = open(directory / "tokens.bin", "wb"), open(directory / "ids.bin", "wb")  # noqa: SIM115
         self._offsets, self._names_ends, self._text_bytes = array("q", [0]), array("q", [0]), array("q")
         self._document: Document | None = None
@@ -199,27 +201,36 @@ def _key(kind: str, *parts: str) -> str:
     return f"{kind}-" + hashlib.sha256("\0".join((_FORMAT, *parts)).encode()).hexdigest()[:16]
 
 
-def load_corpus(config: DataConfig, vocab_size: int, report: Callable[[str], None] = lambda _: None) -> Corpus:
+def load_corpus(
+    config: DataConfig,
+    vocab_size: int,
+    report: Callable[[str], None] = lambda _: None,
+    companions: Companions | None = None,
+) -> Corpus:
     """Tokenizer and both splits, from the cache where it holds them; `report` gets a line about what takes time.
 
+    `companions` say which tokens begin and end a text; None: the files beside `data.tokenizer`.
     Raises `UserError` when the data are missing, empty or bad, when a split holds no document, or when the tokenizer does
     not fit the vocabulary.
     """
     corpus_key = fingerprint(config)
     report("tokenizer: training or loading")
     tokenizer = _tokenizer_for(config, vocab_size, corpus_key)
+    if companions is None and config.tokenizer is not None:
+        companions = beside(config.tokenizer)
+    special = special_tokens(tokenizer, companions)
 
     def build(directory: Path) -> None:
         report("corpus: tokenising")
-        with _StoreWriter(directory / "train", tokenizer) as train, _StoreWriter(directory / "validation", tokenizer) as rest:
+        with _StoreWriter(directory / "train", special) as train, _StoreWriter(directory / "validation", special) as rest:
             found = ((rest if held_out else train, document) for held_out, document in split_documents(config, report))
-            _write_encoded(found, text_encoder(tokenizer, config.special_tokens))
+            _write_encoded(found, text_encoder(tokenizer, special, config.special_tokens))
         _check_not_empty(config, {split: len(_read_store(directory / split)) for split in ("train", "validation")})
 
-    parts = (corpus_key, validation_fingerprint(config), tokenizer_hash(tokenizer), str(config.special_tokens))
+    parts = (corpus_key, validation_fingerprint(config), tokenizer_hash(tokenizer), repr(special), str(config.special_tokens))
     key = _key("tokens", *parts, *_split_key(config))
     directory = cached(cache_root(config), key, build)
-    return Corpus(tokenizer, _read_store(directory / "train"), _read_store(directory / "validation"))
+    return Corpus(tokenizer, special, _read_store(directory / "train"), _read_store(directory / "validation"))
 
 
 def _check_not_empty(config: DataConfig, documents_in: dict[str, int]) -> None:
@@ -242,13 +253,22 @@ def _check_not_empty(config: DataConfig, documents_in: dict[str, int]) -> None:
             )
 
 
-def read_documents(config: DataConfig, tokenizer: Tokenizer, report: Callable[[str], None] = lambda _: None) -> TokenStore:
-    """All documents of `config.path`, not split (for `dsv3 eval --data`); `report` as for `load_corpus`."""
+def read_documents(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    report: Callable[[str], None] = lambda _: None,
+    special: SpecialTokens | None = None,
+) -> TokenStore:
+    """All documents of `config.path`, not split (for `dsv3 eval --data`); `report` as for `load_corpus`.
+
+    `special` frames them; None: the tokenizer's tokens that have known names.
+    """
+    special = special or special_tokens(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "all"
-        with _StoreWriter(directory, tokenizer) as writer:
+        with _StoreWriter(directory, special) as writer:
             found = ((writer, document) for document in documents(config, report))
-            _write_encoded(found, text_encoder(tokenizer, config.special_tokens))
+            _write_encoded(found, text_encoder(tokenizer, special, config.special_tokens))
         store = _read_store(directory)  # mapped files stay when their names are gone
     if not len(store):
         raise UserError(f"data.path: {config.path} holds no text")

@@ -9,13 +9,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dsv3_jax.data.special_tokens import BOS, EOS, SpecialTokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import read_regular
 
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-# names under which a foreign tokenizer.json may hold them, ours first
-_BOS_NAMES = (BOS, "<｜begin▁of▁sentence｜>", "<s>", "<|endoftext|>", "<bos>")
-_EOS_NAMES = (EOS, "<｜end▁of▁sentence｜>", "</s>", "<|endoftext|>", "<eos>")
 _TRAINING_CHARACTERS = 16 * 2**20  # more text changes a small vocabulary little, and training is linear in it
 _MOST_BYTES = 2**28  # of a tokenizer.json; those of the largest vocabularies have 30 MB
 _IN_BARS = re.compile(r"<([|｜]).+\1>", re.DOTALL)
@@ -96,19 +93,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > vocab_size:
         raise UserError(f"data.tokenizer: {path} has {size} tokens, model.vocab_size={vocab_size} is smaller")
-    special_ids(tokenizer)
     return tokenizer
-
-
-def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Ids of the begin- and end-of-text tokens, which frame every document."""
-    found = []
-    for what, names in (("begin", _BOS_NAMES), ("end", _EOS_NAMES)):
-        ids = [i for name in names if (i := tokenizer.token_to_id(name)) is not None]
-        if not ids:
-            raise UserError(f"data.tokenizer: no {what}-of-text token; known names: {', '.join(names)}")
-        found.append(ids[0])
-    return found[0], found[1]
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -116,7 +101,7 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 
-def text_encoder(tokenizer: Tokenizer, special_tokens: bool) -> Tokenizer:
+def text_encoder(tokenizer: Tokenizer, special: SpecialTokens, special_tokens: bool) -> Tokenizer:
     """A copy of a tokenizer for documents. Without `special_tokens` the names of control tokens in a text are text.
 
     Otherwise a document that quotes `<|end_of_text|>` would end there. Control tokens are those marked as special, those that
@@ -124,7 +109,7 @@ def text_encoder(tokenizer: Tokenizer, special_tokens: bool) -> Tokenizer:
     """
     encoder = Tokenizer.from_str(tokenizer.to_str())
     if not special_tokens:
-        framing = [tokenizer.id_to_token(i) for i in special_ids(tokenizer)]
+        framing = [name for i in (special.begin, *special.ends) if i is not None and (name := tokenizer.id_to_token(i))]
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         encoder.add_special_tokens(framing + [name for name in added if _IN_BARS.fullmatch(name)])
         encoder.encode_special_tokens = True

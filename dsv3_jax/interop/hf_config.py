@@ -128,8 +128,8 @@ def hf_config(c: ModelConfig, before: dict[str, Any] | None = None) -> dict[str,
 
     `before` is the config.json that the model was imported from, whose fields that say nothing about the computation stay.
     """
-    dropped = {"quantization_config", "rope_parameters", "transformers_version", "torch_dtype", "dtype", "auto_map"}
-    kept = {key: value for key, value in (before or {}).items() if key in _IGNORED - dropped}
+    dropped = {"quantization_config", "rope_parameters", "transformers_version", "torch_dtype", "dtype", "auto_map", *_RENAMED}
+    kept = {key: value for key, value in (before or {}).items() if key not in dropped}
     model = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name != "rope_parameters"}
     rope = dataclasses.asdict(c.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")

@@ -17,10 +17,12 @@ from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import StoredArrays
 from dsv3_jax.checkpoint.storage import read_metadata
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.companions import CONFIG, about_text, beside, with_fields
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_card import origin_of_checkpoint
 from dsv3_jax.interop.hf_tensors import Source, sources
+from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.hf_writer import SHARD_BYTES, write_hf
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
@@ -36,7 +38,7 @@ def save_hf(
         model: On one device or a mesh of this process.
         directory: The export's directory, which exists only once it is complete.
         format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8).
-        tokenizer: A tokenizer.json to put beside the weights.
+        tokenizer: A tokenizer.json to put beside the weights, with the files about it that are where it is.
         shard_bytes: Largest size of a safetensors file; a single tensor may be larger.
 
     Returns:
@@ -62,10 +64,8 @@ def save_hf(
             return s.to_tensor(layers[s.array][1][tuple(rest)])
 
     origin = {"from": "a model in memory (`dsv3_jax.save_hf`)", "format": f"`{format}`"}
-    return write_hf(
-        directory, model.config, format, read, origin=origin, tokenizer=Path(tokenizer) if tokenizer else None,
-        shard_bytes=shard_bytes,
-    )  # fmt: skip
+    text = TextFiles(Path(tokenizer), about_text(beside(str(tokenizer)))) if tokenizer else TextFiles()
+    return write_hf(directory, model.config, format, read, origin=origin, text=text, shard_bytes=shard_bytes)
 
 
 def _check_layout(config: ModelConfig, arrays: Collection[str]) -> None:
@@ -93,8 +93,9 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
         region = arrays[s.array][s.full_index].transpose(tuple(np.argsort(s.order)))
         return s.from_split(region.read().result())
 
-    before = read_metadata(found.path).get("hf_config")
-    return write_hf(
-        directory, config, format, read, origin=origin_of_checkpoint(found, before is not None, format), companions=found.path,
-        tokenizer=found.tokenizer_file(), before=before, shard_bytes=shard_bytes,
-    )  # fmt: skip
+    imported = read_metadata(found.path).get("hf_config")
+    # imported by an earlier version, a checkpoint has config.json only in its metadata
+    companions = {**with_fields({}, CONFIG, imported or {}), **found.companions()}
+    text = TextFiles(found.tokenizer_file(), companions, trained=imported is None)
+    origin = origin_of_checkpoint(found, imported is not None, format)
+    return write_hf(directory, config, format, read, origin=origin, text=text, shard_bytes=shard_bytes)

@@ -4,8 +4,10 @@ Every tensor is a chunk of the array that it fills, in the order of its own byte
 transposed, and nothing is rounded; weights in 8 bits are multiplied by their scales, into float32. Memory holds a few tensors.
 """
 
+import copy
 import hashlib
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
 from dsv3_jax.checkpoint.scratch import scratch_of
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
+from dsv3_jax.data.companions import DIRECTORY, TOKENIZER, read_companion, read_companions
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
@@ -29,19 +32,24 @@ from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.interop.safetensors_file import DTYPES
 from dsv3_jax.progress import BytesProgress
 
-# Files that are copied with the weights: an export writes them again.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
 _IN_FLIGHT = 2 * THREADS  # tensors
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
+# What differs from a run from scratch: a model that has learnt is tuned with small steps (report, section 5.1: 5e-6 to 1e-6),
+# with the weight of MTP and without the changes of the router's bias with which its training ended (section 4.2).
+_FINE_TUNING: dict[str, dict[str, float]] = {
+    "optim": {"lr": 1e-5, "lr_final": 1e-6},
+    "train": {"mtp_loss_weight": 0.1, "mtp_loss_weight_final": 0.1, "bias_update_speed": 0.0},
+}
 
 
 def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) -> Config:
-    """The model as config.json has it, the rest by default or by `overrides`, which may not set keys of the model."""
+    """The model as config.json has it, a schedule for fine-tuning, and the rest by default.
+
+    `overrides` may set all but keys of the model.
+    """
     context = found.config.max_position_embeddings
-    raw: dict[str, Any] = {"name": name, "data": {"seq_len": min(context, _SEQ_LEN)}}
+    raw: dict[str, Any] = {"name": name, "data": {"seq_len": min(context, _SEQ_LEN)}, **copy.deepcopy(_FINE_TUNING)}
     merge_overrides(raw, overrides)
     if "model" in raw:
         raise UserError("model.* comes from config.json and cannot be overridden")
@@ -160,6 +168,7 @@ def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
 
 def _add_files(directory: Path, config: Config, writer: PiecewiseWriter) -> None:
     writer.add_file("config.yaml", config_to_yaml(config).encode())  # to train with: train.init_from is the checkpoint
-    for name in COMPANIONS:
-        if (directory / name).is_file():
-            writer.add_file(name, (directory / name).read_bytes())
+    if os.path.lexists(directory / TOKENIZER):
+        writer.add_file(TOKENIZER, read_companion(directory, TOKENIZER))
+    for name, content in read_companions(directory).items():
+        writer.add_file(f"{DIRECTORY}/{name}", content)

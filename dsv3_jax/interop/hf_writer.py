@@ -6,26 +6,26 @@ A directory appears complete or not at all: everything is written beside it, con
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dsv3_jax.checkpoint.scratch import claim
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.tokenizer import load_tokenizer, special_ids
+from dsv3_jax.data.companions import CONFIG
+from dsv3_jax.data.companions import fields as companion_fields
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_card import model_card
 from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_files import INDEX, SINGLE
-from dsv3_jax.interop.hf_import import COMPANIONS
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
+from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
 from dsv3_jax.progress import BytesProgress
 
@@ -142,23 +142,6 @@ def _write_tensors(directory: Path, config: ModelConfig, format: str, read: Read
     return _Written(total, dict(zip(names, digests, strict=True)))
 
 
-def _tokenizer_files(directory: Path, tokenizer: Path | None, vocab_size: int) -> dict[str, int]:
-    """Write tokenizer.json with the settings that transformers wants beside it, if there is one; ids of its special tokens."""
-    if tokenizer is None:
-        return {}
-    loaded = load_tokenizer(tokenizer, vocab_size)
-    bos, eos = special_ids(loaded)
-    if tokenizer.parent != directory:
-        shutil.copyfile(tokenizer, directory / "tokenizer.json")
-    if not (directory / "tokenizer_config.json").exists():
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": loaded.id_to_token(bos),
-            "eos_token": loaded.id_to_token(eos), "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return {"bos_token_id": bos, "eos_token_id": eos}
-
-
 def write_hf(
     target: str | Path,
     config: ModelConfig,
@@ -166,35 +149,26 @@ def write_hf(
     read: Read,
     *,
     origin: Mapping[str, str],
-    companions: Path | None = None,
-    tokenizer: Path | None = None,
-    before: dict[str, Any] | None = None,
+    text: TextFiles,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a checkpoint's directory: shards, index, config, generation config, tokenizer files, model card.
+    """Write a checkpoint's directory: shards, index, config, the files about text, model card.
 
-    `origin` goes into the card; from the directory `companions` the files COMPANIONS are copied; `tokenizer` is a
-    tokenizer.json; `before` is the config.json that the model was imported with. Raises `UserError` for an unknown format, a
-    shard size that is not positive, and a target that exists.
+    `origin` goes into the card. Raises `UserError` for an unknown format, a shard size that is not positive, and a target that
+    exists.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     if shard_bytes <= 0:
         raise UserError(f"shard size {shard_bytes} must be positive")
     with _new_directory(Path(target)) as directory:
-        for file in [companions / name for name in COMPANIONS] if companions else []:
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
-        ids = _tokenizer_files(directory, tokenizer, config.vocab_size)
+        ids = text.write(directory, config)
         written = _write_tensors(directory, config, format, read, shard_bytes)
-        fields = hf_config(config, before) | {"dtype": "float32" if format == "hf-f32" else "bfloat16"}
+        fields = ids | hf_config(config, companion_fields(text.companions, CONFIG))
+        fields["dtype"] = "float32" if format == "hf-f32" else "bfloat16"
         fields |= {"torch_dtype": fields["dtype"]}  # what clients older than transformers 5 read
-        fields = ids | fields
         if format == "hf-fp8":
             fields["quantization_config"] = fp8.QUANTIZATION_CONFIG
-        if not (directory / "generation_config.json").exists():
-            known = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in fields}
-            (directory / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
         (directory / "README.md").write_text(model_card(config, format, written.bytes, written.sha256, origin))
         (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return Path(target)

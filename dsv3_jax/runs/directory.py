@@ -11,6 +11,8 @@ from typing import TextIO
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
+from dsv3_jax.data import companions
+from dsv3_jax.data.companions import Companions
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import write_atomically
 
@@ -23,7 +25,7 @@ _MAY_CHANGE = {
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
 # what is written before config.yaml, by the beginnings of the names
-_BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", "config.yaml.")
+_BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", companions.DIRECTORY, "config.yaml.")
 _POLL_S = 0.1
 
 
@@ -112,11 +114,16 @@ class RunDirectory:
                 time.sleep(_POLL_S)
             yield
 
-    def create(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Write config.yaml and tokenizer.json. Raises `UserError` if the directory cannot be written."""
+    def companions(self) -> Companions | None:
+        """The files that came with the run's tokenizer and weights; None if the run has not begun."""
+        return companions.read_companions(self.path) if self.config_file.is_file() else None
+
+    def create(self, config: Config, tokenizer: Tokenizer, files: Companions) -> None:
+        """Write config.yaml, tokenizer.json and its companions. Raises `UserError` if the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.tokenizer_file, tokenizer.to_str())
+            companions.write_companions(self.path, files)
             write_atomically(self.config_file, config_to_yaml(config))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None

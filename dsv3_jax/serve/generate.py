@@ -1,6 +1,7 @@
 """Text generation with the latent cache: one compiled prefill chunk, one compiled decoding loop."""
 
 import functools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
-from dsv3_jax.data.tokenizer import special_ids
+from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, unstack
@@ -17,6 +18,7 @@ from pallas_kernels.products import dot
 
 _PREFILL_CHUNK = 64  # tokens at most: bounds the score matrix, and few programs serve prompts of every length
 _LENGTH_STEP = 128  # cache lengths are multiples of this, so that few programs are compiled
+_ENDS_STEP = 8  # and numbers of end tokens of this
 
 
 def _head(model: Transformer, x_BD: Array) -> Float[Array, "B V"]:
@@ -48,27 +50,29 @@ def _sample(logits_BV: Array, key: Array, temperature: Array, top_p: Array) -> I
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, seed, eos_id):
-    """Fill token_BS[:, begin:end]; rows that reached `eos_id` (-1: none) repeat it, and all rows there end the loop."""
+def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, seed, ends_E):
+    """Fill token_BS[:, begin:end]; rows that reached one of `ends_E` (-1: none) repeat it, and all rows there end the loop."""
     model = nnx.merge(graph, state)
     layers, key = unstack(model, token_BS.shape[0]), jax.random.key(seed)
 
     def running(carry):
-        position, _, _, _, done_B = carry
+        position, *_, done_B = carry
         return (position < end) & ~done_B.all()
 
     def step(carry):
-        position, token_BS, logits_BV, cache, done_B = carry
+        position, token_BS, logits_BV, cache, before_B, done_B = carry
         token_B = _sample(logits_BV, jax.random.fold_in(key, position), temperature, top_p)
-        token_B = jnp.where(done_B, eos_id, token_B)
+        token_B = jnp.where(done_B, before_B, token_B)
         token_BS = jax.lax.dynamic_update_slice(token_BS, token_B[:, None], (0, position))
         x_B1D, cache = extend(model, layers, cache, token_B[:, None], position)
-        return position + 1, token_BS, _head(model, x_B1D[:, 0]), cache, done_B | (token_B == eos_id)
+        done_B |= (token_B[:, None] == ends_E).any(-1)
+        return position + 1, token_BS, _head(model, x_B1D[:, 0]), cache, token_B, done_B
 
-    done_B = jnp.zeros(token_BS.shape[0], bool)
-    position, token_BS, _, _, done_B = jax.lax.while_loop(running, step, (begin, token_BS, logits_BV, cache, done_B))
+    last_B, done_B = token_BS[:, 0], jnp.zeros(token_BS.shape[0], bool)
+    carry = begin, token_BS, logits_BV, cache, last_B, done_B
+    position, token_BS, _, _, last_B, done_B = jax.lax.while_loop(running, step, carry)
     after = (jnp.arange(token_BS.shape[1]) >= position) & (jnp.arange(token_BS.shape[1]) < end)
-    return model.layout.constrain(jnp.where(after, eos_id, token_BS), None, None)
+    return model.layout.constrain(jnp.where(after, last_B[:, None], token_BS), None, None)
 
 
 def generate(
@@ -79,7 +83,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
 ) -> Int[Array, "B length"]:
     """Continue prompts with the latent cache; greedy unless a temperature is given.
 
@@ -90,7 +94,7 @@ def generate(
         temperature: Divides the logits before sampling; 0 takes the likeliest token.
         top_p: Sample from the smallest set of tokens that has this probability.
         seed: Seed of the sampling.
-        eos_id: A row that produces this token repeats it to the end. None: no token ends a row.
+        eos_id: A row that produces this token, or one of these, repeats it to the end. None: no token ends a row.
 
     Returns:
         i32[B, T + N]: the prompts, each followed by its continuation.
@@ -114,6 +118,9 @@ def generate(
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
 
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int | np.integer) else [*eos_id]
+    ends_E = np.full(max(-(-len(ends) // _ENDS_STEP), 1) * _ENDS_STEP, -1, np.int32)
+    ends_E[: len(ends)] = ends
     graph, state = nnx.split(model)
     length = -(-(T + max_new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
     cache = empty_cache(config, model.layout, B, length, model.dtype)
@@ -127,16 +134,25 @@ def generate(
         logits_BV, cache = _prefill(graph, state, cache, token_BS[:, start : start + size], np.int32(start), np.int32(last))
     out_BS = _decode(
         graph, state, cache, token_BS, logits_BV, np.int32(T), np.int32(T + max_new_tokens), np.float32(temperature),
-        np.float32(top_p), np.uint32(seed), np.int32(-1 if eos_id is None else eos_id),
+        np.float32(top_p), np.uint32(seed), ends_E,
     )  # fmt: skip
     return out_BS[:, : T + max_new_tokens]
 
 
 def continue_text(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    model: Transformer,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> str:
-    """`generate` for text: the prompt and its continuation, which ends early at the tokenizer's end-of-text token."""
-    bos, eos = special_ids(tokenizer)
-    ids = [bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    out = generate(model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=eos)
+    """`generate` for text: the prompt and its continuation, which ends early at any of the end tokens.
+
+    The prompt is begun as documents are. Special tokens that it names, such as those of a chat template, are those tokens.
+    """
+    ids = special.begun(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    out = generate(model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=special.ends)
     return tokenizer.decode(np.asarray(out)[0].tolist())

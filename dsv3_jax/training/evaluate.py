@@ -101,10 +101,10 @@ def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str
     loaded = load_for_evaluation(run_or_checkpoint)
     config = loaded.config
     if data is None:
-        store = load_corpus(config.data, config.model.vocab_size).validation
+        store = load_corpus(config.data, config.model.vocab_size, companions=loaded.companions()).validation
     else:
         report = functools.partial(print, file=sys.stderr, flush=True)
-        store = read_documents(replace(config.data, path=data), loaded.tokenizer(), report)
+        store = read_documents(replace(config.data, path=data), loaded.tokenizer(), report, loaded.special_tokens())
     eval_step = make_eval_step(config, loaded.layout)
     found = evaluate_store(
         eval_step, loaded.params, loaded.router_bias, store, config.data.seq_len, config.data.batch_size, layout=loaded.layout

@@ -12,7 +12,6 @@ from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.config import Config
 from dsv3_jax.data.split import held_out_documents
 from dsv3_jax.data.store import TokenStore
-from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
@@ -66,7 +65,7 @@ def sample(result: TrainResult) -> str:
     prompt = np.asarray(store.tokens[: min(32, int(store.offsets[1]) - 1, max(room, 1))])
     new = min(_SAMPLE_TOKENS, config.model.max_position_embeddings - len(prompt))
     ids = generate(
-        model, prompt[None], new, temperature=0.7, top_p=0.95, seed=config.train.seed, eos_id=special_ids(tokenizer)[1]
+        model, prompt[None], new, temperature=0.7, top_p=0.95, seed=config.train.seed, eos_id=result.corpus.special.ends
     )
     return tokenizer.decode(np.asarray(ids)[0].tolist())
 

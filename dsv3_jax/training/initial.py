@@ -2,13 +2,16 @@
 
 import dataclasses
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
+from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint, resolve
 from dsv3_jax.checkpoint.storage import load_weights
 from dsv3_jax.config import Config
+from dsv3_jax.data.companions import Companions, about_text, about_weights, beside, merged
+from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.state.train_state import TrainState, abstract_state
@@ -36,6 +39,25 @@ def with_initial_tokenizer(config: Config) -> Config:
     if file is None:
         raise UserError(f"train.init_from={config.train.init_from} has no tokenizer.json; set data.tokenizer")
     return replace(config, data=replace(config.data, tokenizer=str(file)))
+
+
+def initial_companions(config: Config) -> Companions:
+    """The files that a fresh run keeps: those beside its tokenizer, and those of `train.init_from`.
+
+    Those of `train.init_from` that are about its tokenizer stay behind where the run has another one. `config` is that of
+    `with_initial_tokenizer`.
+    """
+    file = config.data.tokenizer
+    there = {} if file is None else about_text(beside(file))
+    if config.train.init_from is None:
+        return there
+    found = Checkpoint(resolve(config.train.init_from), config)
+    own, its = found.tokenizer_file(), found.companions()
+    if file is not None and own is not None and own != Path(file):
+        size = config.model.vocab_size
+        if load_tokenizer(own, size).get_vocab() != load_tokenizer(file, size).get_vocab():
+            its = about_weights(its)
+    return merged(its, there)
 
 
 def with_initial_weights(config: Config, layout: Layout, state: TrainState, init_from: str) -> TrainState:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.retention import check_latest_format
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config
+from dsv3_jax.data.companions import Companions
 from dsv3_jax.data.store import Corpus, load_corpus
 from dsv3_jax.progress import ProgressReporter
 from dsv3_jax.runs.directory import run_directory
@@ -19,7 +21,7 @@ from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import TrainState, abstract_state, init_program
 from dsv3_jax.training.context import RunContext, TrainingData
-from dsv3_jax.training.initial import with_initial_weights
+from dsv3_jax.training.initial import initial_companions, with_initial_weights
 from dsv3_jax.training.resolve import Resolved, program_store, resolve_for_devices
 from dsv3_jax.training.signals import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
@@ -27,10 +29,13 @@ from dsv3_jax.training.watchdog import Watchdog
 _LOCK_PATIENCE_S = 60.0  # a supervised run's processes of the attempt before may still be ending
 
 
-def _load_corpus(config: Config) -> Corpus:
+def _load_corpus(config: Config, companions: Companions) -> Corpus:
     """Process 0 first: it may have to train a tokenizer, which the others then find in the cache."""
-    corpus = on_first(lambda: load_corpus(config.data, config.model.vocab_size, lambda text: print(text, flush=True)))
-    return corpus or load_corpus(config.data, config.model.vocab_size)
+
+    def load(report: Callable[[str], None]) -> Corpus:
+        return load_corpus(config.data, config.model.vocab_size, report, companions)
+
+    return on_first(lambda: load(lambda text: print(text, flush=True))) or load(lambda _: None)
 
 
 def _initial_state(resolved: Resolved, manager: CheckpointManager, data: TrainingData, programs: Programs) -> TrainState:
@@ -57,10 +62,13 @@ def start(config: Config, root: str | Path, elastic: bool, until_end: contextlib
     run = run_directory(config, root)
     on_first(lambda: run.check_belongs_to(config))
     on_first(lambda: check_latest_format(run.checkpoints))  # before anything of the run is changed
-    corpus = _load_corpus(config)
+    companions = run.companions()
+    if companions is None:
+        companions = initial_companions(config)
+    corpus = _load_corpus(config, companions)
     data = TrainingData(config, layout, corpus)
     on_first(lambda: until_end.enter_context(run.claimed(_LOCK_PATIENCE_S if several else 0.0)))
-    on_first(lambda: run.create(replace(config, parallel=resolved.asked.parallel), corpus.tokenizer))
+    on_first(lambda: run.create(replace(config, parallel=resolved.asked.parallel), corpus.tokenizer, companions))
     programs = program_store(resolved) if several else compiled_now
     watchdog.slow(run.deadline_file if is_first() and elastic else None)
     events = EventLog(run.events_file, is_first())

@@ -14,7 +14,7 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import PackedWindows, batch_windows, train_batches
 from dsv3_jax.data.corpus import documents, is_validation, stdlib_files
 from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
-from dsv3_jax.data.tokenizer import load_tokenizer, special_ids, train_tokenizer
+from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.errors import UserError
 
 
@@ -166,7 +166,7 @@ def test_corpus_is_cached_and_framed(corpus_dir, tmp_path):
     again = load_corpus(config, 300, said.append)
     assert len(said) == 3  # nothing tokenised
     np.testing.assert_array_equal(corpus.train.tokens, again.train.tokens)
-    bos, eos = special_ids(corpus.tokenizer)
+    bos, eos = (corpus.tokenizer.token_to_id(name) for name in ("<|begin_of_text|>", "<|end_of_text|>"))
     for store in (corpus.train, corpus.validation):
         assert (store.tokens[store.offsets[:-1]] == bos).all()
         assert (store.tokens[store.offsets[1:] - 1] == eos).all()

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.corpus import data_files, documents, fingerprint
 from dsv3_jax.data.document import Document, _cut
+from dsv3_jax.data.special_tokens import BOS, EOS
 from dsv3_jax.data.store import read_documents
-from dsv3_jax.data.tokenizer import EOS, special_ids, train_tokenizer
+from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -292,7 +293,7 @@ def test_a_long_document_has_the_tokens_of_its_text(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text)
     tokenizer = train_tokenizer([text[:10_000]], 400)
     store = read_documents(DataConfig(path=f"{tmp_path}/a.txt"), tokenizer)
-    bos, eos = special_ids(tokenizer)
+    bos, eos = map(tokenizer.token_to_id, (BOS, EOS))
     assert store.tokens.tolist() == [bos, *tokenizer.encode(text).ids, eos]
     assert store.text_bytes.tolist() == [len(text)]
     assert list(store.ids) == [f"{tmp_path}/a.txt"]
@@ -301,7 +302,7 @@ def test_a_long_document_has_the_tokens_of_its_text(tmp_path, monkeypatch):
 def test_control_tokens_in_a_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"one {EOS} two"}) + "\n" + json.dumps({"text": "three"}))
     tokenizer = train_tokenizer(["one two three"], 280)
-    eos = special_ids(tokenizer)[1]
+    eos = tokenizer.token_to_id(EOS)
     ends = {}
     for asked in (False, True):
         store = read_documents(DataConfig(path=f"{tmp_path}/a.jsonl", special_tokens=asked), tokenizer)

@@ -9,7 +9,6 @@ import pytest
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.split import held_out_documents, split_documents
 from dsv3_jax.data.store import load_corpus
-from dsv3_jax.data.tokenizer import special_ids
 from dsv3_jax.errors import UserError
 
 
@@ -36,7 +35,7 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path, lines, fraction):
     corpus = load_corpus(config, 300, said.append)
     assert f"data.path: too few documents to hold out one of them; the last {fraction:.1%} of the text is" in said
     for store, text in ((corpus.train, train), (corpus.validation, held_out)):
-        bos, eos = special_ids(corpus.tokenizer)
+        bos, eos = corpus.special.begin, corpus.special.ends[0]
         assert [store.tokens[0], store.tokens[-1]] == [bos, eos]
         assert corpus.tokenizer.decode(store.tokens.tolist()) == text
         assert store.text_bytes.tolist() == [len(text)]

@@ -6,11 +6,9 @@ import os
 import pytest
 from tokenizers import Tokenizer
 
+from dsv3_jax.data.special_tokens import BOS, EOS, special_tokens
 from dsv3_jax.data.tokenizer import (
-    BOS,
-    EOS,
     load_tokenizer,
-    special_ids,
     text_encoder,
     tokenizer_errors,
     tokenizer_hash,
@@ -87,12 +85,13 @@ def test_names_of_control_tokens_in_a_text_are_text(trained):
     tokenizer = Tokenizer.from_str(trained.to_str())
     tokenizer.add_tokens(["<｜User｜>", "<|im_end|>", "ships of"])
     text = f"a {EOS} b {BOS} <｜User｜><|im_end|> the ships of <b> |x|"
-    as_text = text_encoder(tokenizer, special_tokens=False).encode(text, add_special_tokens=False).ids
-    control = {*special_ids(tokenizer), tokenizer.token_to_id("<｜User｜>"), tokenizer.token_to_id("<|im_end|>")}
+    special = special_tokens(tokenizer)
+    as_text = text_encoder(tokenizer, special, special_tokens=False).encode(text, add_special_tokens=False).ids
+    control = {special.begin, *special.ends, tokenizer.token_to_id("<｜User｜>"), tokenizer.token_to_id("<|im_end|>")}
     assert not control & set(as_text)
     assert tokenizer.token_to_id("ships of") in as_text  # an added word is a word
     assert tokenizer.decode(as_text) == text
-    as_tokens = text_encoder(tokenizer, special_tokens=True).encode(text, add_special_tokens=False).ids
+    as_tokens = text_encoder(tokenizer, special, special_tokens=True).encode(text, add_special_tokens=False).ids
     assert as_tokens == tokenizer.encode(text, add_special_tokens=False).ids
     assert control <= set(as_tokens)
     assert not tokenizer.encode_special_tokens  # the tokenizer itself is as it was: prompts hold control tokens

@@ -75,11 +75,11 @@ def test_transformers_computes_the_same(name, format, checked):
 
 
 def test_a_trained_run_with_its_tokenizer(run_on_a_mesh, checked):  # noqa: F811
-    """From eight devices; AutoTokenizer gives the run's tokens."""
+    """From eight devices; AutoTokenizer gives the run's tokens, with the begin token that its documents had."""
     _, found = checked["run"]
     tokenizer = Tokenizer.from_file(str(run_on_a_mesh / "tokenizer.json"))
     ids = tokenizer.encode("def main():\n    return 0\n", add_special_tokens=False).ids
-    assert found["export"]["tokens"] == ids
+    assert found["export"]["tokens"] == [tokenizer.token_to_id("<|begin_of_text|>"), *ids]
 
 
 def test_exports_that_the_client_would_read_wrongly_are_not_passed(tmp_path):
