@@ -6,15 +6,40 @@ the closest to the configuration is taken: `tensor` stays if it can, then `pipe`
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, divisors
 from dsv3_jax.cost.memory import state_bytes_per_device
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.mesh import axis_sizes, meshes
+from dsv3_jax.parallel.mesh import AXES, axis_sizes
 from dsv3_jax.parallel.rules import check
 
 _MOST_IMPORTANT_FIRST = ("tensor", "pipe", "expert", "fsdp", "data")  # the order in which axes keep their size
+
+
+def _rows(config: Config) -> int:
+    """Of a microbatch, which `data`, `fsdp` and `expert` share."""
+    return config.data.batch_size // config.train.grad_accum_steps
+
+
+def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+    """The meshes over `devices` devices that divide rows, heads, experts and width, in the order of `parallel.mesh.meshes`.
+
+    All other meshes fail `parallel.rules.check`, and of most numbers of devices this leaves none.
+    """
+    rows, heads, experts = _rows(config), config.model.num_attention_heads, config.model.n_routed_experts
+    if rows * heads % devices:
+        return
+    for data in divisors(math.gcd(devices, rows)):
+        if config.model.hidden_size % (devices // data):
+            continue
+        for pipe in divisors(math.gcd(devices // data, heads)):
+            for tensor in divisors(math.gcd(devices // data // pipe, heads // pipe)):
+                left = devices // data // pipe // tensor
+                if rows // data % left == 0:
+                    for expert in divisors(math.gcd(left, experts)):
+                        yield dict(zip(AXES, (data, pipe, left // expert, expert, tensor), strict=True))
 
 
 def _is_feasible(config: Config, sizes: dict[str, int]) -> bool:
@@ -45,12 +70,14 @@ def mesh_for_devices(config: Config, devices: int) -> dict[str, int] | None:
     def change(sizes: dict[str, int]) -> tuple[float, ...]:
         return tuple(abs(math.log(sizes[axis] / size)) for axis, size in wanted.items())
 
-    return min((sizes for sizes in meshes(devices) if _is_feasible(config, sizes)), key=change, default=None)
+    return min((sizes for sizes in _meshes(config, devices) if _is_feasible(config, sizes)), key=change, default=None)
 
 
 def feasible_worker_counts(config: Config, devices_per_worker: int, counts: range) -> dict[int, dict[str, int]]:
     """{number of workers: axis sizes of its mesh} of the numbers in `counts` that have a feasible mesh."""
-    found = {count: mesh_for_devices(config, count * devices_per_worker) for count in counts}
+    largest = _rows(config) * config.model.num_attention_heads // devices_per_worker  # every mesh divides that product
+    within = range(counts.start, min(counts.stop, largest + 1))
+    found = {count: mesh_for_devices(config, count * devices_per_worker) for count in within}
     return {count: sizes for count, sizes in found.items() if sizes is not None}
 
 

@@ -85,11 +85,11 @@ def mesh_label(sizes: Mapping[str, int]) -> str:
 
 def parse_topology(name: str) -> Topology:
     """The topology of a name such as v5p:8x8x8, 2*v5p:8x8x8 or h100:128x8. Raises `UserError` for any other."""
-    found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", name)
+    found = re.fullmatch(r"(?:(\d{1,6})\*)?(\w+):(\d{1,6}(?:x\d{1,6}){1,3})", name)
     kinds = ", ".join(HARDWARE)
     if not found or found[2] not in HARDWARE:
         raise UserError(
-            f"topology={name}: use KIND:SHAPE such as v5p:8x8x8 or h100:128x8, with one of {kinds}; see dsv3 plan --list"
+            f"topology={name[:80]}: use KIND:SHAPE such as v5p:8x8x8 or h100:128x8, with one of {kinds}; see dsv3 plan --list"
         )
     topology = Topology(found[2], tuple(int(n) for n in found[3].split("x")), int(found[1] or 1))
     wanted = topology.facts["links"]["ici"]["dimensions"] if topology.is_tpu else 2

@@ -11,19 +11,28 @@ from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import run_directory
 
+MOST_WORKERS, MOST_DEVICES = 2**16, 2**10  # of a run, and of a worker
 _HEARTBEAT_S = 15.0
 _JOIN_S = 60.0  # hosts have just answered, so that their workers join within seconds unless one is lost
 
 
 def parse_workers(workers: str | None) -> tuple[int, int]:
     """(MIN, MAX) of MIN:MAX, or of one number for both. Raises `UserError` for anything else."""
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", workers or "")
+    match = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}))?", workers or "")
     if match is None:
-        raise UserError(f"--workers {workers or '(missing)'}: use MIN:MAX, e.g. --workers 2:4")
+        raise UserError(f"--workers {(workers or '(missing)')[:40]}: use MIN:MAX, e.g. --workers 2:4")
     least, most = int(match[1]), int(match[2] or match[1])
-    if not 1 <= least <= most:
-        raise UserError(f"--workers {workers}: MIN must be 1 or more, and MAX not less")
+    if not 1 <= least <= most <= MOST_WORKERS:
+        raise UserError(f"--workers {workers}: MIN must be 1 or more, MAX not less, and at most {MOST_WORKERS:,}")
     return least, most
+
+
+def check_devices(devices: int | None) -> int:
+    """The number of devices of --devices. Raises `UserError` if it is missing or none that a worker can have."""
+    if devices is None or not 1 <= devices <= MOST_DEVICES:
+        given = "(missing)" if devices is None else devices
+        raise UserError(f"--devices {given}: give the number of devices of each worker, 1 to {MOST_DEVICES:,}")
+    return devices
 
 
 def job_for(config: Config, args: list[str], workers: str | None, devices: int | None, rehearse: bool = False) -> Job:
@@ -32,8 +41,7 @@ def job_for(config: Config, args: list[str], workers: str | None, devices: int |
     Raises `UserError` where nothing could ever run: bad numbers, or no feasible mesh.
     """
     least, most = parse_workers(workers)
-    if devices is None or devices < 1:
-        raise UserError(f"--devices {devices or '(missing)'}: give the number of devices of each worker, 1 or more")
+    devices = check_devices(devices)
     feasible = feasible_worker_counts(config, devices, range(1, most + 1))
     if not any(count >= least for count in feasible):
         raise UserError(
@@ -52,7 +60,7 @@ def leave_spares(config: Config, devices: int) -> None:
     SLURM and Kubernetes start a worker on every node that is left; a run uses the largest number of them, with `devices` each,
     that has a feasible mesh. Raises `UserError` if no number has.
     """
-    spec = cluster_spec(os.environ)
+    spec, devices = cluster_spec(os.environ), check_devices(devices)
     if spec is None:
         return
     count = largest_feasible_count(config, devices, spec.processes)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from dsv3_jax.config import ParallelConfig, divisors
+from dsv3_jax.config import ParallelConfig, choices, divisors
 from dsv3_jax.errors import UserError
 
 AXES = ("data", "pipe", "fsdp", "expert", "tensor")
@@ -32,7 +32,7 @@ def axis_sizes(config: ParallelConfig, devices: int) -> dict[str, int]:
         if devices % given:
             raise UserError(
                 f"parallel.{fill[0]}=-1: the other axes ({product} = {given}) do not divide {devices} devices; "
-                f"make their product one of {divisors(devices)}"
+                f"make their product one of {choices(devices)}"
             )
         sizes[fill[0]] = devices // given
     elif given > devices:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import Config, divisors
+from dsv3_jax.config import Config, choices
 from dsv3_jax.errors import UserError
 
 MeshAxes = tuple[str, ...]  # mesh axes that one array axis is sharded over
@@ -83,7 +83,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, m
         parts = math.prod(mesh.shape[a] for a in over)
         if size % parts:
             product = " * ".join(f"parallel.{a}={mesh.shape[a]}" for a in over)
-            raise UserError(f"axis {axis} of {size} cannot be sharded over {product}; use a product among {divisors(size)}")
+            raise UserError(f"axis {axis} of {size} cannot be sharded over {product}; use a product among {choices(size)}")
     return P(*[None] * leading, *(over or None for over in sharded_over))
 
 
@@ -124,7 +124,13 @@ def check(config: Config, sizes: dict[str, int]) -> None:
         if value % size:
             wrong = " * ".join(f"parallel.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
             total = f"{wrong} = {size}" if wrong.count("=") > 1 else wrong
-            raise UserError(f"{total} does not divide {name}={value}; use one of {divisors(value)}")
+            raise UserError(f"{total} does not divide {name}={value}; use one of {choices(value)}")
+    parts, tokens = config.parallel.expert_parts, d.batch_size // accum // (data * fsdp * expert) * d.seq_len // tensor
+    if expert > 1 and tokens % parts:
+        raise UserError(
+            f"parallel.expert_parts={parts} does not divide the {tokens} tokens of a microbatch that are on a device; use one "
+            f"of {choices(tokens)}"
+        )
     if pipe > 1 and config.precision.controller:
         raise UserError(
             f"precision.controller=true cannot switch layers one by one in a pipeline, whose stages run as one program; use "

@@ -1,7 +1,7 @@
 """Text generation with the latent cache: one compiled prefill chunk, one compiled decoding loop."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sized
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
+from dsv3_jax.config import LARGEST_SEED
 from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
@@ -75,6 +76,17 @@ def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, t
     return model.layout.constrain(jnp.where(after, last_B[:, None], token_BS), None, None)
 
 
+def _rectangle(prompt_ids: Array | np.ndarray | list[list[int]]) -> np.ndarray:
+    """The prompts as one array. Raises `UserError` if they differ in length."""
+    try:
+        return np.asarray(prompt_ids)
+    except ValueError:  # NumPy's word for rows of several lengths
+        lengths = sorted({len(row) if isinstance(row, Sized) else 0 for row in prompt_ids})
+        raise UserError(
+            f"prompt_ids has rows of {', '.join(map(str, lengths[:8]))} tokens; all prompts of a call must have the same length"
+        ) from None
+
+
 def generate(
     model: Transformer,
     prompt_ids: Int[Array, "B T"] | np.ndarray | list[list[int]],
@@ -93,18 +105,18 @@ def generate(
         max_new_tokens: The number N of tokens to add.
         temperature: Divides the logits before sampling; 0 takes the likeliest token.
         top_p: Sample from the smallest set of tokens that has this probability.
-        seed: Seed of the sampling.
+        seed: Seed of the sampling, 0 to 2^32 - 1.
         eos_id: A row that produces this token, or one of these, repeats it to the end. None: no token ends a row.
 
     Returns:
         i32[B, T + N]: the prompts, each followed by its continuation.
 
     Raises:
-        UserError: An empty prompt, an id outside the vocabulary, a length beyond `max_position_embeddings`, or a temperature or
-            top_p outside its range.
+        UserError: Prompts of several lengths or none, an id outside the vocabulary, a length beyond `max_position_embeddings`,
+            or a temperature, top_p or seed outside its range.
     """
     config = model.config
-    prompt_BT = np.asarray(prompt_ids)
+    prompt_BT = _rectangle(prompt_ids)
     if prompt_BT.ndim != 2 or prompt_BT.size == 0 or not np.issubdtype(prompt_BT.dtype, np.integer):
         raise UserError(f"prompt_ids has shape {prompt_BT.shape} and dtype {prompt_BT.dtype}; expected integers [B, T]")
     if prompt_BT.min() < 0 or prompt_BT.max() >= config.vocab_size:
@@ -115,8 +127,10 @@ def generate(
             f"max_new_tokens={max_new_tokens} after a prompt of {T}: use 1 to {config.max_position_embeddings - T} "
             f"(model.max_position_embeddings={config.max_position_embeddings})"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:  # NaN is neither
         raise UserError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed={seed} is out of range; use 0 to {LARGEST_SEED}")
 
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int | np.integer) else [*eos_id]
     ends_E = np.full(max(-(-len(ends) // _ENDS_STEP), 1) * _ENDS_STEP, -1, np.int32)

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import divisors, load_config
+from dsv3_jax.cost import feasible
 from dsv3_jax.cost.feasible import feasible_worker_counts, fit_to_devices, largest_feasible_count, mesh_for_devices
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.mesh import AXES, meshes
 from dsv3_jax.parallel.rules import check
+from tests.commands import dsv3
 from tests.conftest import ROOT
 
 TINY, HUGE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "v3_671b.yaml"
@@ -57,6 +59,42 @@ def test_the_released_model_keeps_its_experts_together():
     config = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1", "parallel.max_state_gib=40"])
     assert largest_feasible_count(config, 8, 127) == 96
     assert largest_feasible_count(config, 7, 2) == 0
+
+
+def test_feasible_numbers_are_those_of_trying_every_mesh(monkeypatch):
+    """And few meshes are tried: none of most numbers, and none beyond what rows and heads can be divided over."""
+    config, tried = load_config(TINY, ["data.batch_size=24", "parallel.fsdp=2", "parallel.tensor=2"]), []
+    by_all = {n: list(feasible_meshes(config, n)) for n in range(1, 33)}
+    monkeypatch.setattr(feasible, "check", lambda *args: tried.append(args) or check(*args))
+    found = feasible_worker_counts(config, 1, range(1, 33))
+    assert list(found) == [n for n, shapes in by_all.items() if shapes]
+    for n, sizes in found.items():
+        assert sizes in by_all[n]
+    tried.clear()
+    huge = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1"])
+    assert 128 in feasible_worker_counts(huge, 8, range(1, 2**16 + 1))
+    assert len(tried) < 20_000  # of many millions of meshes over so many devices
+
+
+@pytest.mark.parametrize(("workers", "devices"), [("1:1000000000", "8"), ("1:4", "1000000000000000000"), ("1:4", "0")])
+def test_hostile_numbers_of_workers_are_one_line(workers, devices):
+    done = dsv3("plan", str(TINY), "--workers", workers, "--devices", devices, cwd=ROOT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "at most 65,536" in done.stderr or "1 to 1,024" in done.stderr
+
+
+def test_parts_of_an_exchange_divide_a_device_s_tokens():
+    """4 rows of 256 tokens over 2 x 2 devices of the batch and 2 of the sequence: 128 tokens, which 3 parts don't divide."""
+    axes = {"data": 1, "pipe": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    config = load_config(TINY, ["data.batch_size=4", "train.grad_accum_steps=1", "data.seq_len=256", "parallel.expert_parts=3"])
+    with pytest.raises(UserError, match=r"parallel.expert_parts=3 does not divide the 128 tokens .* use one of \[1, 2, 4, 8"):
+        check(config, axes)
+    check(config, axes | {"fsdp": 4, "expert": 1})  # nothing travels
+    check(
+        load_config(TINY, ["data.batch_size=4", "train.grad_accum_steps=1", "data.seq_len=256", "parallel.expert_parts=4"]),
+        axes,
+    )
 
 
 def test_what_cannot_be_is_said_with_what_can():

@@ -84,11 +84,16 @@ def test_rows_repeat_the_end_token(model):
     [
         ([[]], {}, "prompt_ids"),
         ([1, 2], {}, "prompt_ids"),
+        ([[1, 2], [3]], {}, "rows of 1, 2 tokens; all prompts of a call must have the same length"),
+        ([[1], 2], {}, "rows of 0, 1 tokens"),
         ([[999]], {}, "outside"),
         ([[1]], {"max_new_tokens": 0}, "use 1 to 255"),
         ([[1]], {"max_new_tokens": 256}, "use 1 to 255"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"top_p": 0.0}, "top_p"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+        ([[1]], {"seed": -1}, "seed=-1 is out of range; use 0 to 4294967295"),
+        ([[1]], {"seed": 2**32}, "seed=4294967296 is out of range"),
     ],
 )
 def test_impossible_requests_are_refused(model, prompt, options, expected):
