@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.cost.all_reduce import ring, tree
 from dsv3_jax.cost.efficiency import Efficiency
 from dsv3_jax.cost.links import Collective, Links, Location, sent_bytes
-from dsv3_jax.cost.memory import parameter_counts, parameters_per_device, state_bytes_per_device
+from dsv3_jax.cost.memory import abstract_layout, parameter_counts, parameters_per_device, state_bytes_per_device
 from dsv3_jax.cost.topologies import Topology, mesh_label
 from dsv3_jax.exchange.codec import Codec
 from dsv3_jax.exchange.exchange import compressible_share
@@ -24,7 +23,6 @@ from dsv3_jax.model.counts import training_flops_per_token
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.experts import SLACK
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.on_mesh import OnMesh
 from dsv3_jax.parallel.schedule import make_schedule
 from dsv3_jax.precision.recipes import RECIPES
 
@@ -35,6 +33,7 @@ RECOMPUTED = {"none": 0.0, "selective": 0.15, "offload": 0.15, "full": 1.0, "sqr
 KEPT = {"none": 16.0, "selective": 8.0, "offload": 1.0, "full": 1.0, "sqrt": 0.3}
 _EXCHANGE_BUFFERS = 8  # buffers of all rows of an expert exchange that are alive at the same time
 _EXCHANGES = 5  # of rows to or from experts in a layer: there and back, and backward there with two arrays and back with one
+PASSES_OF_FLOAT32 = 6  # products in bfloat16 that a TPU makes one of float32 numbers of
 _BETWEEN = 0.75  # passes over memory between products, over the products' time in 16 bits at their peak
 
 
@@ -83,8 +82,7 @@ def _abstract_parameters(model: ModelConfig) -> nnx.State:
 
 def compressed_share(config: Config, sizes: dict[str, int]) -> float:
     """Share of a device's parameters whose gradients can cross `data` compressed."""
-    layout = OnMesh(AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES))  # type: ignore[arg-type]  (no device is asked for)
-    return compressible_share(_abstract_parameters(config.model), layout)
+    return compressible_share(_abstract_parameters(config.model), abstract_layout(sizes))
 
 
 def pipeline_occupancy(config: Config, sizes: dict[str, int]) -> float:
@@ -238,7 +236,10 @@ class Estimator:
         eight = (useful - core - head - (0 if recipe.attention else attention)) if recipe.experts else 0.0
         peaks, forward = self._topology.facts["tera_ops"], 1 + RECOMPUTED[config.remat.policy] / 3
         format = (recipe.experts.forward if recipe.experts else "") or "bf16"
-        fast, slow = peaks.get(format, peaks["bf16"]), peaks["bf16"]
+        slow, in_bf16 = peaks["bf16"], useful * forward / peaks["bf16"] / 1e12
+        if recipe.dtype == "float32":
+            slow, in_bf16 = peaks.get("float32", slow / PASSES_OF_FLOAT32), 2 * in_bf16
+        fast = peaks.get(format, slow) if recipe.experts else slow
         seconds = (eight * forward / fast + (core + useful - core - head - eight) * forward / slow + head / slow) / 1e12
-        between = _BETWEEN * (useful * forward / slow) / 1e12  # passes over memory, which 8 bits don't shorten
+        between = _BETWEEN * in_bf16  # passes over memory, which 8 bits don't shorten, and of twice the bytes in float32
         return seconds / self._efficiency.matmul + between

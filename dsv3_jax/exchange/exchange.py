@@ -109,6 +109,14 @@ class Exchange:
         leaves = self._leaves(params)
         return {name: leaf.zero_residual(self.layout.replicas) for name, leaf in leaves.items()}
 
+    def residual_bytes(self, params: nnx.State) -> int:
+        """Bytes on a device of the residuals of these parameters, which may be abstract."""
+        total = 0
+        for leaf in self._leaves(params).values():
+            own = 4 * math.prod(self.layout.sharding(leaf.spec).shard_shape(leaf.shape))
+            total += own + (0 if leaf.cut is None else own // self.layout.replicas)
+        return total
+
     def shardings(self, params: nnx.State) -> dict[str, Residual[Sharding]]:
         """Shardings of the residuals."""
         specs = {name: leaf.specs for name, leaf in self._leaves(params).items()}

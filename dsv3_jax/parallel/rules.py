@@ -58,13 +58,19 @@ BATCH = ("data", "fsdp", "expert")  # rows of a batch
 
 
 def _sharded_over(
-    axis: str | None, size: int, table: Mapping[str, MeshAxes | list[MeshAxes]], mesh: Mesh | AbstractMesh
+    axis: str | None, size: int, table: Mapping[str, MeshAxes | list[MeshAxes]], sizes: Mapping[str, int]
 ) -> MeshAxes:
     """The mesh axes (of more than one device) over which one array axis is sharded."""
     entry = table.get(axis, ()) if axis else ()
     alternatives = entry if isinstance(entry, list) else [entry]
-    used = [tuple(a for a in axes if mesh.shape[a] > 1) for axes in alternatives]
-    return next((p for p in used if size % math.prod(mesh.shape[a] for a in p) == 0), used[0])
+    used = [tuple(a for a in axes if sizes[a] > 1) for axes in alternatives]
+    return next((p for p in used if size % math.prod(sizes[a] for a in p) == 0), used[0])
+
+
+def stored_parts(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> int:
+    """Into how many parts a stored array with these logical axes is cut on a mesh of these axis `sizes`."""
+    last = zip(axes, shape[len(shape) - len(axes) :], strict=True)
+    return math.prod(sizes[a] for axis, size in last for a in _sharded_over(axis, size, STORED, sizes))
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, mesh: Mesh | AbstractMesh) -> P:
@@ -73,7 +79,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], table: Mapping, m
     Raises `UserError` if two of them want the same mesh axis, or if one is not divided by what it is sharded over.
     """
     leading = len(shape) - len(axes)
-    sharded_over = [_sharded_over(axis, size, table, mesh) for axis, size in zip(axes, shape[leading:], strict=True)]
+    sharded_over = [_sharded_over(axis, size, table, mesh.shape) for axis, size in zip(axes, shape[leading:], strict=True)]
     taken = [mesh_axis for over in sharded_over for mesh_axis in over]
     for mesh_axis in taken:
         if taken.count(mesh_axis) > 1:

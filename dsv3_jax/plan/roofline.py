@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dsv3_jax.cost.efficiency import Efficiency
+from dsv3_jax.cost.estimate import PASSES_OF_FLOAT32
 from dsv3_jax.parallel.experts import EXCHANGE, MORE_ROUNDS
 from dsv3_jax.plan.hlo import Array, Computation, Instruction, Program
 from dsv3_jax.precision.platforms import HARDWARE
@@ -31,7 +32,7 @@ _NO_PRODUCT = re.compile(
 _OWN_KERNEL = re.compile(r"\blogit_statistics\b|\bscaled_matmul\b|\bscaled_wgrad\b|mosaic_gpu")
 _STATED_FLOPS = re.compile(r'"?cost_estimate"?:\s*\{[^}]*?"?flops"?:\s*"?(\d+)')
 _EXCHANGED = re.compile(rf"\bffn\)*/.*/({EXCHANGE}|{MORE_ROUNDS})/")
-_TPU_PASSES = {"highest": 6, "high": 3}  # bfloat16 products that make up one of float32 operands
+_TPU_PASSES = {"highest": PASSES_OF_FLOAT32, "high": 3}  # bfloat16 products that make up one of float32 operands
 
 
 @dataclass

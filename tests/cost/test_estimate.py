@@ -39,6 +39,15 @@ def test_memory_beside_compilers(topology, mesh, overrides, gib):
     assert estimate(topology, mesh, *overrides).memory / GIB == pytest.approx(gib, rel=0.35)
 
 
+@pytest.mark.parametrize(("topology", "slower"), [("v5p:8x8x8", 6), ("h100:64x8", 989 / 67)])
+def test_products_in_float32_take_their_own_time(topology, slower):
+    """Six of bfloat16's on TPUs; on GPUs at their peak in float32. What lies between products takes twice as long."""
+    mesh, base = (1, 1, 8, 64, 1), ["data.batch_size=512"]
+    exact, half = (estimate(topology, mesh, *base, f"precision.recipe={recipe}").work for recipe in ("float32", "bf16"))
+    share = 0.75 / (1 / ASSUMED.matmul + 0.75)  # of bfloat16's time, between products
+    assert exact / half == pytest.approx(2 * share + slower * (1 - share), rel=0.01)
+
+
 def test_zero3_gathers_cost_what_their_bytes_do():
     """All of 671B over 512 v5p, gathered twice in bfloat16 and summed in float32 (experts) or bfloat16: by hand."""
     c = estimate("v5p:8x8x8", (1, 1, 512, 1, 1), "data.batch_size=512")

