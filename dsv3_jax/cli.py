@@ -1,18 +1,17 @@
 """The `dsv3` command: one thin function a verb. Bad input gets one line on stderr and exit code 2."""
 
-import contextlib
-import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
 from dsv3_jax.cluster.huge_pages import use_huge_pages
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FailedElsewhere, UserError
-from dsv3_jax.progress import make_console
+from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FailedElsewhere, Refused, UserError, os_error_line
+from dsv3_jax.progress import make_console, one_line
+from dsv3_jax.streams import forgiving_streams
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 ConfigPath = Annotated[Path, tyro.conf.Positional]
@@ -379,16 +378,26 @@ def _protect_command(args: list[str]) -> list[str]:
     return args if args[:1] != ["launch"] or verb is None or "--" in args else [*args[:verb], "--", *args[verb:]]
 
 
+_PRINTING = {"eval", "generate", "report", "describe", "platforms", "plan", "overlap"}  # verbs whose result is what they print
+
+
 def main(args: list[str] | None = None) -> None:
+    """Run the command line. Raises `SystemExit` with an exit code other than 0 (see errors.py) if it does not succeed."""
     args = _protect_command(sys.argv[1:] if args is None else args)
+    with forgiving_streams() as out:
+        _run(args)
+        out.flush()
+        if out.lost is not None and set(args[:1]) <= _PRINTING:
+            _fail(f"cannot write standard output: {out.lost.strerror}")
+
+
+def _run(args: list[str]) -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(_VERBS, prog="dsv3", description=__doc__, args=args)
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _fail(f"no space left on the device while writing {error.filename or 'the run'}; earlier checkpoints are intact")
+        _fail(os_error_line(error))
     except FailedElsewhere:
         raise SystemExit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
@@ -396,10 +405,10 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(EXIT_STOPPED) from None
 
 
-def _fail(message: str) -> None:
-    with contextlib.suppress(OSError):  # the disk may be full on which standard error goes
-        print(f"dsv3: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_INPUT)
+def _fail(message: str) -> NoReturn:
+    line = one_line(message)
+    print(f"dsv3: error: {line}", file=sys.stderr)
+    raise Refused(line)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def expand_home(path: str | Path) -> Path:
+    """The path with a `~` at its beginning replaced. Raises `UserError` where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home directory; set HOME, or name another directory") from None
+
+
 def user_cache() -> Path:
-    """$XDG_CACHE_HOME/dsv3_jax, or ~/.cache/dsv3_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+    """$XDG_CACHE_HOME/dsv3_jax, or ~/.cache/dsv3_jax. Raises `UserError` where there is no home directory."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "dsv3_jax"
+    try:
+        return Path.home() / ".cache" / "dsv3_jax"
+    except RuntimeError:
+        raise UserError("there is no home directory, which holds the cache: set XDG_CACHE_HOME to a directory") from None

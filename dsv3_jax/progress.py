@@ -4,12 +4,14 @@ import re
 import sys
 import time
 from threading import Lock
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 from rich import progress as columns
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.text import Text
+
+from dsv3_jax.streams import forgiving
 
 _LINE_EVERY_S = 5.0
 _UNWRAPPED = 10_000  # columns: more than any table or line has
@@ -20,6 +22,11 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 def printable(text: str) -> str:
     """Text from anywhere as it may go to a terminal: what would control it is written out, such as \\x1b."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """Text from anywhere in one line, `printable`."""
+    return printable(" ".join(text.split()))
 
 
 class _PlainConsole(Console):
@@ -33,9 +40,10 @@ class _PlainConsole(Console):
 def make_console(file: IO[str] | None = None, quiet: bool = False, **options: Any) -> Console:
     """A rich console on `file` (standard output if None): as wide as a terminal, and in a pipe or file never wrapped.
 
-    Strings are printed as they are, whatever file or stranger they came from. `options` go to rich's `Console`.
+    Strings are printed as they are, whatever file or stranger they came from, and lost where nobody reads any more. `options`
+    go to rich's `Console`.
     """
-    out = sys.stdout if file is None else file
+    out = cast(IO[str], forgiving(sys.stdout if file is None else file))
     width = None if out.isatty() else _UNWRAPPED
     return _PlainConsole(**{"file": out, "highlight": False, "quiet": quiet, "width": width, **options})
 

@@ -18,14 +18,8 @@ ROOMS = [
     "cluster", "data", "precision", "model", "optim", "parallel", "exchange", "state", "checkpoint", "runs", "cost", "serve",
     "training", "interop", "plan", "elastic",
 ]  # fmt: skip
-BELOW_ROOMS = {
-    "errors",
-    "config",
-    "files",
-    "progress",
-    "records",
-    "yaml_reader",
-}  # modules of the package that every room may import
+# modules of the package that every room may import
+BELOW_ROOMS = {"errors", "config", "files", "progress", "records", "streams", "yaml_reader"}
 ABOVE_ROOMS = {"__init__", "cli", "describe"}  # and those that no room may import
 
 

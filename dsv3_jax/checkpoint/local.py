@@ -1,14 +1,18 @@
 """Copies of the state on the host that computed it, in memory (/dev/shm) or on its own disk: a start after a failure reads from
 there what the host still has, and only the rest from shared storage.
 
-A copy belongs to one checkpoint, by the digest of its manifest: it counts only if that checkpoint is complete. Each process
-keeps the blocks of its devices, `STEP/PROCESS.blocks`, with their bounds and sha256 in `STEP/PROCESS.json`, written last.
+Each process keeps the blocks of its devices, `STEP/PROCESS.blocks`, with their bounds and sha256 in `STEP/PROCESS.json`. The
+sha256 of that index is in the shared checkpoint's manifest: a copy counts only if its checkpoint is complete, and nobody who
+writes into a host's memory or disk decides what is restored. Copies are in a directory that its owner alone may enter.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dsv3_jax.checkpoint.manifest import HASHING_THREADS
+from dsv3_jax.checkpoint.manifest import HASHING_THREADS, local_digests
 from dsv3_jax.files import write_atomically
 
 type Bounds = tuple[tuple[int, int], ...]  # a block's [start, stop) along each axis of its array
@@ -152,26 +156,56 @@ def _copied(block: np.ndarray, buffer: np.ndarray | None) -> np.ndarray:
     return buffer
 
 
+def index_of(taken: Snapshot) -> bytes:
+    """The JSON index of a process's blocks in the order of its file: name, shape, bounds, dtype, offset, sha256 of each."""
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        digests = list(pool.map(_sha256, taken.values()))
+    listing, offset = [], 0
+    for ((name, shape, bounds), block), digest in zip(taken.items(), digests, strict=True):
+        listing.append([name, shape, bounds, block.dtype.name, offset, digest])
+        offset += block.nbytes
+    return json.dumps(listing).encode()
+
+
+def _check_private(directory: Path) -> None:
+    """Raise `OSError` unless a directory is this user's own, or one of the system's in which nobody can replace it."""
+    found = directory.lstat()
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0) or others_write:
+        raise PermissionError(
+            errno.EPERM, f"it must be a directory of user {os.geteuid()} that others cannot write", str(directory)
+        )
+
+
 class LocalCopies:
     """One run's copies on this host: of the last checkpoint, and of the one before until the last one's are complete."""
 
     def __init__(self, directory: Path, run: Path):
         """`directory` is on this host; `run` is the run's directory of checkpoints, which names its copies in `directory`."""
+        self._directory = directory
         self._root = directory / hashlib.sha256(str(run).encode()).hexdigest()[:16]
 
-    def write(self, step: int, process: int, taken: Snapshot, manifest: Path) -> None:
-        """Write a process's blocks of the complete checkpoint with this `manifest`. Raises `OSError` where there is no room."""
+    def _check_own(self) -> None:
+        """Raise `OSError` unless the copies' directory is this user's alone, and stays where it is."""
+        _check_private(self._directory.resolve())
+        _check_private(self._root)
+        if self._root.stat().st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, f"it belongs to user {self._root.stat().st_uid}", str(self._root))
+        self._root.chmod(0o700)  # earlier versions let others look in
+
+    def write(self, step: int, process: int, taken: Snapshot, index: bytes) -> None:
+        """Write a process's blocks of a complete checkpoint, with their index. Raises `OSError` where it cannot."""
+        for made in (self._directory, self._root):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_own()
         directory = self._root / str(step)
-        index, data = directory / f"{process}.json", directory / f"{process}.blocks"
-        directory.mkdir(parents=True, exist_ok=True)
-        index.unlink(missing_ok=True)  # from an earlier save of the same step
-        listing, offset = [], 0
-        with open(data, "wb") as file:
-            for (name, shape, bounds), block in taken.items():
-                file.write(_bytes(block))
-                listing.append([name, shape, bounds, block.dtype.name, offset, _sha256(block)])
-                offset += block.nbytes
-        write_atomically(index, json.dumps({"manifest": _digest(manifest), "blocks": listing}))
+        file, data = directory / f"{process}.json", directory / f"{process}.blocks"
+        directory.mkdir(exist_ok=True)
+        file.unlink(missing_ok=True)  # from an earlier save of the same step
+        with open(data, "wb") as out:
+            for block in taken.values():
+                out.write(_bytes(block))
+        write_atomically(file, index)
         for other in self._root.iterdir():
             if other.name.isdigit() and int(other.name) < step:
                 shutil.rmtree(other, ignore_errors=True)
@@ -180,29 +214,28 @@ class LocalCopies:
         """Delete all of the run's copies on this host."""
         shutil.rmtree(self._root, ignore_errors=True)
 
-    def copy_of(self, step: int, manifest: Path) -> LocalCopy:
-        """The copy of one checkpoint by all processes that were on this host, without what cannot be read."""
+    def copy_of(self, checkpoint: Path) -> LocalCopy:
+        """The copy of the checkpoint in this directory by all processes that were on this host, without what cannot be read."""
         blocks: dict[str, dict[Bounds, _Block]] = {}
-        digest = _digest(manifest)
-        for index in sorted((self._root / str(step)).glob("*.json")):
-            for name, block in _read_index(index, digest):
+        try:
+            self._check_own()
+        except OSError:  # there are no copies, or somebody else's
+            return LocalCopy({})
+        for process, digest in local_digests(checkpoint).items():
+            for name, block in _read_index(self._root / checkpoint.name / f"{process}.json", digest):
                 blocks.setdefault(name, {})[block.bounds] = block
         return LocalCopy({name: list(found.values()) for name, found in blocks.items()})
 
 
-def _digest(manifest: Path) -> str:
-    return hashlib.sha256(manifest.read_bytes()).hexdigest()
-
-
-def _read_index(index: Path, manifest_digest: str) -> Iterable[tuple[str, _Block]]:
+def _read_index(index: Path, digest: str) -> Iterable[tuple[str, _Block]]:
     try:
-        found = json.loads(index.read_text())
-        if found["manifest"] != manifest_digest:
+        content = index.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
             return []
         data = index.with_suffix(".blocks")
         return [
             (name, _Block(data, offset, tuple(shape), tuple((a, b) for a, b in bounds), np.dtype(dtype), sha256))
-            for name, shape, bounds, dtype, offset, sha256 in found["blocks"]
+            for name, shape, bounds, dtype, offset, sha256 in json.loads(content)
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, TypeError):
         return []

@@ -67,12 +67,13 @@ class CheckpointManager:
             raise self._failure(step, error) from error
         if self._local is not None:
             self._snapshot = snapshot(joined(arrays), self._snapshot)
-        self._save = finish_beside_training(directory, response, then=lambda: self._complete(directory))
+        blocks = self._snapshot if self._local is not None else None
+        self._save = finish_beside_training(directory, response, blocks, then=lambda index: self._complete(directory, index))
 
-    def _complete(self, directory: Path) -> None:
+    def _complete(self, directory: Path, index: bytes) -> None:
         """What follows a complete checkpoint, in the save's thread."""
         if self._local is not None:
-            copy_to_host(self._local, directory, self._snapshot, self._config.local_dir)
+            copy_to_host(self._local, directory, self._snapshot, index, self._config.local_dir)
         if is_first():
             remove_old(self._directory, self._config, self._loss)
 

@@ -1,6 +1,7 @@
 """A checkpoint's manifest: its format, and its files with their sizes and sha256; written last, verified before loading.
 
-manifest.json is {"format": 1, "files": {name: [size, sha256]}}. Format 0, which earlier versions wrote, is the files alone.
+manifest.json is {"format": 1, "files": {name: [size, sha256]}}, and with `checkpoint.local_dir` also has {"local": {process:
+sha256}}, of the indices of the copies on hosts (local.py). Format 0, which earlier versions wrote, is the files alone.
 """
 
 import hashlib
@@ -11,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.checkpoint.names import EMA, OPTIMIZER, WEIGHTS
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import read_json, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the checkpoints that this version writes; raise it when a version before could not read them
+_ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
 _POLL_S = 0.05
 _PATIENCE_S = 300.0  # with other processes, which read as much
 _LARGEST = 2**28  # bytes of a manifest; one of a million files has half of it
@@ -43,30 +46,37 @@ def _listing(directory: Path, files: Iterable[Path]) -> dict[str, list]:
         return {p.relative_to(directory).as_posix(): [p.stat().st_size, d] for p, d in zip(files, digests, strict=True)}
 
 
-def write_manifest(directory: Path, known: Mapping[str, list] | None = None) -> None:
-    """Write the manifest of all files in `directory`; those that are `known` ([size, sha256] by name) are not read again."""
+def write_manifest(directory: Path, known: Mapping[str, list] | None = None, local: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of all files in `directory`; those that are `known` ([size, sha256] by name) are not read again.
+
+    `local`: the sha256 of the index of each process's copy on its host, by process.
+    """
     known = dict(known or {})
     unknown = (p for p in _files(directory) if p.relative_to(directory).as_posix() not in known)
-    _write(directory / MANIFEST, {"format": FORMAT, "files": known | _listing(directory, unknown)})
+    content = {"format": FORMAT, "files": known | _listing(directory, unknown)}
+    _write(directory / MANIFEST, content | ({"local": dict(local)} if local else {}))
 
 
-def write_manifest_together(directory: Path, process: int, processes: int) -> None:
+def write_manifest_together(directory: Path, process: int, processes: int, local: str | None = None) -> None:
     """Write the manifest by all processes of a run, each of which reads its share; returns once the manifest is there.
 
-    They meet in the file system, because this goes on beside training, whose collectives must not be disturbed. Raises
-    `UserError` if one of them does not come within `_PATIENCE_S`.
+    `local`: the sha256 of the index of this process's copy on its host, if it keeps one. The processes meet in the file system,
+    because this goes on beside training, whose collectives must not be disturbed. Raises `UserError` if one of them does not
+    come within `_PATIENCE_S`.
     """
+    mine = {str(process): local} if local else {}
     if processes == 1:
-        write_manifest(directory)
+        write_manifest(directory, local=mine)
         return
     _until(directory.is_dir, f"{directory} was not committed")  # which process 0 does
     parts = [directory.parent / f"{directory.name}.manifest-{i}-of-{processes}" for i in range(processes)]
-    _write(parts[process], _listing(directory, _files(directory)[process::processes]))
+    _write(parts[process], {"files": _listing(directory, _files(directory)[process::processes]), "local": mine})
     if process == 0:
         for i, part in enumerate(parts):
             _until(part.is_file, f"process {i} has not listed its files in {directory}")
-        known = {name: entry for part in parts for name, entry in json.loads(part.read_text()).items()}
-        write_manifest(directory, known)  # reads what another process's file system did not show it
+        found = [json.loads(part.read_text()) for part in parts]
+        known, copies = ({name: entry for part in found for name, entry in part[kind].items()} for kind in ("files", "local"))
+        write_manifest(directory, known, copies)  # reads what another process's file system did not show it
         for part in parts:
             part.unlink()
     else:
@@ -115,6 +125,22 @@ def _listed(name: str, entry: Any) -> tuple[int, str]:
     return size, digest
 
 
+def local_digests(directory: Path) -> dict[str, str]:
+    """The sha256 of the index of each process's copy on its host, by process; none if the manifest is damaged."""
+    try:
+        found = read_json(directory / MANIFEST, _LARGEST).get("local", {})
+        return {process: digest for process, digest in found.items() if process.isdigit()}
+    except (UserError, AttributeError):
+        return {}
+
+
+def _core_files(directory: Path) -> list[str]:
+    """The files that loading reads: Orbax's own, and those in the sets of arrays (hidden ones are a file system's)."""
+    found = [directory / name for name in _ORBAX_FILES]
+    found += [path for group in (WEIGHTS, OPTIMIZER, EMA) for path in (directory / group).rglob("*")]
+    return sorted(p.relative_to(directory).as_posix() for p in found if not p.name.startswith(".") and p.is_file())
+
+
 def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool = True) -> None:
     """Raise `UserError` unless `directory` is a complete, undamaged checkpoint of a format that this version reads.
 
@@ -132,6 +158,10 @@ def verify(directory: Path, process: int = 0, processes: int = 1, arrays: bool =
         raise UserError(f"{directory}: damaged {MANIFEST}: {error}") from None
     if not expected:
         raise UserError(f"checkpoint {directory} is damaged: {MANIFEST} lists no files")
+    if unlisted := next((name for name in _core_files(directory) if name not in expected), None):
+        raise UserError(f"checkpoint {directory} is damaged: {MANIFEST} does not list {unlisted}")
+    if not any(name.startswith(f"{WEIGHTS}/") for name in expected):
+        raise UserError(f"checkpoint {directory} is damaged: {MANIFEST} lists no file of {WEIGHTS}/")
     names = [name for name in sorted(expected) if arrays or "d" not in name.split("/")]
     for name in names:
         size, path = expected[name][0], directory / name

@@ -10,7 +10,7 @@ import jax
 
 from dsv3_jax.checkpoint.error_feedback import refit_loaded, templates_as_stored
 from dsv3_jax.checkpoint.local import LocalCopies, LocalCopy
-from dsv3_jax.checkpoint.manifest import MANIFEST, check_format, verify
+from dsv3_jax.checkpoint.manifest import check_format, verify
 from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, joined, state_from_arrays, state_to_arrays
 from dsv3_jax.checkpoint.retention import complete_steps, set_aside
 from dsv3_jax.checkpoint.storage import load_arrays, optimizer_shapes, read_metadata
@@ -76,7 +76,7 @@ def _candidate(directory: Path, wanted: Arrays, copies: LocalCopies | None) -> _
     templates, partial = wanted | {OPTIMIZER: optimizer}, bool(stored.keys() - optimizer.keys())
     if copies is None:
         return _Candidate(directory, templates, partial, LocalCopy({}), set(), reads_shared=True)
-    arrays, copy = joined(templates), copies.copy_of(int(directory.name), directory / MANIFEST)
+    arrays, copy = joined(templates), copies.copy_of(directory)
     local = copy.covered(arrays)
     missing = first_nonempty("" if len(local) == len(arrays) else "some of it")
     return _Candidate(directory, templates, partial, copy, local - {_ALWAYS_SHARED} if missing else local, bool(missing))

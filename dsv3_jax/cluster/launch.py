@@ -9,13 +9,16 @@ import time
 from typing import IO
 
 from dsv3_jax.cluster.processes import free_port
+from dsv3_jax.cluster.roll_call import new_token
+from dsv3_jax.cluster.stop import stop_signals
 from dsv3_jax.errors import UserError
+from dsv3_jax.streams import say
 
 _GRACE_S = 10.0  # for the others to end by themselves once one has failed
 
 
 def launch(command: list[str], processes: int, devices: int) -> int:
-    """Run `dsv3 COMMAND` in several processes on this machine's CPU. The first failure ends all; SIGINT and SIGTERM go to all.
+    """Run `dsv3 COMMAND` in several processes on this machine's CPU. The first failure ends all; signals to stop go to all.
 
     Args:
         command: A verb of `dsv3` and its arguments.
@@ -30,13 +33,15 @@ def launch(command: list[str], processes: int, devices: int) -> int:
     shared = os.environ | {
         "DSV3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "DSV3_PROCESSES": str(processes),
+        "DSV3_JOIN_TOKEN": new_token(),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
     program = [sys.executable, "-m", "dsv3_jax.cli", *command]
     running = [
         subprocess.Popen(
-            program, env=shared | {"DSV3_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL if i else subprocess.PIPE, text=True
+            program, env=shared | {"DSV3_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL if i else subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,  # signals of the terminal come from here alone, once
         )
         for i in range(processes)
     ]  # fmt: skip
@@ -49,7 +54,7 @@ def launch(command: list[str], processes: int, devices: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         code = _wait(running)
         copier.join(_GRACE_S)
@@ -62,7 +67,7 @@ def launch(command: list[str], processes: int, devices: int) -> int:
 def _copy_without_gloo(lines: IO[str]) -> None:
     for line in lines:
         if not line.startswith("[Gloo]"):
-            print(line, end="", flush=True)
+            say(line.rstrip("\n"))
 
 
 def _wait(running: list[subprocess.Popen]) -> int:

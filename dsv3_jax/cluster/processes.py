@@ -1,44 +1,31 @@
-"""Several processes as one run: which take part, a roll call that names the missing ones, and agreement between them.
+"""Several processes as one run: which take part, how they join, and agreement between them.
 
 A launcher sets three environment variables for each process: DSV3_COORDINATOR (host:port of process 0), DSV3_PROCESSES and
 DSV3_PROCESS_ID. SLURM, indexed Kubernetes jobs and TPU pods set their own, from which these follow. `scripts/launch/` has a
 file for each; `dsv3 launch` starts processes on one machine. DSV3_JOIN_TIMEOUT_S limits how long processes wait for each other
-at the start, DSV3_HEARTBEAT_S how long the death of one goes unnoticed.
+at the start, DSV3_HEARTBEAT_S how long the death of one goes unnoticed, and DSV3_JOIN_TOKEN keeps strangers out (roll_call.py).
 """
 
 import faulthandler
-import json
 import os
 import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsv3_jax.cluster.roll_call import ClusterSpec, answer_roll, take_roll
 from dsv3_jax.errors import FailedElsewhere, UserError
 
 _PORT = 8476  # JAX's own choice for TPU pods
-_TIMEOUT_S = 300.0  # a large job's containers may start minutes apart
 _MESSAGE_BYTES = 512
 _DEVICES_S = 30.0  # a host's devices start within this
 _THREADS_PER_DEVICE = 8  # measured on two busy cores: with 1, one run in two of data=2 pipe=2 expert=2 hangs; with 8, none of 9
-_HEARTBEAT_S = 30.0  # a process that is silent for so long counts as dead; JAX's default is 100
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """A run's processes, as one of them sees it."""
-
-    coordinator: str  # host:port
-    processes: int  # in the run
-    process: int  # this one's number
-    timeout_s: float = _TIMEOUT_S
-    heartbeat_s: float = _HEARTBEAT_S
 
 
 def _first_host(nodelist: str) -> str:
@@ -89,9 +76,10 @@ def cluster_spec(environ: Mapping[str, str]) -> ClusterSpec | None:
         raise UserError(f"process {spec.process} of {spec.processes}: DSV3_PROCESS_ID runs from 0 to {spec.processes - 1}")
     if spec.processes == 1:
         return None
-    timeout = seconds_from("DSV3_JOIN_TIMEOUT_S", _TIMEOUT_S, environ)
-    heartbeat = seconds_from("DSV3_HEARTBEAT_S", _HEARTBEAT_S, environ)
-    return ClusterSpec(spec.coordinator, spec.processes, spec.process, timeout, heartbeat)
+    return replace(
+        spec, token=environ.get("DSV3_JOIN_TOKEN", ""), timeout_s=seconds_from("DSV3_JOIN_TIMEOUT_S", spec.timeout_s, environ),
+        heartbeat_s=seconds_from("DSV3_HEARTBEAT_S", spec.heartbeat_s, environ),
+    )  # fmt: skip
 
 
 def free_port() -> int:
@@ -99,87 +87,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]
-
-
-def _address(spec: ClusterSpec) -> tuple[str, int]:
-    host, port = spec.coordinator.rsplit(":", 1)
-    return host, int(port)
-
-
-def _missing(spec: ClusterSpec, present: Mapping[int, str]) -> str:
-    absent = [str(p) for p in range(spec.processes) if p not in present]
-    shown = ", ".join(absent[:16]) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
-    here = ", ".join(f"{p} on {present[p]}" for p in sorted(present)[:4])
-    return (
-        f"{len(absent)} of {spec.processes} processes did not join within {spec.timeout_s:.0f} s: missing {shown}; joined: "
-        f"{here}{', ...' if len(present) > 4 else ''}; look at their logs, or set DSV3_JOIN_TIMEOUT_S"
-    )
-
-
-def _line(connection: socket.socket) -> str:
-    """Read one line of a few hundred bytes; '' if the other side has closed the connection."""
-    data = b""
-    while not data.endswith(b"\n") and len(data) < 8192:
-        piece = connection.recv(4096)
-        if not piece:
-            return ""
-        data += piece
-    return data.decode(errors="replace")
-
-
-def _take_roll(spec: ClusterSpec, deadline: float) -> None:
-    """On process 0: wait until every process has reported, then send all of them the outcome."""
-    host, port = _address(spec)
-    present, connections, verdict = {0: socket.gethostname()}, [], ""
-    with socket.create_server((host, port), backlog=spec.processes) as server:
-        while len(present) < spec.processes and not verdict:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(max(deadline - time.monotonic(), 0.01))
-                name = json.loads(_line(connection))
-                process, processes = int(name["process"]), int(name["processes"])
-                if processes != spec.processes:
-                    verdict = f"process {process} was started as one of {processes}, this run has {spec.processes}"
-                elif process in present:
-                    verdict = f"two processes have DSV3_PROCESS_ID={process}: on {present[process]} and on {name['host']}"
-                present[process] = str(name["host"])
-                connections.append(connection)
-            except TimeoutError:
-                verdict = _missing(spec, present)
-            except (ValueError, KeyError, TypeError):
-                continue  # no process of a run
-        for connection in connections:
-            with connection:
-                connection.sendall((json.dumps({"verdict": verdict}) + "\n").encode())
-    if verdict:
-        raise UserError(verdict)
-
-
-def _answer_roll(spec: ClusterSpec, deadline: float) -> None:
-    """On the others: report to process 0, and wait for the outcome."""
-    name = {"process": spec.process, "processes": spec.processes, "host": socket.gethostname()}
-    reason = "no answer"
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection(_address(spec), timeout=5) as connection:
-                connection.sendall((json.dumps(name) + "\n").encode())
-                # process 0 gives up at its own deadline, which may lie after ours
-                connection.settimeout(max(deadline - time.monotonic(), 0.01) + spec.timeout_s)
-                answer = _line(connection)
-            if answer:
-                verdict = json.loads(answer)["verdict"]
-                if verdict:
-                    raise UserError(verdict)
-                return
-            reason = "it closed the connection"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        time.sleep(0.2)
-    raise UserError(
-        f"process {spec.process} of {spec.processes}: process 0 at {spec.coordinator} did not answer "
-        f"within {spec.timeout_s:.0f} s ({reason}): it is missing, or DSV3_COORDINATOR is wrong"
-    )
 
 
 def give_threads() -> None:
@@ -206,10 +113,15 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
     # JAX waits much longer for its peers' devices, so that a process stuck there would go unnoticed
     faulthandler.dump_traceback_later(2 * spec.timeout_s + _DEVICES_S, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
-        (_take_roll if spec.process == 0 else _answer_roll)(spec, deadline)
+        bound = None
+        if spec.process == 0:
+            bound = take_roll(spec, deadline)
+        else:
+            answer_roll(spec, deadline)
         jax.distributed.initialize(
             spec.coordinator, spec.processes, spec.process, initialization_timeout=max(int(spec.timeout_s), 10),
             heartbeat_timeout_seconds=max(int(spec.heartbeat_s), 1),
+            coordinator_bind_address=bound,  # else it listens on all of the host's addresses
         )  # fmt: skip
         jax.devices()
     finally:

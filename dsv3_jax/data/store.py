@@ -29,7 +29,7 @@ from dsv3_jax.data.tokenizer import (
     train_tokenizer,
 )
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import user_cache
+from dsv3_jax.files import expand_home, user_cache
 
 _FORMAT = "2"  # part of every cache key: raise it when the files' meaning changes
 _ENCODE_BATCH = 2**19  # bytes of text, in UTF-8: what encoding takes is some 100 times as much, in threads
@@ -61,7 +61,7 @@ class Corpus:
 def cache_root(config: DataConfig) -> Path:
     """The directory of cache entries: `data.cache_dir`, or one in the user's cache."""
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+        return expand_home(config.cache_dir)
     return user_cache()
 
 

@@ -1,5 +1,6 @@
 """`dsv3 train --engine` and `--workers`: from the command line's options to a supervised run."""
 
+import contextlib
 import os
 import re
 
@@ -9,10 +10,11 @@ from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_coun
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.directory import run_directory
+from dsv3_jax.runs.directory import SUPERVISOR_LOCK, run_directory
 
 MOST_WORKERS, MOST_DEVICES = 2**16, 2**10  # of a run, and of a worker
 _HEARTBEAT_S = 15.0
+_LOCK_PATIENCE_S = 60.0  # with workers of a supervisor that was killed
 _JOIN_S = 60.0  # hosts have just answered, so that their workers join within seconds unless one is lost
 
 
@@ -91,11 +93,13 @@ def supervise(
         The exit code. Raises `UserError` for bad input.
     """
     job = job_for(config, args, workers, devices, rehearse)
-    hosts = _engine(engine, job)
-    try:
-        return Supervisor(job, hosts, lambda text: print(text, flush=True)).run()
-    finally:
-        hosts.close()
+    with contextlib.ExitStack() as until_end:
+        until_end.enter_context(job.run.claimed(lock_name=SUPERVISOR_LOCK))
+        with job.run.claimed(_LOCK_PATIENCE_S):  # nobody trains it without a supervisor, and no worker of the last one is left
+            pass
+        hosts = _engine(engine, job)
+        until_end.callback(hosts.close)
+        return Supervisor(job, hosts).run()
 
 
 def _engine(name: str, job: Job) -> Engine:

@@ -33,6 +33,7 @@ class Host(Protocol):
     lost: bool  # for good: a machine that comes back is another host
     pid: int | None  # of the running worker
     code: int | None  # exit code of the last worker (negative: killed by that signal); None while it runs
+    reason: str  # why the last worker failed, in one line; '' if it did not say
 
     def address(self) -> str:
         """host:port, free now, at which the workers of other hosts can reach one of this host."""
@@ -66,6 +67,7 @@ class HostProcess:
         self.name, self.ready, self.lost = name, False, False
         self.pid: int | None = None
         self.code: int | None = None
+        self.reason = ""
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "dsv3_jax.elastic.host"], env=environ, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -78,8 +80,8 @@ class HostProcess:
             message = json.loads(line)
             if "ready" in message:
                 self.ready = True
-            self.pid = message.get("pid")
-            self.code = message.get("exit")
+            self.pid, self.reason = message.get("pid"), message.get("reason", "")
+            self.code = message.get("exit")  # last: whoever sees it may read the reason
         self.lost, self.ready, self.pid = True, False, None
 
     def _send(self, command: dict[str, Any]) -> None:
@@ -115,7 +117,7 @@ def host_environment(devices: int | None) -> dict[str, str]:
 
     `devices`: virtual CPU devices of the host's workers; None on accelerators.
     """
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV3_COORDINATOR", "DSV3_PROCESS"))}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DSV3_COORDINATOR", "DSV3_PROCESS", "DSV3_JOIN_TOKEN"))}
     # `dsv3` sets this for itself by starting again, which a forked worker cannot
     environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return environ if devices is None else environ | {"JAX_NUM_CPU_DEVICES": str(devices)}

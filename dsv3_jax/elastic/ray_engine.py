@@ -35,8 +35,9 @@ class _Actor:
         self._host = HostProcess(name, host_environment(None if on_accelerator else devices))
 
     def wait(self, known: tuple) -> tuple:
-        """(ready, lost, pid, code), as soon as they differ from `known`."""
-        while (now := (self._host.ready, self._host.lost, self._host.pid, self._host.code)) == known:
+        """(ready, lost, pid, reason, code), as soon as they differ from `known`."""
+        host = self._host
+        while (now := (host.ready, host.lost, host.pid, host.reason, host.code)) == known:
             time.sleep(0.02)
         return now
 
@@ -60,18 +61,19 @@ class RayHost:
         self.name, self.ready, self.lost = name, False, False
         self.pid: int | None = None
         self.code: int | None = None
+        self.reason = ""
         environ = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) or k in ("PYTHONPATH", "PATH")}
         self.actor = _Actor.options(**options).remote(name, os.getcwd(), environ, devices)  # type: ignore[attr-defined]
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        known = (False, False, None, None)
+        known = (False, False, None, "", None)
         while not self.lost:
             try:
                 known = ray.get(self.actor.wait.remote(known))
             except Exception:  # the actor's node, its process, or the whole cluster: whatever is gone, the host is
                 break
-            self.ready, self.lost, self.pid, self.code = known
+            self.ready, self.lost, self.pid, self.reason, self.code = known
         self.ready, self.lost, self.pid = False, True, None
 
     def address(self) -> str:

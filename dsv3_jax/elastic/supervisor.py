@@ -5,6 +5,7 @@ A run is a sequence of attempts. Each has the largest number of workers for whic
 cannot go on without one of theirs. Nothing here depends on the engine that the hosts come from.
 """
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.cluster.roll_call import new_token
+from dsv3_jax.cluster.stop import stop_signals
 from dsv3_jax.config import Config
 from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, Host, Start
@@ -22,6 +25,7 @@ from dsv3_jax.records import number
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.metrics import last_row
+from dsv3_jax.streams import say
 
 _POLL_S = 0.05
 _LOOK_S = 2.0  # between looks for more hosts, and at the deadline of process 0
@@ -69,7 +73,7 @@ class Job:
 class Supervisor:
     """Runs a job on an engine's hosts; `say` gets the lines that process 0 and the supervisor print."""
 
-    def __init__(self, job: Job, engine: Engine, say: Callable[[str], None] = print):
+    def __init__(self, job: Job, engine: Engine, say: Callable[[str], None] = say):
         self._job, self._engine, self._say = job, engine, say
         job.run.logs.mkdir(parents=True, exist_ok=True)
         self._events = EventLog(job.run.events_file)
@@ -81,7 +85,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the run's exit code: 0, 2 for bad input, 130 if it was stopped and saved, 1 if it was given up."""
-        old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         try:
             code = self._attempts()
         finally:
@@ -89,10 +93,13 @@ class Supervisor:
                 host.signal(signal.SIGKILL)
             for number, handler in old.items():
                 signal.signal(number, handler)
-        self._events.write("done", code=code)
+        with contextlib.suppress(OSError):  # a full disk does not change how the run has ended
+            self._events.write("done", code=code)
         return code
 
-    def _on_signal(self, _number: int, _frame: Any) -> None:
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP and self._signals:  # of which a terminal that goes may send several
+            return
         self._signals += 1
         for host in self.workers:  # the second time they are not asked to save
             host.signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
@@ -140,12 +147,13 @@ class Supervisor:
     def _start(self, hosts: list[Host], args: list[str], name: str) -> list[Path]:
         """Start a worker on each host. Returns their log files."""
         job = self._job
-        address = hosts[0].address()
+        address, token = hosts[0].address(), new_token()
         logs = [job.run.logs / f"{name}-process-{i}.log" for i in range(len(hosts))]
         for i, (host, log) in enumerate(zip(hosts, logs, strict=True)):
             environ = {
                 "DSV3_COORDINATOR": address, "DSV3_PROCESSES": str(len(hosts)), "DSV3_PROCESS_ID": str(i),
                 "DSV3_HEARTBEAT_S": f"{job.heartbeat_s:g}", "DSV3_JOIN_TIMEOUT_S": f"{job.join_s:g}", "DSV3_HOST": host.name,
+                "DSV3_JOIN_TOKEN": token,
             }  # fmt: skip
             host.start(Start(args, environ, str(log.absolute())))
         self.workers = hosts
@@ -198,14 +206,14 @@ class Supervisor:
             codes = {i: host.code for i, host in enumerate(hosts) if host.code is not None}
             if any(code in _BAD_ERRORS for code in codes.values()):  # even if others have failed because of it
                 _wait_for(hosts, _LAST_MESSAGES_S)
-                refusing = next(i for i, host in enumerate(hosts) if host.code in _BAD_ERRORS)
-                if refusing != 0:
-                    self._say(f"process {refusing} on {hosts[refusing].name} says why in a log of {self._job.run.logs}")
+                follower.read()
+                self._say_why_refused(hosts, follower)
                 return Outcome(End.REFUSED)
             bad = {i: code for i, code in codes.items() if code not in (0, EXIT_STOPPED)}
             if bad:
                 i, code = next(iter(bad.items()))
-                return Outcome(End.FAILED, f"process {i} on {hosts[i].name} {_ending(code)}", hosts[i].name)
+                reason = f": {hosts[i].reason}" if hosts[i].reason else ""
+                return Outcome(End.FAILED, f"process {i} on {hosts[i].name} {_ending(code)}{reason}", hosts[i].name)
             if len(codes) == len(hosts):
                 if EXIT_STOPPED in codes.values():
                     return Outcome(End.RESIZE if resizing and not self._signals else End.STOPPED)
@@ -224,10 +232,19 @@ class Supervisor:
                         host.signal(signal.SIGTERM)
             time.sleep(_POLL_S)
 
+    def _say_why_refused(self, hosts: list[Host], follower: Follower) -> None:
+        """Say why a worker has ended for good, if it has not done so in process 0's log, which is shown (or on a full disk)."""
+        refusing = next(i for i, host in enumerate(hosts) if host.code in _BAD_ERRORS)
+        host = hosts[refusing]
+        if host.reason and not any(line.endswith(host.reason) for line in follower.recent):
+            self._say(f"process {refusing} on {host.name}: {host.reason}")
+        elif refusing != 0 and not host.reason:
+            self._say(f"process {refusing} on {host.name} says why in a log of {self._job.run.logs}")
+
     def _could_grow(self, workers: int) -> bool:
         """Whether more workers could run, and this attempt has made a step, so that interrupting it loses nothing."""
         job = self._job
-        if workers == job.most or number(last_row(job.run.metrics_file), "time") < self.launched:
+        if workers == job.most or number(self._last_row(), "time") < self.launched:
             return False
         available = min(len(self._engine.hosts()), job.most)
         more = largest_feasible_count(job.config, job.devices, available) if available > workers else workers
@@ -237,12 +254,19 @@ class Supervisor:
 
     def _reached(self) -> int:
         """The last finished step of any attempt."""
-        return max(self._reached_before, last_row(self._job.run.metrics_file).get("step", 0))
+        return max(self._reached_before, self._last_row().get("step", 0))
+
+    def _last_row(self) -> dict[str, Any]:
+        """The last row of metrics.jsonl; {} where it cannot be read, which must not end an attempt."""
+        try:
+            return last_row(self._job.run.metrics_file)
+        except OSError:
+            return {}
 
     def _is_overdue(self) -> bool:
         try:
             return time.time() > float(self._job.run.deadline_file.read_text()) + _LATE_S
-        except (FileNotFoundError, ValueError):  # not yet there, or just being written
+        except (OSError, ValueError):  # not yet there, or just being written
             return False
 
     def _end_all(self, hosts: list[Host]) -> None:

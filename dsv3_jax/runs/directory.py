@@ -24,6 +24,7 @@ _MAY_CHANGE = {
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
 
+SUPERVISOR_LOCK = "lock.supervisor"  # beside "lock", which each attempt's process 0 holds
 # what is written before config.yaml, by the beginnings of the names
 _BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", companions.DIRECTORY, "config.yaml.")
 _POLL_S = 0.1
@@ -99,12 +100,15 @@ class RunDirectory:
                 )
 
     @contextlib.contextmanager
-    def claimed(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Holds the run's exclusive lock. Raises `UserError` if another process has not released it after `patience_s`."""
+    def claimed(self, patience_s: float = 0.0, lock_name: str = "lock") -> Iterator[None]:
+        """Holds the run's exclusive lock, or a supervisor's: SUPERVISOR_LOCK.
+
+        Raises `UserError` if another process has not released it after `patience_s`.
+        """
         deadline = time.monotonic() + patience_s
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "lock", "w")  # noqa: SIM115  (closed below)
+            lock = open(self.path / lock_name, "w")  # noqa: SIM115  (closed below)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         with lock:

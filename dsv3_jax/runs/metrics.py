@@ -1,7 +1,9 @@
 """A run's records: rows of metrics.jsonl and its like, written while it trains and read afterwards."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,43 @@ from tensorboardX import SummaryWriter
 
 from dsv3_jax.records import Record, Records, last_records, number, reopen
 from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.streams import say
 
 
 def is_row(record: Record) -> bool:
     """Whether a record is a row of metrics.jsonl, decisions.jsonl or routing.jsonl: all of them name their step."""
     return type(record.get("step")) is int and 0 <= record["step"] < 2**63
+
+
+class _BoardFile:
+    """TensorBoard's file, whose errors end nothing: its thread would die of one, and training then wait for it for ever."""
+
+    def __init__(self, writer: Any):
+        self._writer, self._failed = writer, False
+
+    def _try(self, use: Callable[[], Any]) -> None:
+        try:
+            if not self._failed:
+                use()
+        except OSError as error:
+            self._failed = True
+            say(f"TensorBoard's file ends here: {error.strerror or error}", sys.stderr)
+
+    def write_event(self, event: Any) -> None:
+        self._try(lambda: self._writer.write_event(event))
+
+    def flush(self) -> None:
+        self._try(self._writer.flush)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+
+def _board(directory: Path, purge_step: int | None) -> SummaryWriter:
+    board = SummaryWriter(str(directory), purge_step=purge_step)
+    events: Any = board.file_writer.event_writer  # type: ignore[union-attr]
+    events._ev_writer = events._worker._record_writer = _BoardFile(events._ev_writer)
+    return board
 
 
 class MetricsWriter:
@@ -34,7 +68,7 @@ class MetricsWriter:
         self.dropped = {"steps": len(again), "seconds": seconds, "last": last or None} if again else None
         self._decisions, _ = reopen(run.decisions_file, is_row, is_late)
         self._routing, _ = reopen(run.routing_file, is_row, is_late)
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self._board = _board(run.path / "tensorboard", purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: dict[str, float]) -> None:
         """Append a step's row; all of its values but `step` go to TensorBoard too."""
@@ -53,10 +87,9 @@ class MetricsWriter:
         self._routing.write(json.dumps({"step": step, "load": layers}) + "\n")
 
     def close(self) -> None:
-        self._file.close()
-        self._decisions.close()
-        self._routing.close()
-        self._board.close()
+        with contextlib.ExitStack() as all_of_them:  # also after one that fails
+            for file in (self._file, self._decisions, self._routing, self._board):
+                all_of_them.callback(file.close)
 
 
 def read_rows(path: Path) -> list[Record]:

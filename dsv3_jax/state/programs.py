@@ -104,7 +104,8 @@ class ProgramStore:
         except FileNotFoundError:
             pass
         except Exception:  # cut off, or of a compiler that says its version but is another one: made anew
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a directory that may only be read
+                file.unlink(missing_ok=True)
         with without_jax_cache():
             compiled = compiled_now(name, jitted, *args)
         try:

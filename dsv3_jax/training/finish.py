@@ -15,6 +15,7 @@ from dsv3_jax.data.store import TokenStore
 from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
+from dsv3_jax.streams import say
 from dsv3_jax.training.evaluate import evaluate_store
 from dsv3_jax.training.loop import TrainResult
 from dsv3_jax.training.step import make_eval_step
@@ -79,7 +80,7 @@ def finish(result: TrainResult) -> None:
     (run.path / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
     plot_loss(run.metrics_file, run.path / "loss.png", f"{result.config.name}: step {int(result.state.step)}")
     (run.path / "sample.txt").write_text(text + "\n")
-    print(f"held-out text, {figures['held_out_bytes']:,} bytes:")
+    say(f"held-out text, {figures['held_out_bytes']:,} bytes:")
     for name, key in (("model", "bits_per_byte"), ("gzip -9", "gzip_9_bits_per_byte"), ("xz -9", "xz_9_bits_per_byte")):
-        print(f"  {name:8s} {figures[key]:.3f} bits per byte")
-    print(f"loss curve: {run.path / 'loss.png'}\nsample:\n{text}")
+        say(f"  {name:8s} {figures[key]:.3f} bits per byte")
+    say(f"loss curve: {run.path / 'loss.png'}\nsample:\n{text}")

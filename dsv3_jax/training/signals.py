@@ -1,14 +1,19 @@
-"""A polite end: the first SIGINT or SIGTERM asks a run to stop after its step, and a second one ends the process at once."""
+"""A polite end: the first SIGINT, SIGTERM or SIGHUP asks a run to stop after its step, a second one ends the process at once.
+
+But not a second SIGHUP: a terminal that goes, its shell and the kernel may each send one.
+"""
 
 import contextlib
 import signal
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from dsv3_jax.cluster.stop import stop_signals
+
 
 @dataclass
 class StopRequest:
-    """Catches the first SIGINT or SIGTERM while it is entered."""
+    """Catches the first signal that asks to stop while it is entered."""
 
     signal: int | None = None  # the one that came
     _old: dict[int, Any] = field(default_factory=dict)
@@ -19,18 +24,17 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers (a notebook's worker may not)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self._old[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, _frame) -> None:
-        self.signal = number
-        self._restore()
+        self.signal = self.signal or number
+        self._restore(set(self._old) - {signal.SIGHUP})
 
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old.clear()
+    def _restore(self, numbers: set[int]) -> None:
+        for number in numbers:
+            signal.signal(number, self._old.pop(number))
 
     def __exit__(self, *_) -> None:
-        self._restore()
+        self._restore(set(self._old))

@@ -1,7 +1,6 @@
 """The start of a run, up to where its first step can begin."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import TrainState, abstract_state, init_program
+from dsv3_jax.streams import say
 from dsv3_jax.training.context import RunContext, TrainingData
 from dsv3_jax.training.initial import initial_companions, with_initial_weights
 from dsv3_jax.training.resolve import Resolved, program_store, resolve_for_devices
@@ -35,7 +35,7 @@ def _load_corpus(config: Config, companions: Companions) -> Corpus:
     def load(report: Callable[[str], None]) -> Corpus:
         return load_corpus(config.data, config.model.vocab_size, report, companions)
 
-    return on_first(lambda: load(lambda text: print(text, flush=True))) or load(lambda _: None)
+    return on_first(lambda: load(say)) or load(lambda _: None)
 
 
 def _initial_state(resolved: Resolved, manager: CheckpointManager, data: TrainingData, programs: Programs) -> TrainState:
@@ -44,7 +44,7 @@ def _initial_state(resolved: Resolved, manager: CheckpointManager, data: Trainin
     if manager.latest() is None:
         state = programs("init", init_program(config, layout))()
         return state if config.train.init_from is None else with_initial_weights(config, layout, state, config.train.init_from)
-    state, metadata = manager.restore(abstract_state(config, layout), functools.partial(print, flush=True))
+    state, metadata = manager.restore(abstract_state(config, layout), say)
     data.position.set_state(metadata["data"])
     return state
 

@@ -1,5 +1,6 @@
 """Aborts a process in which no step ends in time: a stuck rank keeps its heartbeat, and its peers would wait for ever."""
 
+import contextlib
 import faulthandler
 import statistics
 import sys
@@ -60,4 +61,5 @@ class Watchdog:
         if self._enabled:
             faulthandler.cancel_dump_traceback_later()
             if self._file is not None:
-                self._file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a disk that has failed is reported by what failed on it first
+                    self._file.unlink(missing_ok=True)

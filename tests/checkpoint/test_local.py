@@ -1,5 +1,6 @@
 """Copies of a checkpoint on the host: read instead of it where they are complete and undamaged, never otherwise."""
 
+import hashlib
 import json
 import shutil
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.checkpoint.local import LocalCopies, snapshot
+from dsv3_jax.checkpoint.local import LocalCopies, index_of, snapshot
 from dsv3_jax.checkpoint.manager import CheckpointManager
+from dsv3_jax.checkpoint.manifest import write_manifest
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
@@ -143,13 +145,14 @@ def test_blocks_are_put_together_anew(tmp_path_factory, shape, new, seed, dtype)
     x = (100 * jax.random.normal(jax.random.key(seed), (4 * shape[0], 8 * shape[1]))).astype(dtype)
     there = jax.device_put(x, NamedSharding(mesh, P("x", "y")))
     directory = tmp_path_factory.mktemp("copies")
-    (directory / "manifest").write_text("{}")
-    copies = LocalCopies(directory / "local", directory)
-    copies.write(3, 0, snapshot({"a": there}, {}), directory / "manifest")
+    copies, taken, checkpoint = LocalCopies(directory / "local", directory), snapshot({"a": there}, {}), directory / "3"
+    checkpoint.mkdir()
+    write_manifest(checkpoint, local={"0": hashlib.sha256(index_of(taken)).hexdigest()})
+    copies.write(3, 0, taken, index_of(taken))
     spec = {"x": P(None, "x"), "y": P("y"), "xy": P(("x", "y")), "": P()}[new]
     spec = spec if new != "xy" or x.shape[0] % 8 == 0 else P(None, ("x", "y"))
     template = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-    copy = copies.copy_of(3, directory / "manifest")
+    copy = copies.copy_of(checkpoint)
     assert copy.covered({"a": template, "b": template}) == {"a"}
     found = copy.load("a", template)
     assert found.sharding == template.sharding

@@ -33,6 +33,7 @@ class Actor:
     lost: bool = False
     pid: int | None = None
     code: int | None = None
+    reason: str = ""
     started: list[Start] = field(default_factory=list)
 
     def address(self) -> str:
