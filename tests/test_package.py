@@ -1,14 +1,20 @@
 """The package as a whole: import cost, layering, sizes that papers state, the command line's manners."""
 
 import ast
+import contextlib
+import errno
 import graphlib
+import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dsv3_jax import cli
 from dsv3_jax.config import load_config
+from dsv3_jax.errors import os_error_line
 from dsv3_jax.model.counts import cache_numbers_per_token, count_parameters, training_flops_per_token
 from tests.commands import dsv3, dsv3_process
 from tests.conftest import ROOT
@@ -153,3 +159,50 @@ def test_bad_input_gets_one_line_and_exit_code_2(args):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("dsv3: error: ")
     assert not (ROOT / "runs" / "never").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_gets_one_line_and_exit_code_2(number, monkeypatch):
+    def fail(*_) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "load_config", fail)
+    done = dsv3("describe", "configs/tiny.yaml", cwd=ROOT)
+    assert done.returncode == 2
+    what = "no space left on the device" if number == errno.ENOSPC else os.strerror(number)
+    assert done.stderr == f"dsv3: error: runs/a/metrics.jsonl: {what}; what was saved before is intact\n"
+
+
+def test_a_failed_system_call_without_a_file_is_one_line_too():
+    assert os_error_line(OSError(errno.EIO, "Input/output error")).startswith("reading or writing failed: Input/output error; ")
+    assert os_error_line(OSError("no answer")).startswith("reading or writing failed: no answer; ")
+    assert os_error_line(OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b")).startswith("a to b: Invalid")
+
+
+@pytest.mark.parametrize("named", [(), ("data.cache_dir=~nobody-of-this-name/cache",)])
+def test_without_a_home_directory_there_is_one_line(named, monkeypatch, tmp_path):
+    def unknown(*_) -> None:
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    (tmp_path / "text.txt").write_text("some text")
+    done = dsv3("train", str(ROOT / "configs" / "tiny.yaml"), f"data.path={tmp_path}/text.txt", *named, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert ("there is no such home directory; set HOME" if named else "set XDG_CACHE_HOME to a directory") in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_result_that_could_not_be_printed_is_no_success(capsys):
+    """But a reader that has read enough is."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, open(writing, "w") as nobody, contextlib.chdir(ROOT):
+        with contextlib.redirect_stdout(nobody):
+            cli.main(["describe", "configs/tiny.yaml"])
+        with contextlib.redirect_stdout(full), pytest.raises(SystemExit) as ended:
+            cli.main(["describe", "configs/tiny.yaml"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "dsv3: error: cannot write standard output: No space left on device\n"

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +161,69 @@ def test_blocks_are_put_together_anew(tmp_path_factory, shape, new, seed, dtype)
     np.testing.assert_array_equal(found, x)
     for rows in (99, x.shape[0] - 1):
         assert not copy.covered({"a": jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=NamedSharding(mesh, P()))})
+
+
+def restored(run, config):
+    """The manager after it has restored step 1, which must be what was saved."""
+    manager = CheckpointManager(run, config)
+    assert_is(manager.restore(template_of(on(state_of(0), mesh_of(8))), pytest.fail)[0], 1)
+    return manager
+
+
+def test_who_can_write_the_copies_does_not_decide_what_is_restored(saved):
+    """Other blocks with an index that agrees with them: not that of the shared checkpoint's manifest."""
+    config, run, local = saved
+    assert restored(run, config).read_locally == 1
+    (blocks,), (index,) = local.rglob("*.blocks"), local.rglob("*.json")
+    data, listing = bytearray(blocks.read_bytes()), json.loads(index.read_text())
+    data[:4] = b"\0\0\0\0"
+    blocks.write_bytes(data)
+    end = listing[1][4]  # the offset of the second block
+    listing[0][5] = hashlib.sha256(data[:end]).hexdigest()
+    index.write_text(json.dumps(listing))
+    assert restored(run, config).read_locally == 0
+
+
+def test_copies_are_their_owners_alone(saved):
+    config, run, local = saved
+    (root,) = local.iterdir()
+    assert stat.S_IMODE(local.stat().st_mode) == stat.S_IMODE(root.stat().st_mode) == 0o700
+    root.chmod(0o755)  # as earlier versions made it
+    assert restored(run, config).read_locally == 1
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+
+
+def somebody_elses(local, root, monkeypatch):
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+
+
+def a_link(local, root, monkeypatch):
+    root.rename(local.parent / "moved")
+    root.symlink_to(local.parent / "moved")
+
+
+def writable_by_all(local, root, monkeypatch):
+    local.chmod(0o777)
+
+
+@pytest.mark.parametrize("spoil", [somebody_elses, a_link, writable_by_all])
+def test_a_directory_that_others_could_replace_is_not_used(saved, spoil, monkeypatch, capfd):
+    config, run, local = saved
+    (root,) = local.iterdir()
+    spoil(local, root, monkeypatch)
+    manager = restored(run, config)
+    assert manager.read_locally == 0
+    manager.save(on(state_of(2), mesh_of(8)), ABOUT)
+    manager.wait()
+    assert manager.latest() == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"no copy of step 2 in checkpoint.local_dir={local}: ")
+    assert f"{root}" in line or f"{local}'" in line
+
+
+def test_a_temporary_directory_of_the_system_will_do(saved):
+    """Everybody can write there, but not replace what others have, by its sticky bit."""
+    config, run, local = saved
+    local.chmod(0o1777)
+    assert restored(run, config).read_locally == 1

@@ -102,3 +102,28 @@ def test_a_manifest_that_lists_nothing_is_damage(tmp_path, text):
     (tmp_path / "1" / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"damaged: manifest.json lists no files"):
         verify(tmp_path / "1")
+
+
+def test_a_manifest_names_all_that_loading_reads(tmp_path):
+    """Else a file could be damaged, or another one, without anybody noticing."""
+    saved(tmp_path, [1])
+    path = tmp_path / "1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    sets = [name for name in manifest["files"] if name.startswith(("weights/", "optimizer/"))]
+    assert any("/d/" in name for name in sets)
+    for name in [*sets, "_CHECKPOINT_METADATA", "orbax.checkpoint"]:
+        fewer = {other: entry for other, entry in manifest["files"].items() if other != name}
+        path.write_text(json.dumps(manifest | {"files": fewer}))
+        with pytest.raises(UserError, match=rf"damaged: manifest.json does not list {name}$"):
+            verify(tmp_path / "1")
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "1" / "README.md").write_text("what its owner says of it")
+    (tmp_path / "1" / "weights" / ".nfs0001").write_text("a file system's own")
+    verify(tmp_path / "1")
+
+
+def test_a_manifest_without_weights_is_damage(tmp_path):
+    (tmp_path / "note").write_text("12345")
+    write_manifest(tmp_path)
+    with pytest.raises(UserError, match=r"damaged: manifest\.json lists no file of weights/"):
+        verify(tmp_path)

@@ -4,18 +4,24 @@ import ast
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from dsv3_jax import streams
 from dsv3_jax.config import load_config
+from dsv3_jax.elastic import command
 from dsv3_jax.elastic import supervisor as module
 from dsv3_jax.elastic.command import job_for, leave_spares
 from dsv3_jax.elastic.hosts import Start
 from dsv3_jax.elastic.supervisor import Supervisor
 from dsv3_jax.errors import UserError
+from dsv3_jax.runs.directory import SUPERVISOR_LOCK, run_directory
 from tests.conftest import ROOT
 from tests.test_package import imports
 
@@ -67,11 +73,11 @@ def play(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_LOOK_S", 0.1)
     monkeypatch.setenv("DSV3_JOIN_TIMEOUT_S", "0.3")
 
-    def run(parts, workers="2:4", meanwhile=None, ready=None):
+    def run(parts, workers="2:4", meanwhile=None, ready=None, say=None):
         job = job_for(load_config(TINY, [*OVERRIDES, "name=play"]), ["train", "x"], workers, 2)
         actors = [Actor(name, list(part), ready=name not in (ready or ())) for name, part in parts.items()]
         said = []
-        supervisor = Supervisor(job, Stage(actors), said.append)
+        supervisor = Supervisor(job, Stage(actors), say or said.append)
         if meanwhile is not None:
             threading.Thread(target=meanwhile, args=(actors, supervisor), daemon=True).start()
         code = supervisor.run()
@@ -116,6 +122,118 @@ def test_a_refusal_counts_for_more_than_those_who_die_of_it(play):
     assert code == 2
     assert said == ["process 1 on b says why in a log of runs/play/logs"]
     assert len(of(events, "launch")) == 1
+
+
+def refuses(reason: str, log: str = ""):
+    """Process 0 or 1 ends with bad input, `reason` given to its host, and `log` in process 0's log."""
+
+    def meanwhile(actors, _):
+        while not all(a.started for a in actors):
+            time.sleep(0.02)
+        if log:
+            Path(actors[0].started[0].log).write_text(log)
+        actor = actors[0] if log else actors[1]
+        actor.reason, actor.code = reason, 2
+
+    return meanwhile
+
+
+def test_why_a_worker_has_refused_is_said_once(play, monkeypatch):
+    """By process 0's log if it could be written there, and by the supervisor otherwise."""
+    monkeypatch.setattr(module, "_LAST_MESSAGES_S", 0.05)
+    parts = {"a": ["runs"], "b": ["runs"]}
+    code, said, _, _ = play(parts, "2", refuses("runs/x: Disk quota exceeded"))
+    assert (code, said) == (2, ["process 1 on b: runs/x: Disk quota exceeded"])
+    code, said, _, _ = play(parts, "2", refuses("data.path: bad", "step 1\ndsv3: error: data.path: bad\nbye\n"))
+    assert (code, said) == (2, ["step 1", "dsv3: error: data.path: bad", "bye"])
+    code, said, _, _ = play(parts, "2", refuses("runs/x: no space left on the device", "step 1\n"))
+    assert (code, said) == (2, ["step 1", "process 0 on a: runs/x: no space left on the device"])
+
+
+def test_why_a_worker_has_failed_is_in_the_cause(play):
+    def meanwhile(actors, _):
+        while not all(a.started for a in actors):
+            time.sleep(0.02)
+        actors[1].reason, actors[1].code = "missing 0", 75
+
+    code, said, events, _ = play({"a": ["runs", 0], "b": ["runs", 0]}, "2", meanwhile)
+    assert code == 0
+    assert of(events, "failure")[0]["cause"] == "process 1 on b could not join the others: missing 0"
+    assert said == ["attempt 1 failed: process 1 on b could not join the others: missing 0"]
+
+
+def test_nobody_reads_what_a_supervisor_says(play, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        code, _, events, _ = play({"a": [0 - 9, 0], "b": ["runs", 0]}, "2", say=streams.say)
+    assert code == 0
+    assert [e["event"] for e in events] == ["launch", "failure", "launch", "done"]
+
+
+def test_each_attempt_has_a_token_of_its_own(play):
+    """In the environment, which others cannot read, and not among the arguments, which they can."""
+    _, _, _, hosts = play({"a": [0 - 9, 0], "b": ["runs", 0]}, "2")
+    (first, second), (also_first, also_second) = ([start.environ["DSV3_JOIN_TOKEN"] for start in h.started] for h in hosts)
+    assert first == also_first != second == also_second
+    assert len(first) >= 32
+    assert not any(first in arg or second in arg for h in hosts for start in h.started for arg in start.args)
+
+
+def test_a_terminal_that_goes_saves_once(play):
+    """The kernel and the shell may each send SIGHUP; a second signal of another kind does not wait for a save."""
+
+    def meanwhile(actors, _):
+        while not all(a.started for a in actors):
+            time.sleep(0.02)
+        for actor in actors:
+            actor.signal = sent.append
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+        for actor in actors:
+            actor.code = 130
+
+    sent = []
+    code, _, events, _ = play({"a": ["runs"], "b": ["runs"]}, "2", meanwhile)
+    assert code == 130
+    assert sent[:2] == [signal.SIGTERM] * 2
+    assert signal.SIGTERM not in sent[2:]
+    assert [e["event"] for e in events] == ["launch", "done"]
+
+
+@pytest.mark.parametrize("lock", ["lock", SUPERVISOR_LOCK])
+def test_a_second_supervisor_writes_nothing(tmp_path, monkeypatch, lock):
+    """Neither beside another supervisor nor beside a training without one: no event, no log, and the deadline stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "_LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(command, "_engine", lambda *_: pytest.fail("hosts are started"))
+    config = load_config(TINY, [*OVERRIDES, "name=play"])
+    run = run_directory(config)
+    with run.claimed(lock_name=lock):
+        before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+        with pytest.raises(UserError, match="runs/play is being trained by another process"):
+            command.supervise(config, [], "local", "2:4", 2)
+        after = {p.name: p.read_bytes() for p in run.path.iterdir()}
+    assert after.keys() - before.keys() <= {SUPERVISOR_LOCK}
+    assert set(after.values()) == {b""}
+
+
+def test_a_host_says_why_its_worker_could_not_begin(tmp_path):
+    """A real one, which imports nothing first: the log that it should write into is not there."""
+    program = "import dsv3_jax.elastic.host as host; host._import_all = lambda: None; host.main()"
+    start = {"entry": "a:b", "args": [], "environ": {}, "log": str(tmp_path / "gone" / "log")}
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdin is not None
+        assert host.stdout is not None
+        host.stdin.write(json.dumps({"start": start}) + "\n")
+        host.stdin.flush()
+        said = [json.loads(host.stdout.readline()) for _ in range(3)]
+        host.stdin.close()
+    assert [*said[0], *said[1]] == ["ready", "pid"]
+    reason = f"{tmp_path}/gone/log: No such file or directory; what was saved before is intact"
+    assert said[2] == {"exit": 2, "reason": reason}
 
 
 def test_it_is_given_up_when_nothing_comes_of_it(play):

@@ -1,5 +1,8 @@
 """A run's records: which rows a resumed run keeps."""
 
+import errno
+import threading
+
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.metrics import MetricsWriter, last_row, read_rows
 
@@ -33,3 +36,24 @@ def test_damage_in_the_records_stops_no_start(tmp_path):
     assert run.decisions_file.read_bytes() == run.routing_file.read_bytes() == b"\n".join(lines) + b"\n"
     run.metrics_file.write_bytes(b'{"step": 7}\n3\nnull\n{"step": -1}\n{"step": ' + b"9" * 400 + b"}\n")
     assert last_row(run.metrics_file) == {"step": 7}
+
+
+def test_tensorboard_that_cannot_be_written_holds_nothing_up(tmp_path, capsys):
+    """Its thread would end with a traceback, its queue fill up, and training wait for it for ever."""
+    writer = MetricsWriter(RunDirectory(tmp_path), 0)
+    record_file = writer._board.file_writer.event_writer._worker._record_writer._writer  # type: ignore[union-attr]
+
+    def fail(_) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    record_file.write_event = fail
+    done = threading.Thread(
+        target=lambda: [writer.write({"step": step, **{f"figure {i}": 1.0 for i in range(10)}}) for step in range(1, 6)],
+        daemon=True,
+    )
+    done.start()
+    done.join(20)
+    assert not done.is_alive()
+    writer.close()
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 5
+    assert capsys.readouterr().err == "TensorBoard's file ends here: Disk quota exceeded\n"
