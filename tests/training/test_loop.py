@@ -1,5 +1,7 @@
 """Whole runs: exact resume, signals, divergence, foreign directories, damaged checkpoints, full disks, reports."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax
@@ -17,9 +20,11 @@ import pytest
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint import storage
 from dsv3_jax.checkpoint.retention import complete_steps
+from dsv3_jax.cli import main
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.goodput import read_events
 from dsv3_jax.runs.metrics import MetricsWriter
 from dsv3_jax.training.finish import finish
@@ -254,6 +259,26 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config_with, tmp_path, monke
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_goes_on_without_a_reader_and_ends_in_one_line_with_its_disk(finished_run, monkeypatch):
+    """Standard output is a pipe that nobody reads; then the quota is used up, and the checkpoints before are as they were."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as nobody, contextlib.redirect_stdout(nobody), mock.patch.dict(os.environ, GLIBC_TUNABLES=""):
+        main(["resume", str(finished_run), "train.steps=3"])
+    assert [row["step"] for row in rows_of(finished_run)] == [1, 2, 3]
+    assert (finished_run / "report.json").exists()
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", str(finished_run / "events.jsonl"))
+
+    monkeypatch.setattr(EventLog, "write", full)
+    done = dsv3_command("resume", str(finished_run), "train.steps=4", cwd=finished_run)
+    assert done.returncode == 2
+    assert done.stderr == f"dsv3: error: {finished_run}/events.jsonl: Disk quota exceeded; what was saved before is intact\n"
+    assert complete_steps(finished_run / "checkpoints") == [1, 2, 3]
+    dsv3.load(finished_run)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(micro_overrides, tmp_path):
