@@ -49,7 +49,9 @@ def test_a_newer_format_is_refused(tmp_path):
 def test_a_format_that_no_version_has_written_is_damage(tmp_path, number):
     saved(tmp_path, [1, 2])
     renumber(tmp_path / "2", number)
-    with pytest.raises(UserError, match=r"damaged manifest\.json: format .* must be a whole number from 1 on"):
+    with pytest.raises(
+        UserError, match=r"damaged manifest\.json: (format .* must be a whole number from 1 on|.*NaN is no JSON)"
+    ):
         verify(tmp_path / "2")
     said = []
     assert_is(CheckpointManager(tmp_path, KEEP_ALL).restore(jax.eval_shape(lambda: state_of(0)), said.append)[0], 1)
