@@ -1,5 +1,6 @@
 """Shared fixtures. Compiled programs are kept between runs of the suite, in pytest's own cache directory."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -34,6 +35,8 @@ def pytest_configure(config):
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
     )
+    # tracing makes millions of objects that stay: looking for garbage among them takes a third of its time
+    gc.set_threshold(100_000, 50, 100)
     # most of the suite's time is compilation: without LLVM's optimisations a step's takes two thirds, its state's a quarter
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in flags:
