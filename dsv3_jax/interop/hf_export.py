@@ -26,6 +26,7 @@ from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.hf_writer import SHARD_BYTES, write_hf
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.runs.directory import RunDirectory
 
 
 def save_hf(
@@ -64,8 +65,15 @@ def save_hf(
             return s.to_tensor(layers[s.array][1][tuple(rest)])
 
     origin = {"from": "a model in memory (`dsv3_jax.save_hf`)", "format": f"`{format}`"}
-    text = TextFiles(Path(tokenizer), about_text(beside(str(tokenizer)))) if tokenizer else TextFiles()
+    text = TextFiles() if tokenizer is None else _text_files(Path(tokenizer))
     return write_hf(directory, model.config, format, read, origin=origin, text=text, shard_bytes=shard_bytes)
+
+
+def _text_files(tokenizer: Path) -> TextFiles:
+    """A tokenizer with what belongs to it where it lies. That of a run says how the run began its documents."""
+    of_run = RunDirectory(tokenizer.parent).checkpoints.is_dir()
+    companions = beside(str(tokenizer))
+    return TextFiles(tokenizer, companions if of_run else about_text(companions), trained=of_run)
 
 
 def _check_layout(config: ModelConfig, arrays: Collection[str]) -> None:

@@ -14,7 +14,9 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 import dsv3_jax as dsv3
+from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.config import load_config
+from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
@@ -218,21 +220,76 @@ def test_twenty_killed_exports_leave_nothing_that_loads_wrongly(tmp_path):
         np.testing.assert_array_equal(out[name].view(np.uint8), expected.view(np.uint8), err_msg=name)
 
 
-def test_training_goes_on_from_an_imported_checkpoint(run_on_a_mesh, tmp_path):
-    """Exported, imported, and trained on, by its tokenizer: the first step starts at the weights that the run ended with."""
-    export(run_on_a_mesh, tmp_path / "hf", "hf-f32")
-    ckpt = import_hf(tmp_path / "hf", tmp_path / "ckpt", ("data.seq_len=32",))
+# what a released model may have beside its weights, and a client or a lawyer wants
+SOURCE_FILES = {
+    "generation_config.json": '{"eos_token_id": [1, 5], "temperature": 0.6, "top_p": 0.95}',
+    "tokenizer_config.json": '{"bos_token": "<|begin_of_text|>", "pad_token": "<|end_of_text|>", "chat_template": "{{ x }}"}',
+    "special_tokens_map.json": '{"eos_token": "<|end_of_text|>"}',
+    "chat_template.jinja": "{{ bos_token }}{{ messages }}",
+    "tokenizer.model": "a sentencepiece model",
+    "tiktoken.model": "a tiktoken model",
+    "tokenization_moon.py": "class Tokenizer: ...",
+    "LICENSE-MODEL": "may be used",
+}
+SOURCE_FIELDS = {"pad_token_id": 1, "pretraining_tp": 1, "aux_loss_alpha": 0.001, "eos_token_id": [1, 5], "bos_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def tuned(run_on_a_mesh, tmp_path_factory):
+    """A run exported, given what a released model has, imported, and trained for a step: (import, run, overrides)."""
+    root = tmp_path_factory.mktemp("tuned")
+    export(run_on_a_mesh, root / "hf", "hf-f32")
+    for name, content in SOURCE_FILES.items():
+        (root / "hf" / name).write_text(content)
+    for name in ("modeling_moon.py", "notes.txt", "weights.bin"):  # the model's code is ours, and the rest is nobody's
+        (root / "hf" / name).write_text("private")
+    for name, its in (("config.json", SOURCE_FIELDS), ("tokenizer.json", {"post_processor": None})):
+        (root / "hf" / name).write_text(json.dumps(json.loads((root / "hf" / name).read_text()) | its))
+    ckpt = import_hf(root / "hf", root / "ckpt", ("data.seq_len=32",))
     data = load_config(run_on_a_mesh / "config.yaml").data
     overrides = [
         f"train.init_from={ckpt}", "name=goes_on", "train.steps=1", "optim.lr=1e-9", "optim.lr_final=0", "optim.weight_decay=0",
         "train.eval_every=1", "train.eval_batches=1", "data.batch_size=8", f"data.path={data.path}", "parallel.expert=2",
         f"data.cache_dir={data.cache_dir}",
     ]  # fmt: skip
+    return ckpt, train(load_config(ckpt / "config.yaml", overrides), root), overrides
+
+
+def test_fine_tuning_keeps_what_serving_needs(tuned, tmp_path):
+    """Chat template, special tokens, settings of generation, tokenizers of other kinds, licence, fields that we do not use."""
+    ckpt, result, _ = tuned
+    for source in (ckpt, result.run.path):
+        out = export(source, tmp_path / source.name, "hf-bf16")
+        for name, content in SOURCE_FILES.items():
+            assert (out / name).read_text() == content, name
+        assert {p.name for p in out.iterdir()} == {
+            *SOURCE_FILES, "config.json", "model.safetensors", "README.md", "tokenizer.json",
+        }  # fmt: skip
+        config = json.loads((out / "config.json").read_text())
+        assert SOURCE_FIELDS.items() <= config.items()
+    assert result.corpus.special == SpecialTokens(0, (1, 5))
+    assert open_checkpoint(result.run.path).special_tokens() == SpecialTokens(0, (1, 5))
+    saved = dsv3.save_hf(dsv3.load(ckpt), tmp_path / "saved", "hf-f32", tokenizer=result.run.path / "tokenizer.json")
+    assert (saved / "chat_template.jinja").read_text() == SOURCE_FILES["chat_template.jinja"]
+    # an import's tokenizer stays as it was; documents of the run, and of its exports, had a begin token
+    unchanged, tuned_one, by_model = (
+        Tokenizer.from_file(str(tmp_path / n / "tokenizer.json")) for n in ("ckpt", "goes_on", "saved")
+    )
+    assert (tmp_path / "ckpt/tokenizer.json").read_bytes() == (ckpt.parent / "hf/tokenizer.json").read_bytes()
+    plain = unchanged.encode("the lazy dog", add_special_tokens=False).ids
+    assert tuned_one.encode("the lazy dog").ids == by_model.encode("the lazy dog").ids == [0, *plain]
+    document = result.corpus.train.tokens[: result.corpus.train.offsets[1]].tolist()
+    assert tuned_one.encode(tuned_one.decode(document)).ids == document[:-1]
+
+
+def test_training_goes_on_from_an_imported_checkpoint(run_on_a_mesh, tuned, tmp_path):
+    """Exported, imported, and trained on, by its tokenizer: the first step starts at the weights that the run ended with."""
+    ckpt, result, overrides = tuned
+    data = load_config(run_on_a_mesh / "config.yaml").data
     done = command("eval", str(ckpt), "--data", data.path, cwd=ROOT)  # by the tokenizer that came along
     assert done.returncode == 0, done.stderr
     expected = dsv3_process("eval", str(run_on_a_mesh), "--data", data.path, cwd=ROOT)
     assert json.loads(done.stdout)["loss"] == pytest.approx(json.loads(expected.stdout)["loss"], rel=1e-6)
-    result = train(load_config(ckpt / "config.yaml", overrides), tmp_path)
     assert result.corpus.tokenizer.get_vocab() == Tokenizer.from_file(str(run_on_a_mesh / "tokenizer.json")).get_vocab()
     before, after = dsv3.load(run_on_a_mesh), dsv3.load(result.run.path)
     before, after = (jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param))) for model in (before, after))
@@ -246,4 +303,5 @@ def test_training_goes_on_from_an_imported_checkpoint(run_on_a_mesh, tmp_path):
     (ckpt / "tokenizer.json").rename(tmp_path / "away.json")
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         train(load_config(ckpt / "config.yaml", [*overrides, "name=other"]), tmp_path)
+    (tmp_path / "away.json").rename(ckpt / "tokenizer.json")
     assert not (tmp_path / "other").exists()

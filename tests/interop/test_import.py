@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.scratch import claim, scratch_of
+from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_import import import_hf
@@ -151,6 +153,14 @@ def test_an_imported_config_is_what_was_asked_for(tmp_path):
     config = open_checkpoint(tmp_path / "v3").config
     assert (config.name, config.precision.recipe, config.data.batch_size, config.data.seq_len) == ("v3", "bf16", 4, 256)
     assert config.model == dsv3.load_hf(FIXTURES / "v3_tiny").config
+    # a schedule for a model that has learnt: the report's for fine-tuning is 5e-6 to 1e-6, its last pre-training had MTP at 0.1
+    # and left the router's bias alone
+    optim, training = config.optim, config.train
+    assert (optim.lr, optim.lr_final) == (1e-5, 1e-6)
+    assert (training.mtp_loss_weight, training.mtp_loss_weight_final, training.bias_update_speed) == (0.1, 0.1, 0.0)
+    assert load_config(tmp_path / "v3" / "config.yaml") == config
+    import_hf(FIXTURES / "v3_tiny", tmp_path / "asked", ("optim.lr=3e-4", "optim.warmup_steps=200"))
+    assert load_config(tmp_path / "asked" / "config.yaml").optim == replace(optim, lr=3e-4, warmup_steps=200)
     with pytest.raises(UserError, match=r"model\.\* comes from config\.json"):
         import_hf(FIXTURES / "v3_tiny", tmp_path / "other", ("model.vocab_size=3",))
 

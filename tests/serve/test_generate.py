@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dsv3_jax as dsv3
+from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.serve.cache import empty_cache, extend, unstack
 from dsv3_jax.serve.generate import _sample
@@ -77,6 +79,40 @@ def test_rows_repeat_the_end_token(model):
     first = int(np.argmax(out[0, 2:] == eos)) + 2
     np.testing.assert_array_equal(out[0, :first], free[0, :first])
     assert (out[0, first:] == eos).all()
+
+
+def test_any_of_several_end_tokens_ends_a_row(model):
+    """Each row repeats the one that ended it, as it would by this one alone; the number of end tokens does not matter."""
+    free = np.asarray(dsv3.generate(model, [[5, 6], [9, 1]], 12))
+    ends = [int(free[0, 4]), int(free[1, 6])]
+    out = np.asarray(dsv3.generate(model, [[5, 6], [9, 1]], 12, eos_id=[*ends, *range(256, 264)]))
+    for row, found in zip(free, out, strict=True):
+        first = next(i for i in range(2, 14) if row[i] in ends)
+        np.testing.assert_array_equal(found[:first], row[:first])
+        assert (found[first:] == row[first]).all()
+
+
+def test_a_text_is_begun_once_and_ends_at_any_end(model, monkeypatch):
+    """A prompt that has a begin token, as chat templates write it, gets no second one."""
+    from dsv3_jax.serve import generate as module
+
+    words = {"<bos>": 0, "<eos>": 1, "<end>": 2, "a": 3, "b": 4, "?": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<bos>", "<eos>", "<end>"])
+    asked = []
+
+    def generate(_, ids, n, eos_id, **options):
+        asked.append((*ids, eos_id))
+        return np.array([[*ids[0], 4, 2, 2][: len(ids[0]) + n]])
+
+    monkeypatch.setattr(module, "generate", generate)
+    for prompt in ("a b", "<bos> a b", "<bos>a b"):
+        text = module.continue_text(model, tokenizer, SpecialTokens(0, (1, 2)), prompt, 3, 0.0, 1.0, 0)
+        assert text == "a b b"
+    assert asked == [([0, 3, 4], (1, 2))] * 3
+    module.continue_text(model, tokenizer, SpecialTokens(None, ()), "a <end> b", 3, 0.0, 1.0, 0)
+    assert asked[-1] == ([3, 2, 4], ())
 
 
 @pytest.mark.parametrize(
