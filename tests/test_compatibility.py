@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax import cli
+from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.config import load_config
+from dsv3_jax.data.companions import fields
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.training.loop import TrainResult, train
@@ -80,6 +82,7 @@ def test_a_run_is_restored_bit_for_bit_and_goes_on(recorded, name):
 
 def test_an_imported_checkpoint_loads(recorded, capsys):
     imported = recorded("imported")
+    assert fields(open_checkpoint(imported).companions(), "config.json")["eos_token_id"] == 1  # from the metadata
     assert recording.digests(imported) == EXPECTED["imported"]["arrays"]
     cli.main(["eval", str(imported), "--data", "corpus.jsonl"])
     found, then = json.loads(capsys.readouterr().out), EXPECTED["imported"]["eval"]

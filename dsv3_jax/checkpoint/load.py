@@ -13,7 +13,7 @@ from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.checkpoint.storage import load_weights, read_metadata
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
-from dsv3_jax.data.companions import DIRECTORY, Companions, read_companions
+from dsv3_jax.data.companions import CONFIG, DIRECTORY, Companions, read_companions, with_fields
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
@@ -46,7 +46,9 @@ class Checkpoint:
     def companions(self) -> Companions:
         """The files that came with its model or tokenizer from Hugging Face: an imported checkpoint's own, or its run's."""
         of_run = self.path.parent.name == "checkpoints" and not (self.path / DIRECTORY).is_dir()
-        return read_companions(self.path.parents[1] if of_run else self.path)
+        found = read_companions(self.path.parents[1] if of_run else self.path)
+        # an import of an earlier version has config.json in its metadata alone
+        return found if CONFIG in found else with_fields(found, CONFIG, read_metadata(self.path).get("hf_config") or {})
 
     def special_tokens(self) -> SpecialTokens:
         """The tokens that begin and end a text. Raises `UserError` as `tokenizer`."""

@@ -17,7 +17,7 @@ from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import StoredArrays
 from dsv3_jax.checkpoint.storage import read_metadata
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.companions import CONFIG, about_text, beside, with_fields
+from dsv3_jax.data.companions import about_text, beside
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_card import origin_of_checkpoint
@@ -101,9 +101,7 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
         region = arrays[s.array][s.full_index].transpose(tuple(np.argsort(s.order)))
         return s.from_split(region.read().result())
 
-    imported = read_metadata(found.path).get("hf_config")
-    # imported by an earlier version, a checkpoint has config.json only in its metadata
-    companions = {**with_fields({}, CONFIG, imported or {}), **found.companions()}
-    text = TextFiles(found.tokenizer_file(), companions, trained=imported is None)
-    origin = origin_of_checkpoint(found, imported is not None, format)
+    imported = "hf_config" in read_metadata(found.path)
+    text = TextFiles(found.tokenizer_file(), found.companions(), trained=not imported)
+    origin = origin_of_checkpoint(found, imported, format)
     return write_hf(directory, config, format, read, origin=origin, text=text, shard_bytes=shard_bytes)
