@@ -1,11 +1,13 @@
 """A document: one text, in memory or read again whenever it is needed, and the pieces in which it is encoded."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-_PIECE = 2**18  # characters: encoding takes some 100 times their bytes
+# Characters: a text of up to so many is encoded at once, a longer one in pieces. Encoding takes 100 to 400 times their bytes.
+_AT_ONCE, _PIECE = 2**18, 2**16
 # Where to cut a long text, the best first. Tokenizers cut before a space that ends a word, so that a cut there changes no token
 # of theirs; a piece that begins with a line's end may get a token for the space that some of them put before every text.
 _CUTS = [re.compile(pattern) for pattern in (r"[^\W_](?= \S)", r"[^\W_](?=\s)", r"\S(?=\s)")]
@@ -30,8 +32,8 @@ class Document:
         return any(part and not part.isspace() for part in self._parts())
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces of at most 2^18 characters, cut between words if it has any; a shorter text is one piece."""
-        return _cut(self._parts(), _PIECE)
+        """The text in pieces of at most 2^18 characters, cut between words if it has any; a text of up to so many is one."""
+        return _cut(self._parts(), _AT_ONCE, _PIECE)
 
     def digest(self) -> bytes:
         """SHA-256 of the text in UTF-8."""
@@ -50,12 +52,12 @@ class Document:
         return (self.content,) if isinstance(self.content, str) else self.content()
 
 
-def _cut(parts: Iterable[str], size: int) -> Iterator[str]:
+def _cut(parts: Iterable[str], at_once: int, piece: int) -> Iterator[str]:
     rest = ""
     for part in parts:
         rest, begin = rest + part, 0
-        while len(rest) - begin > size:
-            end = _best_cut(rest, begin, begin + size)
+        while len(rest) - begin > at_once:
+            end = _best_cut(rest, begin, begin + piece)
             yield rest[begin:end]
             begin = end
         rest = rest[begin:]
@@ -65,7 +67,7 @@ def _cut(parts: Iterable[str], size: int) -> Iterator[str]:
 
 def _best_cut(text: str, begin: int, end: int) -> int:
     """A position in the last eighth of text[begin:end]; its end where that is one word."""
-    for pattern in _CUTS:
-        if ends := [found.end() for found in pattern.finditer(text, end - (end - begin) // 8, end)]:
+    for pattern, part in itertools.product(_CUTS, (64, 8)):  # most texts have one near the end
+        if ends := [found.end() for found in pattern.finditer(text, end - (end - begin) // part, end)]:
             return ends[-1]
     return end

@@ -50,7 +50,7 @@ def test_the_end_of_a_long_text_is_held_out_in_parts(tmp_path, lines):
     assert train + "".join(held_out) == lines * 100
     assert len("".join(held_out)) == pytest.approx(525_000, abs=21)
     assert [len(text) > 2**15 for text in held_out[:-1]] == [True] * (len(held_out) - 1)
-    assert len(held_out) in (3, 4)
+    assert 5 <= len(held_out) <= 9
 
 
 def test_of_a_few_documents_the_last_is_cut(tmp_path, lines):
