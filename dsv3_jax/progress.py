@@ -15,6 +15,7 @@ from dsv3_jax.streams import forgiving
 
 _LINE_EVERY_S = 5.0
 _UNWRAPPED = 10_000  # columns: more than any table or line has
+_LONGEST_LINE = 2000  # characters of an error
 # control characters but tab and newline, those that turn the direction of text, and halves of characters, which no stream takes
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -25,8 +26,9 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text from anywhere in one line, `printable`."""
-    return printable(" ".join(text.split()))
+    """Text from anywhere in one line, `printable`, and without the rest where it is longer than anybody reads."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}... ({len(line):,} characters)"
 
 
 class _PlainConsole(Console):

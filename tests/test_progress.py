@@ -5,7 +5,7 @@ import re
 
 from rich.table import Table
 
-from dsv3_jax.progress import BytesProgress, ProgressReporter, human, make_console, printable
+from dsv3_jax.progress import BytesProgress, ProgressReporter, human, make_console, one_line, printable
 from tests.commands import dsv3
 from tests.conftest import ROOT
 
@@ -71,6 +71,8 @@ SHOWN = r"[/x] [bold]a[/bold] [link=http://b]c[/link] :smile: \x1b]0;t\x07 \ud80
 def test_text_is_printed_as_it_is():
     """As a line, and as a table's title, caption, column and cell: on a terminal too nothing in it is obeyed."""
     assert printable(HOSTILE) == SHOWN
+    assert one_line(f" a\n\t{HOSTILE}\u2028b") == f"a {SHOWN} b"
+    assert one_line("x" * 10**6) == "x" * 2000 + "... (1,000,000 characters)"
     for file in (io.StringIO(), Terminal()):
         console, table = make_console(file, width=200), Table(HOSTILE, title=HOSTILE, caption=HOSTILE)
         table.add_row(HOSTILE)

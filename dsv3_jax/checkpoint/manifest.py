@@ -22,6 +22,7 @@ _ORBAX_FILES = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
 _POLL_S = 0.05
 _PATIENCE_S = 300.0  # with other processes, which read as much
 _LARGEST = 2**28  # bytes of a manifest; one of a million files has half of it
+_LONGEST_NAME, _LONGEST_PATH = 255, 2048  # bytes of a file's name on Linux; characters of its path in a checkpoint
 HASHING_THREADS = 4  # more than two cores can use, because some wait for the disk
 
 
@@ -119,8 +120,9 @@ def check_format(directory: Path) -> None:
 def _listed(name: str, entry: Any) -> tuple[int, str]:
     """A file's size and sha256. Raises `ValueError` for an entry that no version has written."""
     size, digest = entry
-    inside = name and "\0" not in name and not name.startswith("/") and ".." not in name.split("/")
-    if type(size) is not int or not isinstance(digest, str) or not inside:
+    parts = name.split("/")
+    inside = "\0" not in name and all(0 < len(part.encode()) <= _LONGEST_NAME and part not in (".", "..") for part in parts)
+    if len(name) > _LONGEST_PATH or not inside or type(size) is not int or not isinstance(digest, str):
         raise ValueError(f"the entry of {name[:80]!r} must be a file inside the checkpoint with its size and sha256")
     return size, digest
 

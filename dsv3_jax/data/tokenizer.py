@@ -107,7 +107,8 @@ def text_encoder(tokenizer: Tokenizer, special: SpecialTokens, special_tokens: b
     Otherwise a document that quotes `<|end_of_text|>` would end there. Control tokens are those marked as special, those that
     frame documents, and others whose names stand in bars, which released tokenizers do not all mark.
     """
-    encoder = Tokenizer.from_str(tokenizer.to_str())
+    with tokenizer_errors("data.tokenizer"), _without_backtraces():  # the library reads some that it does not read again
+        encoder = Tokenizer.from_str(tokenizer.to_str())
     if not special_tokens:
         framing = [name for i in (special.begin, *special.ends) if i is not None and (name := tokenizer.id_to_token(i))]
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]

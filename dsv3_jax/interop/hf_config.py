@@ -67,7 +67,8 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
         if "factor" not in rope and all(isinstance(n, int) and n > 0 for n in (context, original)):
             rope["factor"] = context / original
     floats = {f.name for f in dataclasses.fields(RopeConfig) if f.type is float}
-    return {key: float(value) if key in floats and type(value) is int else value for key, value in rope.items()}
+    # an integer of hundreds of digits is no float: the check of the complete config says so
+    return {k: float(v) if k in floats and type(v) is int and abs(v) < 2**63 else v for k, v in rope.items()}
 
 
 def _check_quantization(quantization: Any, where: str) -> None:

@@ -212,8 +212,16 @@ def _together(found: list[Overlap]) -> float | None:
 
 
 def _planned(plan: Path) -> list[tuple[str, float | None]]:
-    plans = read_json(plan, _LARGEST_PLAN)
     try:
-        return [(str(p["topology"]), number(p["step"], "hidden") if "hidden" in p["step"] else None) for p in plans["plans"]]
+        return [(str(p["topology"]), _hidden(p["step"])) for p in read_json(plan, _LARGEST_PLAN)["plans"]]
     except (LookupError, TypeError, AttributeError):
         raise UserError(f"--plan={plan} is no plan.json of dsv3 plan, which holds plans with a topology and a step") from None
+
+
+def _hidden(step: dict[str, Any]) -> float | None:
+    """The share of communication that a plan's step hides. Raises `TypeError` for what is none."""
+    if step.get("hidden") is None:
+        return None
+    if math.isnan(share := number(step, "hidden", math.nan)):
+        raise TypeError
+    return share

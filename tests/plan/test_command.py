@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -211,3 +212,37 @@ def test_671b_fits_512_v5p(tmp_path):
     # attention's backward kernel has the scores once more, which no name tells
     assert executed - p["recomputed"] == pytest.approx(p["useful_flops"], rel=0.05)
     assert not [note for note in p["notes"] if "unknown length" in note or "missing" in note]
+
+
+def test_a_damaged_compiled_program_is_made_again(tmp_path, monkeypatch):
+    """What stands in the cache may be cut off: it is read, removed, and compiled once more."""
+    built = []
+
+    def run(request, limits, say):
+        built.append(request)
+        (Path(request["out"]) / "facts.json").write_text(json.dumps({"n": len(built)}))
+
+    def read(directory):
+        facts = json.loads((directory / "facts.json").read_text())
+        return facts["n"]
+
+    monkeypatch.setattr(compiling, "_run", run)
+    monkeypatch.setattr(compiling, "read", read)
+    monkeypatch.setattr(compiling, "compilers", lambda: "python")
+    config = load_config(TINY, [f"data.cache_dir={tmp_path}"])
+    assert compile_step(config, "v5p:2x2x1") == compile_step(config, "v5p:2x2x1") == 1
+    (facts,) = tmp_path.glob("plans/*/facts.json")
+    facts.write_text('{"n":')
+    assert compile_step(config, "v5p:2x2x1") == 2
+    assert compile_step(config, "v5p:2x2x1") == len(built) == 2
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "-1"])
+def test_prices_that_are_none(price, failed):
+    assert "must be a price of 0 or more" in failed(str(TINY), "--topology", "v5p:2x2x1", "--price", price)
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "*a", "!!int x", "9" * 400])
+def test_hostile_compiler_options_are_one_line(value, failed, monkeypatch):
+    monkeypatch.setattr(compiling, "compilers", lambda: "python")
+    assert "is not valid YAML" in failed(str(TINY), "--topology", "v5p:2x2x1", "--xla", f"a={value}")

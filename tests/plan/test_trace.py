@@ -13,6 +13,7 @@ from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.trace import common, kind_of_event, length, overlaps, union
 from tests.cluster.test_processes import start
+from tests.commands import dsv3
 
 Event = tuple[str, int, int]  # name, begin and end in microseconds
 
@@ -119,3 +120,37 @@ def test_what_is_no_trace(tmp_path):
         overlaps(tmp_path)
     with pytest.raises(UserError, match="has no instructions"):
         overlaps(trace(tmp_path / "x.xplane.pb", {"/host:CPU": {"python": [("f", 0, 1)]}}))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["[]", "{", '{"plans": [3]}', '{"plans": [{"topology": "x", "step": []}]}', '{"plans": [{"step": {}}]}', "[" * 99_999,
+     '{"plans": {"a": 1}}', '{"plans": null}', "\0", '{"plans": [{"topology": "x", "step": null}]}',
+     '{"plans": [{"topology": "x", "step": {"hidden": "a"}}]}'],
+)  # fmt: skip
+def test_a_damaged_plan_is_one_line(tmp_path, plan):
+    sound = trace(tmp_path / "a.xplane.pb", {"/device:TPU:0": {"XLA Ops": [("fusion.4", 0, 30)]}})
+    (tmp_path / "plan.json").write_text(plan)
+    done = dsv3("overlap", str(sound), "--plan", str(tmp_path / "plan.json"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert str(tmp_path / "plan.json") in done.stderr
+    assert done.stdout == ""
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    sound = trace(tmp_path / "a.xplane.pb", {"/device:TPU:0 [/x]": {"XLA Ops": [("fusion.4", 0, 30)]}})
+    (tmp_path / "plan.json").write_text(
+        '{"plans": [{"topology": "[/x] [bold]y", "step": {"hidden": 0.5}}, {"topology": 3, "step": {}}]}'
+    )
+    done = dsv3("overlap", str(sound), "--plan", str(tmp_path / "plan.json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "/device:TPU:0 [/x]" in done.stdout
+    assert "planned for [/x] [bold]y: 50.0%" in done.stdout
+    assert "planned for 3: no communication" in done.stdout
+
+
+def test_a_trace_that_cannot_be_opened_is_one_line(tmp_path):
+    (tmp_path / "x.xplane.pb").mkdir()
+    with pytest.raises(UserError, match=r"x\.xplane\.pb is no trace"):
+        overlaps(tmp_path)
