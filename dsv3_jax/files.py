@@ -3,12 +3,14 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from dsv3_jax.errors import UserError
 
 _MOST_VALUES = 3_000_000  # of a JSON file; each takes at most about 100 bytes once it is parsed
+_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has put in the place of another
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -28,31 +30,42 @@ def open_regular(path: str | Path) -> IO[bytes]:
     return file
 
 
+def refuse_pointer(path: str | Path, content: bytes) -> None:
+    """Raise `UserError` if what a file holds is git-lfs's note about the file that belongs there."""
+    if content.startswith(_POINTER):
+        raise UserError(f"{path} is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`")
+
+
 def read_regular(path: str | Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises `UserError` as `open_regular`, and for a larger one."""
+    """The content of a regular file of at most `most` bytes.
+
+    Raises `UserError` as `open_regular`, for a larger one, and for a pointer that git-lfs has put in the place of a file.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise UserError(f"cannot read {path}: it has {size:,} bytes, and at most {most:,} are expected")
         try:
-            return file.read(size)
+            content = file.read(size)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
+    refuse_pointer(path, content)
+    return content
 
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def parse_json(content: bytes, where: str | Path) -> Any:
-    """JSON in UTF-8, with or without a byte order mark; `where` names it in errors.
+def parse_json(content: bytes, where: str | Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """JSON in UTF-8, with or without a byte order mark; `where` names it in errors, `pairs` makes objects instead of dict.
 
     Raises `UserError` for what is no JSON, is nested too deeply, or has so many values that parsing takes long.
     """
     if sum(map(content.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise UserError(f"cannot read {where}: it has more than {_MOST_VALUES:,} values")
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number, object_pairs_hook=pairs)
     except RecursionError:
         raise UserError(f"cannot read {where}: it is nested too deeply") from None
     except ValueError as error:

@@ -107,9 +107,18 @@ class PiecewiseWriter:
 
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file to the checkpoint, such as a tokenizer's."""
-        path = self._checkpoint / name
+        path = self.path_of(name)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
+
+    def path_of(self, name: str) -> Path:
+        """Where to write a further file of the checkpoint."""
+        return self._checkpoint / name
+
+    def abandon(self) -> None:
+        """Remove all that was written. For a single process."""
+        self._journal.close()
+        self._claimed.drop()
 
     def _record(self, name: str, size: int, digest: str) -> None:
         with self._writing:

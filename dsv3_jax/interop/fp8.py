@@ -1,7 +1,10 @@
-"""DeepSeek's block-FP8 layout: e4m3 values, and one float32 `weight_scale_inv` for every 128 x 128 block; w = value * scale.
+"""DeepSeek's block-FP8 layout: e4m3 values, and one `weight_scale_inv` for every 128 x 128 block; w = value * scale.
 
-The last blocks of an axis may be ragged.
+The last blocks of an axis may be ragged. There are two kinds of scales: float32 numbers (V3), and powers of two (V3.1), which
+are stored as float32 too, or as their exponents alone (float8_e8m0fnu).
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ VALUES = np.dtype(ml_dtypes.float8_e4m3fn)
 QUANTIZATION_CONFIG = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE],
 }  # fmt: skip
+POWERS_OF_TWO = "ue8m0"  # quantization_config.scale_fmt where all scales are powers of two
 _OF_BYTE = np.arange(256, dtype=np.uint8).view(VALUES).astype(np.float32)
 
 
@@ -34,13 +38,41 @@ def dequantize(values_MN: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
     return out_MN
 
 
-@jax.jit
-def _quantize(w_MN):
-    return reference.quantize(w_MN, TILE, "e4m3", False)
+@partial(jax.jit, static_argnames="power_of_two")
+def _quantize(w_MN, power_of_two):
+    found = reference.quantize(w_MN.astype(jnp.float32), TILE, "e4m3", power_of_two)
+    return found.values, found.scales.T
 
 
-def quantize(w_MN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(e4m3[M, N], f32 scales): every block's largest magnitude becomes 448 (arXiv 2412.19437, section 3.3.2)."""
+@partial(jax.jit, static_argnames="power_of_two")
+def _quantize_as_before(w_MN, scales, power_of_two):
+    (M, N), (rows, columns) = w_MN.shape, scales.shape
+
+    def spread(per_block):
+        return jnp.repeat(jnp.repeat(per_block, TILE, axis=0), TILE, axis=1)[:M, :N]
+
+    def blocks(x):
+        return jnp.pad(x, ((0, -M % TILE), (0, -N % TILE))).reshape(rows, TILE, columns, TILE)
+
+    scale_MN = spread(scales)
+    w32_MN = w_MN.astype(jnp.float32)
+    values = reference.encode(w32_MN / jnp.where(scale_MN == 0, 1, scale_MN), 1, "e4m3")
+    # as numbers, and not as bits: -0 and 0 are the same, and each keeps its sign
+    differs = (values.astype(jnp.float32) * scale_MN).astype(w_MN.dtype) != w_MN
+    changed = jnp.any(blocks(differs), axis=(1, 3))
+    new_values, new_scales = _quantize(w_MN, power_of_two)
+    return jnp.where(spread(changed), new_values, values), jnp.where(changed, new_scales, scales)
+
+
+def quantize(w_MN: np.ndarray, before: np.ndarray | None = None, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(e4m3[M, N], f32 scales): every block's largest magnitude becomes 448 (arXiv 2412.19437, section 3.3.2).
+
+    With scales that are powers of two, it becomes a number of (224, 448]. `before` are the scales that the weights were once
+    read with: where a block is still exactly values times its scale, in the dtype of `w_MN`, it gets these back.
+    """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # accelerators may be busy or full
-        found = _quantize(jnp.asarray(w_MN, jnp.float32))
-    return np.asarray(found.values), np.ascontiguousarray(np.asarray(found.scales).T)
+        if before is None:
+            found = _quantize(jnp.asarray(w_MN), power_of_two)
+        else:
+            found = _quantize_as_before(jnp.asarray(w_MN), jnp.asarray(before, jnp.float32), power_of_two)
+    return np.asarray(found[0]), np.ascontiguousarray(found[1])

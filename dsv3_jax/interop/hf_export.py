@@ -21,9 +21,11 @@ from dsv3_jax.data.companions import about_text, beside
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_card import origin_of_checkpoint
+from dsv3_jax.interop.hf_import import SCALES
 from dsv3_jax.interop.hf_tensors import Source, sources
 from dsv3_jax.interop.hf_text import TextFiles
-from dsv3_jax.interop.hf_writer import SHARD_BYTES, write_hf
+from dsv3_jax.interop.hf_writer import SHARD_BYTES, Before, write_hf
+from dsv3_jax.interop.safetensors_file import MappedFile, read_header
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.directory import RunDirectory
@@ -82,6 +84,15 @@ def _check_layout(config: ModelConfig, arrays: Collection[str]) -> None:
         raise UserError(f"this model has no {absent[0]}, which Hugging Face's layout needs: it cannot be exported")
 
 
+def _kept_scales(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The scales of 8-bit weights that a checkpoint was imported with, by their names."""
+    if not (checkpoint / SCALES).exists():
+        return {}
+    entries = read_header(checkpoint / SCALES)
+    mapped = MappedFile(checkpoint / SCALES, entries)
+    return {name: mapped.view(name) for name in entries}
+
+
 def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a run's latest checkpoint, or the one at the path, as a Hugging Face checkpoint; see `save_hf`.
 
@@ -101,7 +112,9 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
         region = arrays[s.array][s.full_index].transpose(tuple(np.argsort(s.order)))
         return s.from_split(region.read().result())
 
-    imported = "hf_config" in read_metadata(found.path)
+    metadata = read_metadata(found.path)
+    imported = "hf_config" in metadata
     text = TextFiles(found.tokenizer_file(), found.companions(), trained=not imported)
     origin = origin_of_checkpoint(found, imported, format)
-    return write_hf(directory, config, format, read, origin=origin, text=text, shard_bytes=shard_bytes)
+    before = Before(metadata.get("hf_layout"), _kept_scales(found.path))
+    return write_hf(directory, config, format, read, origin=origin, text=text, before=before, shard_bytes=shard_bytes)

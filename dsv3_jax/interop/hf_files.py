@@ -1,38 +1,82 @@
 """A Hugging Face checkpoint's directory: its tensors by name, checked against the model before any is read."""
 
 import collections
-import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
+from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
-from dsv3_jax.interop.hf_config import model_config, read_config_json
+from dsv3_jax.interop.hf_config import ignored_fields, model_config, read_config_json
+from dsv3_jax.interop.hf_directory import INDEX, SINGLE, not_a_checkpoint, read_object
 from dsv3_jax.interop.hf_tensors import Copy, Source, copies, sources
+from dsv3_jax.interop.numbers import check_exact, check_numbers, check_scales
 from dsv3_jax.interop.safetensors_file import DTYPES, Entry, MappedFile, read_header
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("F32", "BF16", "F16")  # numbers that float32 holds exactly
+_FLOATS = ("F32", "BF16", "F16", "F64")  # F64 where every number is one of float32's
+_SCALES = ("F32", "F8_E8M0")
+# Tensors that modelling code computes from config.json, and that some versions of it have saved.
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _OPEN_FILES = 2  # mapped at a time
 _COMPARED = 1 << 24  # numbers of two tensors that are compared at a time
+_MISSING = 1000  # tensors that are counted, if so many are missing
 
 
 def read_index(path: Path) -> dict[str, str]:
     """{tensor: file name}. Raises `UserError` for what is no index, or names files outside of its directory."""
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(files, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error!r}") from None
+    files = read_object(path).get("weight_map")
+    if not isinstance(files, dict):
+        raise UserError(f"cannot read {path}: its weight_map must be an object, {{tensor: file name}}")
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise UserError(f"{path}: tensor {name}: its file {str(file)[:80]!r} must be a plain file name")
+            raise UserError(f"{path}: tensor {name[:80]}: its file {str(file)[:80]!r} must be a plain file name")
     return files
+
+
+def listed_tensors(directory: Path) -> dict[str, str] | None:
+    """{tensor: file name} by the index; None for a single file. Raises `UserError` if there is neither."""
+    if (directory / INDEX).exists():
+        return read_index(directory / INDEX)
+    if (directory / SINGLE).exists():
+        return None
+    raise not_a_checkpoint(directory, f"neither {SINGLE} nor {INDEX}")
+
+
+def missing_files(directory: Path, listed: Mapping[str, str]) -> str | None:
+    """What to say of an index of which some files are not there; None if all are."""
+    files = dict.fromkeys(listed.values())
+    missing = [file for file in files if not (directory / file).exists()]
+    if not missing:
+        return None
+    tensor = next(name for name, file in listed.items() if file == missing[0])
+    return (
+        f"{directory} has {len(files) - len(missing)} of the {len(files)} files of {INDEX}: {missing[0]} is missing, with "
+        f"tensor {tensor[:80]}"
+    )
+
+
+def read_headers(directory: Path, listed: Mapping[str, str] | None) -> dict[str, dict[str, Entry]]:
+    """{file: its tensors} of those files that are there. Raises `UserError` for a damaged one, or one not as the index says."""
+    found: dict[str, dict[str, Entry]] = {}
+    for file in [SINGLE] if listed is None else dict.fromkeys(listed.values()):
+        if not (directory / file).exists():
+            continue
+        found[file] = read_header(directory / file)
+        for name in found[file]:
+            if listed is not None and listed.get(name) != file:
+                raise UserError(f"{directory / file}: tensor {name} is in it, and not by {INDEX}")
+    for name, file in (listed or {}).items():
+        if name not in found.get(file, (name,)):
+            raise UserError(f"{directory / file}: tensor {name} is not in it, and should be by {INDEX}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,28 +93,13 @@ class TensorFiles:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        if (directory / INDEX).exists():
-            listed = read_index(directory / INDEX)
-        elif (directory / SINGLE).exists():
-            listed = None
-        else:
-            raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
-        self._entries: dict[str, dict[str, Entry]] = {}
-        self._at: dict[str, _Located] = {}
+        listed = listed_tensors(directory)
+        if missing := missing_files(directory, listed or {}):
+            raise UserError(missing)
+        self._entries = read_headers(directory, listed)
+        self._at = {name: _Located(file, entry) for file, held in self._entries.items() for name, entry in held.items()}
         self._mapped: collections.OrderedDict[str, MappedFile] = collections.OrderedDict()
         self._mapping = Lock()
-        for file in [SINGLE] if listed is None else dict.fromkeys(listed.values()):
-            if listed is not None and not (directory / file).is_file():
-                first = next(name for name, its in listed.items() if its == file)
-                raise UserError(f"{directory / file} is missing; the index has tensor {first} in it")
-            self._entries[file] = read_header(directory / file)
-            for name, entry in self._entries[file].items():
-                if listed is not None and listed.get(name) != file:
-                    raise UserError(f"{directory / file}: tensor {name} is in it, and not by {INDEX}")
-                self._at[name] = _Located(file, entry)
-        for name, file in (listed or {}).items():
-            if name not in self._entries[file]:
-                raise UserError(f"{directory / file}: tensor {name} is not in it, and should be by {INDEX}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._at
@@ -90,9 +119,9 @@ class TensorFiles:
         return self._at[name].entry
 
     def dtype(self, name: str) -> np.dtype:
-        """The smallest dtype that holds a weight's numbers exactly: its own, or float32 for one in 8 bits with scales."""
+        """The smallest dtype that holds a weight's numbers exactly: its own; float32 for 8 bits with scales or float64."""
         dtype = DTYPES[self.entry(name).dtype]
-        return np.dtype(np.float32) if dtype == fp8.VALUES else dtype
+        return np.dtype(np.float32) if dtype in (fp8.VALUES, np.float64) else dtype
 
     def _map(self, name: str) -> MappedFile:
         file = self._at[name].file
@@ -109,9 +138,19 @@ class TensorFiles:
         return self._map(name).view(name)
 
     def read(self, name: str) -> np.ndarray:
-        """A weight in `dtype(name)`: a read-only view of the file, or its 8-bit values times their scales."""
-        values = self.raw(name)
-        return fp8.dequantize(values, self.raw(name + fp8.SUFFIX)) if values.dtype == fp8.VALUES else values
+        """A weight in `dtype(name)`: a read-only view of the file, its 8-bit values times their scales, or its rounded float64.
+
+        Raises `UserError` where 8-bit values, scales or float64 are no numbers that float32 holds.
+        """
+        values, where = self.raw(name), str(self.directory)
+        if values.dtype == np.float64:
+            return check_exact(values, where, name)
+        if values.dtype != fp8.VALUES:
+            return values
+        scales = self.raw(name + fp8.SUFFIX).astype(np.float32)
+        check_scales(scales, where, name + fp8.SUFFIX)
+        check_numbers(values, where, name)
+        return fp8.dequantize(values, scales)
 
     def reader(self, name: str) -> Callable[[memoryview], int]:
         """A function that reads a tensor's bytes in order into the buffers it is given, and returns how many; 0 at the end."""
@@ -139,6 +178,7 @@ class HFCheckpoint:
     files: TensorFiles
     sources: list[Source]
     copies: list[Copy]  # those that the directory has
+    notes: list[str]  # a line for everything that is left out
 
     def is_fp8(self, name: str) -> bool:
         """Whether a tensor is in 8 bits, with scales."""
@@ -160,10 +200,56 @@ class HFCheckpoint:
                 )
 
 
-def without_absent_mtp(config: ModelConfig, names: set[str]) -> ModelConfig:
-    """The config of a checkpoint that has no tensor of its MTP modules, which transformers drops, has none of them."""
-    prefix = f"model.layers.{config.num_hidden_layers}."
-    return config if any(name.startswith(prefix) for name in names) else replace(config, num_nextn_predict_layers=0)
+@dataclass(frozen=True)
+class Fitted:
+    """The model that a checkpoint's tensors hold, and which of them belong to it."""
+
+    config: ModelConfig
+    names: set[str]
+    notes: list[str]  # a line for each kind of tensor that is left out
+
+
+def fit(config: ModelConfig, names: Collection[str]) -> Fitted:
+    """Leave out tensors that are computed, and MTP modules that either config.json or the tensors do not have.
+
+    transformers drops the modules' tensors and keeps the number of them in config.json.
+    """
+    kept, notes, first = set(names), [], config.num_hidden_layers
+    computed = {name for name in kept if name.endswith(_COMPUTED)}
+    if computed:
+        notes.append(f"{len(computed)} tensors are left out, which follow from config.json: {min(computed)} ...")
+    kept -= computed
+    if not any(name.startswith(f"model.layers.{first}.") for name in kept):
+        config = replace(config, num_nextn_predict_layers=0)
+    elif config.num_nextn_predict_layers == 0:
+        modules = 0
+        for layer in count(first):
+            prefix = f"model.layers.{layer}."
+            if prefix + "eh_proj.weight" not in kept:  # a layer that is no such module is unexpected
+                break
+            kept = {name for name in kept if not name.startswith(prefix)}
+            modules += 1
+        if modules:
+            notes.append(
+                f"{len(names) - len(computed) - len(kept)} tensors of {modules} multi-token-prediction modules are left out: "
+                "config.json has num_nextn_predict_layers=0"
+            )
+    return Fitted(config, kept, notes)
+
+
+def wanted(config: ModelConfig, names: Collection[str], where: Path) -> list[Source]:
+    """All tensors of the model, of which those that are not among `names` are missing.
+
+    Raises `UserError` if more than a thousand are: a config.json may claim any number of layers and experts.
+    """
+    most = len(names) + _MISSING
+    found = list(islice(sources(config), most))
+    if len(found) == most:
+        first = next(s.tensor for s in found if s.tensor not in names)
+        raise UserError(
+            f"{where}: tensor {first} is missing, and with it more than {_MISSING} of those that config.json implies"
+        )
+    return found
 
 
 def open_hf(directory: str | Path) -> HFCheckpoint:
@@ -176,33 +262,67 @@ def open_hf(directory: str | Path) -> HFCheckpoint:
     raw_config = read_config_json(directory)
     config = model_config(raw_config, str(directory / "config.json"))
     files = TensorFiles(directory)
-    config = without_absent_mtp(config, files.names)
-    found = HFCheckpoint(config, raw_config, files, list(sources(config)), [c for c in copies(config) if c.tensor in files])
-    _check(found)
-    return found
+    fitted = fit(config, files.names)
+    found = wanted(fitted.config, fitted.names, directory)
+    shared = [c for c in copies(fitted.config) if c.tensor in files]
+    entries = {name: files.entry(name) for name in fitted.names}
+    check_8_bits(directory, found, entries, raw_config)
+    _check_names(directory, found, shared, entries)
+    check_entries(directory, found, shared, entries)
+    return HFCheckpoint(fitted.config, raw_config, files, found, shared, [*about_fields(raw_config), *fitted.notes])
 
 
-def _check(found: HFCheckpoint) -> None:
-    files, where = found.files, found.files.directory
-    shapes = {s.tensor: s.shape for s in found.sources}
-    missing = sorted(set(shapes) - files.names)
+def about_fields(raw_config: dict[str, Any]) -> list[str]:
+    """A line about the fields of config.json that are ignored, if there are any."""
+    ignored = ignored_fields(raw_config)
+    return [f"config.json: ignored {', '.join(ignored)}, which say nothing about the numbers"] if ignored else []
+
+
+def _in_8_bits(found: Iterable[Source], entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the scales of 8-bit weights, by the scales' names."""
+    return {
+        s.tensor + fp8.SUFFIX: fp8.scale_shape(s.shape)
+        for s in found
+        if s.tensor in entries and entries[s.tensor].dtype == "F8_E4M3" and len(s.shape) == 2
+    }
+
+
+def _check_names(where: Path, found: list[Source], shared: list[Copy], entries: Mapping[str, Entry]) -> None:
+    weights = {s.tensor for s in found}
+    missing = sorted(weights - entries.keys())
     if missing:
         raise UserError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    quantised = {name for name in shapes if DTYPES[files.entry(name).dtype] == fp8.VALUES}
-    if quantised and not found.raw_config.get("quantization_config"):
-        raise UserError(f"{where}: tensor {min(quantised)} is in 8 bits, and config.json has no quantization_config")
-    shapes |= {c.tensor: c.shape for c in found.copies}
-    scales = {name + fp8.SUFFIX: fp8.scale_shape(shapes[name]) for name in quantised}
-    missing = sorted(set(scales) - files.names)
+    scales = _in_8_bits(found, entries).keys()
+    missing = sorted(scales - entries.keys())
     if missing:
         raise UserError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all): a weight in 8 bits needs its scales")
-    unexpected = sorted(files.names - set(shapes) - set(scales))
+    unexpected = sorted(entries.keys() - weights - scales - {c.tensor for c in shared})
     if unexpected:
-        raise UserError(f"{where}: tensor {unexpected[0]} is unexpected ({len(unexpected)} in all)")
-    for name, shape in (shapes | scales).items():
-        entry = files.entry(name)
+        raise UserError(f"{where}: tensor {unexpected[0][:200]} is unexpected ({len(unexpected)} in all)")
+
+
+def check_8_bits(where: Path, found: list[Source], entries: Mapping[str, Entry], raw_config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a weight in 8 bits of which config.json knows nothing: its blocks could be any."""
+    scales = _in_8_bits(found, entries)
+    if scales and not raw_config.get("quantization_config"):
+        name = min(scales).removesuffix(fp8.SUFFIX)
+        raise UserError(f"{where}: tensor {name} is in 8 bits, and config.json has no quantization_config")
+
+
+def check_entries(where: Path, found: list[Source], shared: list[Copy], entries: Mapping[str, Entry]) -> None:
+    """Raise `UserError` for a wrong shape or dtype of a tensor that is there."""
+    scales = _in_8_bits(found, entries)
+    shapes = {s.tensor: s.shape for s in found} | {c.tensor: c.shape for c in shared} | scales
+    for name, shape in ((name, shape) for name, shape in shapes.items() if name in entries):
+        entry = entries[name]
         if entry.shape != shape:
             raise UserError(f"{where}: tensor {name} has shape {list(entry.shape)}; config.json implies {list(shape)}")
-        allowed = ("F32",) if name in scales else ("F8_E4M3",) if name in quantised else _FLOATS
+        allowed = _SCALES if name in scales else ("F8_E4M3",) if name + fp8.SUFFIX in scales else _FLOATS
         if entry.dtype not in allowed:
             raise UserError(f"{where}: tensor {name} has dtype {entry.dtype}; use one of {', '.join(_FLOATS)} or block-FP8")
+
+
+def say(found: HFCheckpoint) -> None:
+    """Print the checkpoint's notes to standard error, once for all processes."""
+    for note in found.notes if is_first() else []:
+        print(f"{found.files.directory}: {note}", file=sys.stderr, flush=True)

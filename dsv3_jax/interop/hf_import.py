@@ -4,6 +4,7 @@ Every tensor is a chunk of the array that it fills, in the order of its own byte
 transposed, and nothing is rounded; weights in 8 bits are multiplied by their scales, into float32. Memory holds a few tensors.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -26,12 +27,16 @@ from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER, read_companion, read_companions
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop import fp8
 from dsv3_jax.interop.arrays import abstract_variables
-from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf
+from dsv3_jax.interop.hf_files import HFCheckpoint, open_hf, say
+from dsv3_jax.interop.hf_formats import describe_layout
 from dsv3_jax.interop.hf_tensors import Source
-from dsv3_jax.interop.safetensors_file import DTYPES
+from dsv3_jax.interop.numbers import check_numbers, checked
+from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
 from dsv3_jax.progress import BytesProgress
 
+SCALES = "scales.safetensors"  # in a checkpoint: the scales of the 8-bit weights that were imported
 THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
 _IN_FLIGHT = 2 * THREADS  # tensors
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
@@ -109,11 +114,16 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     """
     target = Path(checkpoint)
     found = open_hf(directory)
+    companions = _companions(found.files.directory)
     on_first(found.check_copies)
     config = imported_config(found, target.name, overrides)
     arrays, variables = stored_arrays(found, bfloat16), abstract_variables(found.config)
     names = {array: weight_name(array, variables[array]) for array in arrays}
-    metadata = {"config": config_to_dict(config), "hf_config": found.raw_config}
+    metadata = {
+        "config": config_to_dict(config),
+        "hf_config": found.raw_config,
+        "hf_layout": describe_layout(found.config, lambda name: found.files.entry(name).dtype),
+    }
     on_first(lambda: _check_room(target, arrays))
     writer = PiecewiseWriter(
         target,
@@ -126,21 +136,39 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     total = sum(found.files.size(s.tensor) for s in mine)
     done = total - sum(found.files.size(s.tensor) for s in left)
 
+    where = str(found.files.directory)
+
     def reader(s: Source) -> ReadInto:
-        if arrays[s.array].dtype == found.files.dtype(s.tensor) and not s.rope and not found.is_fp8(s.tensor):
-            return found.files.reader(s.tensor)  # as they are
-        return array_reader(s.to_split(found.files.read(s.tensor).astype(arrays[s.array].dtype, copy=False)))
+        dtype, stored = DTYPES[found.files.entry(s.tensor).dtype], arrays[s.array].dtype
+        if dtype == stored and not s.rope:
+            return checked(found.files.reader(s.tensor), dtype, where, s.tensor)  # as they are
+        weights = found.files.read(s.tensor)
+        if dtype != fp8.VALUES:
+            check_numbers(weights, where, s.tensor)
+        return array_reader(s.to_split(weights.astype(stored, copy=False)))
 
     def write(s: Source) -> None:
         writer.write(names[s.array], _chunk_index(s), reader(s))
 
-    with BytesProgress("import", total, done, quiet=not is_first()) as progress:
+    say(found)
+    with BytesProgress("import", total, done, quiet=not is_first()) as progress, _nothing_left_of_bad_weights(writer):
         for s in _in_parallel(write, left):
             found.files.release(s.tensor)
             progress.advance(found.files.size(s.tensor))
-    on_first(lambda: _add_files(found.files.directory, config, writer))
+    on_first(lambda: _add_files(found, companions, config, writer))
     writer.commit()
     return target
+
+
+@contextlib.contextmanager
+def _nothing_left_of_bad_weights(writer: PiecewiseWriter) -> Iterator[None]:
+    """Remove what was written when a tensor is refused: there is nothing to go on with."""
+    try:
+        yield
+    except UserError:
+        if jax.process_count() == 1:  # of several, the others are writing
+            writer.abandon()
+        raise
 
 
 def _in_parallel(f: Callable[[Source], None], items: Iterable[Source]) -> Iterator[Source]:
@@ -166,9 +194,19 @@ def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
         raise UserError(f"{target} needs {needed / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left")
 
 
-def _add_files(directory: Path, config: Config, writer: PiecewiseWriter) -> None:
-    writer.add_file("config.yaml", config_to_yaml(config).encode())  # to train with: train.init_from is the checkpoint
+def _companions(directory: Path) -> dict[str, bytes]:
+    """The files that go with the weights, by their names in the checkpoint. Raises `UserError` as `read_companion`."""
+    found = {f"{DIRECTORY}/{name}": content for name, content in read_companions(directory).items()}
     if os.path.lexists(directory / TOKENIZER):
-        writer.add_file(TOKENIZER, read_companion(directory, TOKENIZER))
-    for name, content in read_companions(directory).items():
-        writer.add_file(f"{DIRECTORY}/{name}", content)
+        found[TOKENIZER] = read_companion(directory, TOKENIZER)
+    return found
+
+
+def _add_files(found: HFCheckpoint, companions: dict[str, bytes], config: Config, writer: PiecewiseWriter) -> None:
+    writer.add_file("config.yaml", config_to_yaml(config).encode())  # to train with: train.init_from is the checkpoint
+    for name, content in companions.items():
+        writer.add_file(name, content)
+    scales = {s.tensor + fp8.SUFFIX: s.tensor for s in found.sources if found.is_fp8(s.tensor)}
+    if scales:  # what the weights alone do not say: an export gives unchanged blocks their own bytes back
+        tensors = {name: (DTYPES[found.files.entry(name).dtype], found.files.entry(name).shape) for name in scales}
+        write_safetensors(writer.path_of(SCALES), tensors, found.files.raw)

@@ -1,6 +1,6 @@
 """`load_hf`: a Hugging Face checkpoint as a model, on one device or on a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from jax.sharding import Sharding
 
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import ParallelConfig
-from dsv3_jax.interop.hf_files import TensorFiles, open_hf
+from dsv3_jax.interop.hf_files import TensorFiles, open_hf, say
 from dsv3_jax.interop.hf_tensors import Source
+from dsv3_jax.interop.numbers import check_numbers
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
@@ -37,19 +38,23 @@ def _part(files: TensorFiles, sources: Sequence[Source], shape: tuple[int, ...],
             elif not start <= i < stop:
                 break  # another device's
         else:
-            _copy(s.to_region(files.read(s.tensor), tuple(part)), out[tuple(at)], s.order.index(0))
+            region = s.to_region(files.read(s.tensor), tuple(part))
+            _copy(
+                region, out[tuple(at)], s.order.index(0), lambda rows, s=s: check_numbers(rows, str(files.directory), s.tensor)
+            )
             files.release(s.tensor)
     return out
 
 
-def _copy(region: np.ndarray, out: np.ndarray, axis: int) -> None:
+def _copy(region: np.ndarray, out: np.ndarray, axis: int, check: Callable[[np.ndarray], None]) -> None:
     """out[...] = region, as many of the tensor's rows (along `axis`) at a time as fit a core's cache while they are transposed.
 
-    Seven times as fast as one assignment of a transposed bfloat16 matrix.
+    Seven times as fast as one assignment of a transposed bfloat16 matrix. `check` sees the rows before they are copied.
     """
     step = max(_BLOCK * region.shape[axis] // max(region.size, 1), 1)
     for i in range(0, region.shape[axis], step):
         rows = (*[slice(None)] * axis, slice(i, i + step))
+        check(region[rows])
         out[rows] = region[rows].astype(out.dtype)
 
 
@@ -83,6 +88,7 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelC
     """
     found = open_hf(directory)
     on_first(found.check_copies)
+    say(found)
     layout = Layout() if parallel is None else make_layout(parallel, make_mesh(parallel))
     recipe = Recipe(jnp.dtype(dtype).name)
     model = nnx.eval_shape(lambda: Transformer(found.config, recipe=recipe, layout=layout.serving, rngs=nnx.Rngs(0)))

@@ -9,14 +9,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_config import model_config, read_config_json
-from dsv3_jax.interop.hf_files import INDEX, SINGLE, TensorFiles, read_index, without_absent_mtp
+from dsv3_jax.interop.hf_files import (
+    about_fields,
+    check_8_bits,
+    check_entries,
+    fit,
+    listed_tensors,
+    missing_files,
+    read_headers,
+    read_index,
+    wanted,
+)
+from dsv3_jax.interop.hf_formats import usual_dtype
 from dsv3_jax.interop.hf_import import THREADS
-from dsv3_jax.interop.hf_tensors import copies, sources
+from dsv3_jax.interop.hf_tensors import Copy, Source, copies
 from dsv3_jax.interop.safetensors_file import DTYPES
 from dsv3_jax.progress import human
 
@@ -45,74 +55,76 @@ class ImportPlan:
     arrays: dict[str, tuple[int, ...]]
     written_bytes: dict[str, int]  # by --dtype of `dsv3 import`: the bytes of weights that it writes
     host_bytes: int  # memory of a process, at most, for tensors that are converted; others go through a small buffer
+    notes: list[str]  # what is ignored or left out, and where shapes and dtypes are from
+    files_missing: str | None  # what to say of an index of which some files are not there
 
 
 def _shown(index: tuple[int | slice, ...]) -> str:
     return ", ".join(":" if isinstance(i, slice) else str(i) for i in index)
 
 
-def _implied_dtypes(config: ModelConfig, raw: dict) -> dict[str, str]:
+def _implied_dtypes(found: list[Source], shared: list[Copy], raw: dict) -> dict[str, str]:
     """Each tensor's dtype in a released checkpoint with this config.json."""
-    plain = "F32" if (raw.get("dtype") or raw.get("torch_dtype")) == "float32" else "BF16"
-    found = {c.tensor: plain for c in copies(config)}
-    for s in sources(config):
-        in_8_bits = raw.get("quantization_config") and s.is_fp8
-        exact = s.tensor.endswith("e_score_correction_bias")
-        found[s.tensor] = "F32" if exact else "F8_E4M3" if in_8_bits else plain
-    return found
+    plain = "hf-f32" if (raw.get("dtype") or raw.get("torch_dtype")) == "float32" else "hf-bf16"
+    format = "hf-fp8" if raw.get("quantization_config") else plain
+    dtypes = {s.tensor: usual_dtype(s, format) for s in found}
+    return dtypes | {c.tensor: dtypes[c.of] for c in shared}
 
 
 def plan_import(path: str | Path) -> ImportPlan:
     """The plan for a checkpoint's directory, or for its index alone with config.json beside it.
 
     Without the files, shapes and dtypes are those that config.json implies. Raises `UserError` for a config or a file that
-    cannot be read.
+    cannot be read, or a tensor whose shape or dtype cannot be imported.
     """
     path = Path(path)
-    directory = path if path.is_dir() else path.parent
+    directory = path.parent if path.is_file() else path
     raw = read_config_json(directory)
     config = model_config(raw, str(directory / "config.json"))
-    index = path if path.is_file() else directory / INDEX
-    files = None
-    if index.is_file() and not all((directory / file).is_file() for file in set(read_index(index).values())):
-        names = set(read_index(index))
-    elif index.is_file() or (directory / SINGLE).is_file():
-        files = TensorFiles(directory)
-        names = files.names
-    else:
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
-    config = without_absent_mtp(config, names)
-    dtypes = _implied_dtypes(config, raw)
-    if files is not None:
-        dtypes |= {name: files.entry(name).dtype for name in dtypes if name in files}
+    listed = read_index(path) if path.is_file() else listed_tensors(directory)
+    headers = read_headers(directory, listed)
+    entries = {name: entry for held in headers.values() for name, entry in held.items()}
+    fitted = fit(config, entries if listed is None else listed)
+    names, notes, absent = fitted.names, [*about_fields(raw), *fitted.notes], None
+    if not headers:
+        notes.append("no file with weights is here: shapes and dtypes are those that config.json implies")
+    elif listed is not None:
+        absent = missing_files(directory, listed)
+    found = wanted(fitted.config, names, directory)
+    shared = [c for c in copies(fitted.config) if c.tensor in names]
+    check_8_bits(directory, found, entries, raw)
+    check_entries(directory, found, shared, entries)
+    dtypes = _implied_dtypes(found, shared, raw)
+    dtypes |= {name: entries[name].dtype for name in dtypes if name in entries}
 
     mapped, missing = [], {}
     exact = rounded = largest = 0
-    for s in sources(config):
+    for s in found:
         if s.tensor not in names:
             missing.setdefault(s.array, s.tensor)
             continue
         mapped.append(Mapped(s.tensor, s.shape, dtypes[s.tensor], f"{s.array}[{_shown(s.full_index)}]"))
-        size = math.prod(s.shape)
-        if dtypes[s.tensor] == "F8_E4M3":
+        size, in_8_bits = math.prod(s.shape), dtypes[s.tensor] == "F8_E4M3"
+        if in_8_bits:
             scale = s.tensor + fp8.SUFFIX
             if scale in names:
-                mapped.append(Mapped(scale, fp8.scale_shape(s.shape), "F32", f"scales of {s.tensor}"))
+                dtype = entries[scale].dtype if scale in entries else "F32"
+                mapped.append(Mapped(scale, fp8.scale_shape(s.shape), dtype, f"scales of {s.tensor}"))
             else:
                 missing.setdefault(s.array, scale)
-        in_8_bits = dtypes[s.tensor] == "F8_E4M3"
-        stored = size * (4 if in_8_bits else DTYPES[dtypes[s.tensor]].itemsize)
+        stored = size * min(4, 4 if in_8_bits else DTYPES[dtypes[s.tensor]].itemsize)
         exact += stored
         rounded += 2 * size if len(s.shape) > 1 else stored
         largest = max(largest, stored if in_8_bits or s.rope else 0)
-    mapped += [Mapped(c.tensor, c.shape, dtypes[c.tensor], f"as {c.of}") for c in copies(config) if c.tensor in names]
+    mapped += [Mapped(c.tensor, c.shape, dtypes[c.tensor], f"as {c.of}") for c in shared]
     left = sorted(names - {m.tensor for m in mapped})
-    arrays = {name: variable.get_value().shape for name, variable in abstract_variables(config).items()}
-    return ImportPlan(mapped, left, missing, arrays, {"exact": exact, "bfloat16": rounded}, THREADS * largest)
+    arrays = {name: variable.get_value().shape for name, variable in abstract_variables(fitted.config).items()}
+    written = {"exact": exact, "bfloat16": rounded}
+    return ImportPlan(mapped, left, missing, arrays, written, THREADS * largest, notes, absent)
 
 
 def show_plan(plan: ImportPlan, console: Console) -> None:
-    """A row for each kind of tensor, and the totals. Raises `UserError` at the end if something is left over."""
+    """A row for each kind of tensor, and the totals. Raises `UserError` at the end if something is left over or missing."""
     kinds: dict[tuple[str, str], list[Mapped]] = collections.defaultdict(list)
     for m in plan.mapped:
         kinds[re.sub(r"\.\d+\b", ".N", m.tensor), re.sub(r"(?<=[\[/. ])\d+\b", "N", m.goes_to)].append(m)
@@ -130,6 +142,10 @@ def show_plan(plan: ImportPlan, console: Console) -> None:
     written = ", ".join(f"{human(size, 'B')} with --dtype {dtype}" for dtype, size in plan.written_bytes.items())
     console.print(f"reads {human(sum(m.bytes for m in plan.mapped), 'B')}; writes {written}")
     console.print(f"memory for tensors, of each process that takes part: at most {human(plan.host_bytes, 'B')}")
+    for note in plan.notes:
+        console.print(note, markup=False)
+    if plan.files_missing:
+        raise UserError(plan.files_missing)
     if plan.arrays_left:
         array, tensor = next(iter(plan.arrays_left.items()))
         raise UserError(f"{len(plan.arrays_left)} arrays are not filled: {array} misses tensor {tensor}")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,18 +23,26 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_card import model_card
 from dsv3_jax.interop.hf_config import hf_config
-from dsv3_jax.interop.hf_files import INDEX, SINGLE
+from dsv3_jax.interop.hf_directory import INDEX, SINGLE
+from dsv3_jax.interop.hf_formats import FORMATS, dtypes_to_write
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
 from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
 from dsv3_jax.progress import BytesProgress
 
-FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
 SHARD_BYTES = 5 * 10**9
 _THREADS = 3  # each reads and writes a shard
-_F32, _BF16 = DTYPES["F32"], DTYPES["BF16"]
+_F32 = DTYPES["F32"]
 
 type Read = Callable[[Source], np.ndarray]  # a source's tensor in Hugging Face's layout; called from several threads
+
+
+@dataclass(frozen=True)
+class Before:
+    """What an imported checkpoint keeps of the tensors that it came as."""
+
+    layout: Mapping[str, Any] | None  # see `describe_layout`
+    scales: Mapping[str, np.ndarray]  # of its 8-bit weights, by the names of the scales' tensors
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,19 @@ class _Output:
     name: str
     source: Source
     dtype: np.dtype
+    scales: np.ndarray | None  # that an imported weight in 8 bits had
+    power_of_two: bool  # new scales
+
+    @property
+    def _scale_dtype(self) -> np.dtype:
+        return _F32 if self.scales is None else self.scales.dtype
 
     @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """(dtype, shape) by name in the file."""
         found = {self.name: (self.dtype, self.source.shape)}
         if self.dtype == fp8.VALUES:
-            found[self.name + fp8.SUFFIX] = _F32, fp8.scale_shape(self.source.shape)
+            found[self.name + fp8.SUFFIX] = self._scale_dtype, fp8.scale_shape(self.source.shape)
         return found
 
     @property
@@ -61,21 +75,28 @@ class _Output:
     def encode(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
         if self.dtype != fp8.VALUES:
             return {self.name: tensor.astype(self.dtype, copy=False)}
-        values, scales = fp8.quantize(tensor.astype(_F32, copy=False))
-        return {self.name: values, self.name + fp8.SUFFIX: scales}
+        values, scales = fp8.quantize(tensor, self.scales, self.power_of_two or self._scale_dtype != _F32)
+        return {self.name: values, self.name + fp8.SUFFIX: scales.astype(self._scale_dtype, copy=False)}
 
 
-def _outputs(config: ModelConfig, format: str) -> list[_Output]:
-    found: dict[str, _Output] = {}
-    for s in sources(config):
-        # the balancing bias decides between experts by small differences: released checkpoints have it in float32 too
-        exact = format == "hf-f32" or s.tensor.endswith("e_score_correction_bias")
-        dtype = _F32 if exact else fp8.VALUES if format == "hf-fp8" and s.is_fp8 else _BF16
-        found[s.tensor] = _Output(s.tensor, s, dtype)
+def _quantization(its_config: Mapping[str, Any], before: Before | None) -> dict[str, Any]:
+    """What is kept of an earlier config.json's quantization_config: all of it where the same tensors are in 8 bits again."""
+    found = its_config.get("quantization_config") or {}
+    if before is not None and before.layout and before.layout["format"] == "hf-fp8":
+        return found
+    return {"scale_fmt": found["scale_fmt"]} if found.get("scale_fmt") else {}
+
+
+def _outputs(config: ModelConfig, format: str, before: Before | None, power_of_two: bool) -> list[_Output]:
+    dtypes = dtypes_to_write(config, format, before.layout if before else None)
+    kept = before.scales if before else {}
+    of_source = {s.tensor: s for s in sources(config)}
     for copy in copies(config):
         if not copy.tensor.startswith("lm_head"):  # transformers ties it by itself, and would call a copy unexpected
-            found[copy.tensor] = _Output(copy.tensor, found[copy.of].source, found[copy.of].dtype)
-    return list(found.values())
+            of_source[copy.tensor] = of_source[copy.of]
+    return [
+        _Output(name, s, DTYPES[dtypes[name]], kept.get(name + fp8.SUFFIX), power_of_two) for name, s in of_source.items()
+    ]  # fmt: skip
 
 
 def _shards(outputs: list[_Output], shard_bytes: int) -> list[list[_Output]]:
@@ -126,9 +147,9 @@ def _write_shard(path: Path, shard: list[_Output], read: Read, progress: BytesPr
     return write_safetensors(path, parts, make)[1]
 
 
-def _write_tensors(directory: Path, config: ModelConfig, format: str, read: Read, shard_bytes: int) -> _Written:
+def _write_tensors(directory: Path, outputs: list[_Output], read: Read, shard_bytes: int) -> _Written:
     """Write the shards and, if there are several, their index."""
-    shards = _shards(_outputs(config, format), shard_bytes)
+    shards = _shards(outputs, shard_bytes)
     total = sum(output.size for shard in shards for output in shard)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -150,12 +171,13 @@ def write_hf(
     *,
     origin: Mapping[str, str],
     text: TextFiles,
+    before: Before | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a checkpoint's directory: shards, index, config, the files about text, model card.
 
-    `origin` goes into the card. Raises `UserError` for an unknown format, a shard size that is not positive, and a target that
-    exists.
+    `origin` goes into the card; `before` is for what an imported checkpoint had. Raises `UserError` for an unknown format, a
+    shard size that is not positive, and a target that exists.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
@@ -163,12 +185,15 @@ def write_hf(
         raise UserError(f"shard size {shard_bytes} must be positive")
     with _new_directory(Path(target)) as directory:
         ids = text.write(directory, config)
-        written = _write_tensors(directory, config, format, read, shard_bytes)
-        fields = ids | hf_config(config, companion_fields(text.companions, CONFIG))
+        its_config = companion_fields(text.companions, CONFIG)
+        quantization = _quantization(its_config, before)
+        outputs = _outputs(config, format, before, quantization.get("scale_fmt") == fp8.POWERS_OF_TWO)
+        written = _write_tensors(directory, outputs, read, shard_bytes)
+        fields = ids | hf_config(config, its_config)
         fields["dtype"] = "float32" if format == "hf-f32" else "bfloat16"
         fields |= {"torch_dtype": fields["dtype"]}  # what clients older than transformers 5 read
         if format == "hf-fp8":
-            fields["quantization_config"] = fp8.QUANTIZATION_CONFIG
+            fields["quantization_config"] = fp8.QUANTIZATION_CONFIG | quantization
         (directory / "README.md").write_text(model_card(config, format, written.bytes, written.sha256, origin))
         (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return Path(target)

@@ -23,7 +23,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.hf_config import hf_config
-from dsv3_jax.interop.hf_files import INDEX
+from dsv3_jax.interop.hf_directory import INDEX
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.interop.safetensors_file import write_safetensors
 
