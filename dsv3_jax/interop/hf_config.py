@@ -1,8 +1,6 @@
 """Hugging Face's `DeepseekV3Config` (config.json) to `ModelConfig`: every field is honoured, checked, or refused by name."""
 
 import dataclasses
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +62,11 @@ _QUANTIZATION_VALUES = {"scale_fmt": ("float", fp8.POWERS_OF_TWO), "expert_dtype
 
 _RENAMED = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 _MODEL_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)}
-_SIZES = {f.name for f in dataclasses.fields(ModelConfig) if f.type in (int, int | None)}
-_LARGEST = 2**31 - 1  # of them; larger ones overflow, or take long to factor
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _check_number(name: str, value: Any, largest: float, where: str) -> None:
-    """Refuse what is beyond `largest`, or beyond floating point; types are checked with the complete config."""
-    largest = min(largest, sys.float_info.max)
-    if isinstance(value, int | float) and not -largest <= value <= largest:
-        raise UserError(f"{where}: {name}={_shown(value)} is out of range; use at most {largest:,.10g}")
 
 
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -102,10 +91,8 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
         context = raw["max_position_embeddings"]
         original = rope.setdefault("original_max_position_embeddings", context)
         # where these are no two lengths, the check of the complete config says what is wrong
-        if "factor" not in rope and all(isinstance(n, int) and 0 < n <= _LARGEST for n in (context, original)):
+        if "factor" not in rope and all(isinstance(n, int) and 0 < n < 2**63 for n in (context, original)):
             rope["factor"] = context / original
-    for key, value in rope.items():
-        _check_number(key, value, math.inf, where)
     floats = {f.name for f in dataclasses.fields(RopeConfig) if f.type is float}
     # an integer of hundreds of digits is no float: the check of the complete config says so
     return {k: float(v) if k in floats and type(v) is int and abs(v) < 2**63 else v for k, v in rope.items()}
@@ -158,8 +145,6 @@ def model_config(raw: dict[str, Any], where: str) -> ModelConfig:
         if raw.get(name, raw[alias]) != raw[alias]:
             raise UserError(f"{where}: {alias}={_shown(raw[alias])} and {name}={_shown(raw[name])} are two names of one field")
         model[name] = raw[alias]
-    for name in _MODEL_FIELDS & model.keys():
-        _check_number(name, model[name], _LARGEST if name in _SIZES else math.inf, where)
     heads = model["num_attention_heads"]
     if model.get("num_key_value_heads", heads) not in (heads, None):
         found = _shown(model["num_key_value_heads"])

@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
+from dsv3_jax.data.companions import read_companion, read_companions
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.hf_directory import companion
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
@@ -147,12 +147,12 @@ def linked(directory, name, target):
         ("chat_template.jinja", lambda p: p.symlink_to("/dev/zero"), "outside of the checkpoint"),
         ("chat_template.jinja", lambda p: p.symlink_to("chat_template.jinja"), "cannot read"),
         ("chat_template.jinja", os.mkfifo, "no regular file"),
-        ("chat_template.jinja", lambda p: p.mkdir(), "it is a directory"),
+        ("chat_template.jinja", lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "git-lfs pointer"),
         ("generation_config.json", lambda p: p.write_text("{"), "not valid JSON"),
         ("special_tokens_map.json", lambda p: p.write_text('{"a":' * 10**5), "nested too deeply"),
         ("tokenizer_config.json", make_large, "at most 67,108,864 are expected"),
     ],
-    ids=["key", "passwd", "zero", "loop", "pipe", "directory", "json", "deep", "large"],
+    ids=["key", "passwd", "zero", "loop", "pipe", "lfs", "json", "deep", "large"],
 )
 def test_companions_are_small_regular_files_of_the_checkpoint(name, make, expected, tmp_path):
     """An export would republish whatever they lead to. Nothing is written."""
@@ -181,15 +181,14 @@ def test_links_within_the_checkpoint_and_in_the_hubs_cache_are_followed(tmp_path
     export(tmp_path / "ckpt", tmp_path / "out", "hf-bf16")
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
     assert not (tmp_path / "out/chat_template.jinja").is_symlink()
-    assert companion(snapshot, "generation_config.json") == b"{}"
-    assert companion(snapshot, "tokenizer.json") is None
+    assert read_companion(snapshot, "generation_config.json") == b"{}"
     # elsewhere, a folder `blobs` two levels above is nobody's cache
     (tmp_path / "x/blobs").mkdir(parents=True)
     (tmp_path / "x/blobs/key").write_text("secret")
     fill(tmp_path / "x/y/hf")
     linked(tmp_path / "x/y/hf", "chat_template.jinja", "../../blobs/key")
     with pytest.raises(UserError, match="outside of the checkpoint"):
-        companion(tmp_path / "x/y/hf", "chat_template.jinja")
+        read_companions(tmp_path / "x/y/hf")
 
 
 @pytest.mark.timeout(60)
@@ -247,3 +246,26 @@ def test_hostile_numbers_elsewhere(tmp_path):
     (tmp_path / "hf/config.json").write_text('{"a":' * 10**5)
     with pytest.raises(UserError, match="nested too deeply"):
         open_hf(tmp_path / "hf")
+
+
+def test_names_in_an_index_are_names_of_files_beside_it(tmp_path):
+    tensors = bf16_tensors()
+    write(tmp_path, tensors, config_json())
+    (tmp_path / "model.safetensors").unlink()
+    for file, expected in (
+        ("../model.safetensors", "must be a plain file name"),
+        ("/etc/passwd", "must be a plain file name"),
+        ("..", "must be a plain file name"),
+        (7, "must be a plain file name"),
+        ("x" * 10**5, "is missing"),
+        ("\0", "is missing"),
+        ("\ud800", "is missing"),
+    ):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+        with pytest.raises(UserError, match=expected):
+            open_hf(tmp_path)
+    for content in ("[]", '{"weight_map": []}', "{}"):
+        (tmp_path / INDEX).write_text(content)
+        for read in (open_hf, plan_import):
+            with pytest.raises(UserError, match="object"):
+                read(tmp_path)
