@@ -81,7 +81,9 @@ class _Output:
 
 def _quantization(its_config: Mapping[str, Any], before: Before | None) -> dict[str, Any]:
     """What is kept of an earlier config.json's quantization_config: all of it where the same tensors are in 8 bits again."""
-    found = its_config.get("quantization_config") or {}
+    found = its_config.get("quantization_config")
+    if not isinstance(found, dict):
+        return {}
     if before is not None and before.layout and before.layout["format"] == "hf-fp8":
         return found
     return {"scale_fmt": found["scale_fmt"]} if found.get("scale_fmt") else {}
