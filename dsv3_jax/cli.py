@@ -1,9 +1,11 @@
 """The `dsv3` command: one thin function a verb. Bad input gets one line on stderr and exit code 2."""
 
+import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 
@@ -12,6 +14,9 @@ from dsv3_jax.config import Config, load_config
 from dsv3_jax.errors import EXIT_BAD_INPUT, EXIT_STOPPED, FailedElsewhere, Refused, UserError, os_error_line
 from dsv3_jax.progress import make_console, one_line
 from dsv3_jax.streams import forgiving_streams
+
+if TYPE_CHECKING:
+    from dsv3_jax.runs.directory import RunDirectory
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 ConfigPath = Annotated[Path, tyro.conf.Positional]
@@ -25,11 +30,11 @@ def _join() -> None:
     join()
 
 
-def _train_and_finish(config: Config, root: Path, elastic: bool = False) -> None:
+def _train_and_finish(config: Config, run: "RunDirectory", elastic: bool = False) -> None:
     from dsv3_jax.training.finish import finish
-    from dsv3_jax.training.loop import train
+    from dsv3_jax.training.loop import train_in
 
-    result = train(config, root, elastic)
+    result = train_in(run, config, elastic)
     if result.interrupted:
         raise SystemExit(EXIT_STOPPED)
     finish(result)
@@ -83,7 +88,9 @@ def train(
 
         compile_only(checked, elastic=workers is not None)
     else:
-        _train_and_finish(checked, Path("runs"), elastic=workers is not None)
+        from dsv3_jax.runs.directory import run_directory
+
+        _train_and_finish(checked, run_directory(checked), elastic=workers is not None)
 
 
 def resume(run: RunPath, overrides: Overrides = ()) -> None:
@@ -95,12 +102,17 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
         run: The run's directory.
         overrides: key=value for what may change: train.steps, train.eval_every, checkpoint.*, and the mesh, parallel.*.
     """
-    if not (run / "config.yaml").is_file():
+    from dsv3_jax.runs.directory import RunDirectory
+
+    directory = RunDirectory(run.resolve())
+    if not directory.config_file.is_file():
         raise UserError(f"{run} is no run: it has no config.yaml")
-    checked = load_config(run / "config.yaml", [*overrides, f"name={run.name}"])
+    checked = load_config(directory.config_file, overrides)
+    with contextlib.suppress(UserError):  # a copy that somebody gave a name that none can be keeps the old one
+        checked = replace(checked, name=directory.path.name)
     use_huge_pages()
     _join()
-    _train_and_finish(checked, run.resolve().parent)
+    _train_and_finish(checked, directory)
 
 
 def evaluate(run: RunPath, data: str | None = None) -> None:

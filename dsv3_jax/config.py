@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import re
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +214,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of documents, chosen by hash; of a single document, its end
     validation_path: str | None = None  # held-out documents of their own, as path: then all of path is trained on
     special_tokens: bool = False  # names of control tokens in a text become those tokens; false: they are text
+    allow_changed: bool = False  # go on with a run whose corpus is not the one that it was trained on; kept for no later start
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
 
     def __post_init__(self) -> None:
@@ -486,13 +488,35 @@ def config_from_dict(raw: dict, source: str = "config") -> Config:
         raise UserError(_explain(error, source)) from None
 
 
+def _text_keys(cls: type, prefix: str = "") -> set[str]:
+    """The keys whose values are text, such as names and paths."""
+    kinds = typing.get_type_hints(cls)
+    found = {f"{prefix}{key}" for key, kind in kinds.items() if kind is str or kind == str | None}
+    sections = {key: kind for key, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    return found.union(*(_text_keys(kind, f"{prefix}{key}.") for key, kind in sections.items()))
+
+
+def _override_value(key: str, value: str, override: str) -> Any:
+    """What a value means as YAML; where the key takes text, whatever YAML does not read as text or null stands for itself."""
+    if key not in _text_keys(Config):
+        return parse_yaml(value, override)
+    try:
+        parsed = parse_yaml(value, override)
+    except UserError:  # such as *.txt
+        return value
+    return parsed if parsed is None or isinstance(parsed, str) else value
+
+
 def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
-    """Set `key=value`s in a nested dict; values are YAML. Raises `UserError` for one that is not of this form."""
+    """Set `key=value`s in a nested dict; values are YAML, and text as it stands where the key takes text (name=007).
+
+    Raises `UserError` for one that is not of this form.
+    """
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {_short(override)} is not key=value, e.g. train.steps=100")
-        _merge(raw, key, parse_yaml(value, override))
+        _merge(raw, key, _override_value(key, value, override))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -55,6 +55,11 @@ def implementations(operation: str) -> tuple[str, ...]:
     return tuple(_IMPLEMENTATIONS[operation])
 
 
+def registered() -> list[Callable]:
+    """Every function that is registered, whichever operation and name it is for."""
+    return [function for found in _IMPLEMENTATIONS.values() for function in found.values()]
+
+
 def missing(operations: tuple[str, ...], name: str) -> list[str]:
     """Those of the operations that have no implementation of that name."""
     return [operation for operation in operations if name not in _IMPLEMENTATIONS[operation]]

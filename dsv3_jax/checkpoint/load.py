@@ -1,5 +1,6 @@
 """Loading a trained model from a run or a checkpoint, with its tokenizer."""
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from dsv3_jax.checkpoint.manifest import verify
-from dsv3_jax.checkpoint.retention import complete_steps
+from dsv3_jax.checkpoint.retention import newest
 from dsv3_jax.checkpoint.storage import load_weights, read_metadata
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
@@ -32,16 +33,27 @@ class Checkpoint:
     config: Config
 
     def tokenizer_file(self) -> Path | None:
-        """The path of tokenizer.json: an imported checkpoint's own, or that of the run, two levels above its checkpoint."""
-        found = (parent / "tokenizer.json" for parent in (self.path, *self.path.parents[:2]))
-        return next((file for file in found if file.is_file()), None)
+        """The path of tokenizer.json: an imported checkpoint's own, or that of the run, two levels above its checkpoint.
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises `UserError` if there is none."""
+        Raises `UserError` if it is not the one that the checkpoint was trained with.
+        """
+        found = (parent / "tokenizer.json" for parent in (self.path, *self.path.parents[:2]))
+        file = next((file for file in found if file.is_file()), None)
+        known = (read_metadata(self.path).get("corpus") or {}).get("tokenizer")
+        if file is not None and known and hashlib.sha256(file.read_bytes()).hexdigest() != known:
+            raise UserError(f"{file} is not the tokenizer that {self.path} was trained with (sha256 {known[:12]}...)")
+        return file
+
+    def need_tokenizer_file(self) -> Path:
+        """`tokenizer_file`. Raises `UserError` also if there is none."""
         file = self.tokenizer_file()
         if file is None:
             raise UserError(f"no tokenizer.json in {self.path} or above it; a checkpoint needs its run's one")
-        return load_tokenizer(file, self.config.model.vocab_size)
+        return file
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises as `need_tokenizer_file`."""
+        return load_tokenizer(self.need_tokenizer_file(), self.config.model.vocab_size)
 
     def companions(self) -> Companions:
         """The files that came with its model or tokenizer from Hugging Face: an imported checkpoint's own, or its run's."""
@@ -80,9 +92,8 @@ def resolve(run_or_checkpoint: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run (runs/NAME) or a checkpoint (runs/NAME/checkpoints/STEP)")
     for directory in (path / "checkpoints", path):
-        steps = complete_steps(directory)
-        if steps:
-            return directory / str(steps[-1])
+        if latest := newest(directory):
+            return latest[1]
     if (path / "checkpoints").is_dir() or path.name == "checkpoints":
         raise UserError(f"{path} holds no complete checkpoint yet")
     verify(path)
@@ -96,10 +107,7 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     """
     path = resolve(run_or_checkpoint)
     on_first(lambda: verify(path))
-    config = config_from_dict(read_metadata(path)["config"], str(path))
-    if (path / "tokenizer.json").is_file():  # imported: text is read with the tokenizer that came with it
-        config = replace(config, data=replace(config.data, tokenizer=str(path / "tokenizer.json")))
-    return Checkpoint(path, config)
+    return Checkpoint(path, config_from_dict(read_metadata(path)["config"], str(path)))
 
 
 def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:

@@ -13,17 +13,21 @@ from typing import Any
 from dsv3_jax.checkpoint.local import LocalCopies, Snapshot, snapshot
 from dsv3_jax.checkpoint.names import joined, state_to_arrays
 from dsv3_jax.checkpoint.restore import restore
-from dsv3_jax.checkpoint.retention import complete_steps, remove_failed, remove_incomplete, remove_old
+from dsv3_jax.checkpoint.retention import complete_steps, correct_names, remove_failed, remove_incomplete, remove_old
 from dsv3_jax.checkpoint.save import PendingSave, copy_to_host, finish_beside_training
 from dsv3_jax.checkpoint.storage import begin_save, read_metadata, reason
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.state.train_state import TrainState
+from dsv3_jax.streams import say
 
 
 class CheckpointManager:
-    """Saves and restores the training state of one run. Removes at its start what interrupted saves left."""
+    """Saves and restores the training state of one run.
+
+    At its start it removes what interrupted saves left, and sets aside what is named by another step than its own.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         """`directory` is made if it does not exist."""
@@ -36,6 +40,7 @@ class CheckpointManager:
         self.read_locally = 0.0  # of what was restored, the share that came from copies on this process's host
         on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
         on_first(lambda: remove_incomplete(self._directory))
+        on_first(lambda: correct_names(self._directory, say))
         self.newest = 0  # step of the last save that has begun, or of what was restored
         steps = complete_steps(self._directory) if config.keep_best else []
         self._loss = {step: _held_out_loss(self._directory / str(step)) for step in steps}
@@ -62,7 +67,7 @@ class CheckpointManager:
             return
         directory, arrays = self._directory / str(step), state_to_arrays(state)
         try:
-            response = begin_save(directory, arrays, metadata)
+            response = begin_save(directory, arrays, metadata | {"step": step})
         except Exception as error:  # TensorStore raises what it likes; none of it may lose the previous checkpoint
             raise self._failure(step, error) from error
         if self._local is not None:

@@ -1,12 +1,18 @@
-"""The checkpoints of a run's directory: which are complete, which are kept, and the removal of the others."""
+"""The checkpoints of a run's directory: which are complete, which are kept, and the removal of the others.
+
+Their names are their steps. Somebody may have renamed or copied one, so that a name counts only if the checkpoint is of that
+step.
+"""
 
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dsv3_jax.checkpoint.manifest import MANIFEST, check_format
+from dsv3_jax.checkpoint.storage import stored_step
 from dsv3_jax.config import CheckpointConfig
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
@@ -14,17 +20,50 @@ _REMOVAL_ATTEMPTS = 50
 _RETRY_S = 0.1
 
 
-def complete_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints under `directory` that have a manifest, ascending."""
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _complete(directory: Path) -> dict[Path, int]:
+    """The step that each checkpoint under `directory` with a number for its name and a manifest is of."""
     if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+        return {}
+    found = [p for p in directory.iterdir() if _is_number(p.name) and (p / MANIFEST).is_file()]
+    steps = {p: stored_step(p) for p in found}
+    return {p: int(p.name) if step is None else step for p, step in steps.items()}
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints under `directory` that have a manifest and are named by their step, ascending."""
+    return sorted(step for path, step in _complete(directory).items() if path.name == str(step))
+
+
+def newest(directory: Path) -> tuple[int, Path] | None:
+    """Step and path of the complete checkpoint under `directory` with the highest step, whatever its name; None: none."""
+    found = [(step, path.name == str(step), path) for path, step in _complete(directory).items()]
+    if not found:
+        return None
+    step, _, path = max(found)
+    return step, path
 
 
 def check_latest_format(directory: Path) -> None:
     """Raise `UserError` if the latest complete checkpoint in `directory` is of a format that this version cannot read."""
-    if steps := complete_steps(directory):
-        check_format(directory / str(steps[-1]))
+    if latest := newest(directory):
+        check_format(latest[1])
+
+
+def correct_names(directory: Path, report: Callable[[str], None]) -> None:
+    """Name checkpoints by their steps again, and set aside those whose step has another; each gets a line to `report`."""
+    for path, step in sorted(_complete(directory).items()):
+        if path.name == str(step):
+            continue
+        own = directory / str(step)
+        names = (directory / f"{path.name}.misnamed{n or ''}" for n in itertools.count())
+        aside = next(name for name in names if not name.exists()) if own.exists() else own
+        path.rename(aside)
+        done = "renamed to" if aside == own else "set aside as"
+        report(f"{path} is the checkpoint of step {step}, not of {path.name}: {done} {aside.name}")
 
 
 def steps_to_keep(config: CheckpointConfig, steps: list[int], losses: Mapping[int, float | None]) -> set[int]:
@@ -49,9 +88,8 @@ def remove_old(directory: Path, config: CheckpointConfig, losses: Mapping[int, f
 
 def remove_incomplete(directory: Path) -> None:
     """Remove what interrupted saves left: before Orbax's commit, or between that and the manifest."""
-    complete = {str(step) for step in complete_steps(directory)}
     for path in directory.iterdir():
-        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in complete):
+        if _TEMPORARY in path.name or (_is_number(path.name) and not (path / MANIFEST).is_file()):
             shutil.rmtree(path, ignore_errors=True)
         elif ".manifest-" in path.name:
             path.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Arrays to and from disk by Orbax: chunk sizes, partial loads, the metadata beside the arrays, and errors with a reason."""
 
+import functools
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, weights_from_arrays, weights_to_arrays
 from dsv3_jax.errors import UserError
 
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file with the metadata that are given to it
 _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
 # An array that several devices hold is written in slices, one by each; of small ones each slice would cost more, a compiled
 # program of its own in a process's first save, than it spares.
@@ -54,11 +57,33 @@ def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, A
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-    """The JSON saved beside the arrays: {"config": ..., "data": ...}. Raises `UserError` if it is not ours."""
+    """The JSON saved beside the arrays: {"config": ..., "step": ..., ...}. Raises `UserError` if it is not ours."""
     metadata = ocp.metadata(str(directory)).custom_metadata
     if not isinstance(metadata, dict) or "config" not in metadata:
         raise UserError(f"{directory} is not a checkpoint of dsv3_jax: it holds no config")
     return metadata
+
+
+def stored_step(directory: Path) -> int | None:
+    """The step that a checkpoint's metadata say it is of; None if they do not, or cannot be read (`verify` says why).
+
+    Only their file is read, and only once, since all of a run's checkpoints are listed for every save.
+    """
+    try:
+        stat = (directory / _METADATA).stat()
+    except OSError:
+        return None
+    return _stored_step(directory / _METADATA, stat.st_ino, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored_step(file: Path, _inode: int, _mtime_ns: int) -> int | None:
+    try:
+        metadata = json.loads(file.read_bytes())["custom_metadata"]
+        step = metadata.get("step", metadata["data"].get("next_index"))  # earlier versions kept the batches that were read
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def optimizer_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ at the start, DSV3_HEARTBEAT_S how long the death of one goes unnoticed, and DSV
 """
 
 import faulthandler
+import hashlib
 import os
 import re
 import socket
@@ -158,6 +159,14 @@ def broadcast_from_first(f: Callable[[], int]) -> int:
     """Call `f` on process 0 and return its result on every process. If it raises, all end."""
     result = on_first(f) or 0
     return result if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(result)))
+
+
+def equals_first(text: str) -> bool:
+    """Whether this process's text is that of process 0."""
+    if jax.process_count() == 1:
+        return True
+    mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return bool((np.asarray(multihost_utils.broadcast_one_to_all(mine)) == mine).all())
 
 
 def first_nonempty(text: str) -> str:

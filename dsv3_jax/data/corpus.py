@@ -83,6 +83,16 @@ def data_files(config: DataConfig) -> list[Path]:
     return files
 
 
+def absolute_patterns(path: str) -> str:
+    """`data.path` so that it names the same files in every working directory."""
+    return ",".join(map(_absolute, patterns(path)))
+
+
+def _absolute(pattern: str) -> str:
+    here = os.getcwd() if os.path.exists(pattern) else glob.escape(os.getcwd())
+    return os.path.join(here, pattern)  # which is the pattern itself, if that is absolute
+
+
 def documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[Document]:
     """All documents with text. Each .txt (or standard library) file is one document.
 

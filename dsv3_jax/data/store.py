@@ -1,11 +1,6 @@
-"""The tokenised corpus on disk: one flat array of ids and document offsets, made once and memory-mapped.
-
-A cache entry is a directory named by a hash of everything that decides its contents; it is written beside its final path and
-renamed, so that it is complete or absent.
-"""
+"""The tokenised corpus on disk: one flat array of ids and document offsets, made once, cached and memory-mapped."""
 
 import hashlib
-import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data.cache import cache_root, cached
 from dsv3_jax.data.companions import Companions, beside
 from dsv3_jax.data.corpus import documents, fingerprint
 from dsv3_jax.data.document import Document
@@ -29,7 +25,6 @@ from dsv3_jax.data.tokenizer import (
     train_tokenizer,
 )
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import expand_home, user_cache
 
 _FORMAT = "2"  # part of every cache key: raise it when the files' meaning changes
 _ENCODE_BATCH = 2**19  # bytes of text, in UTF-8: what encoding takes is some 100 times as much, in threads
@@ -56,37 +51,6 @@ class Corpus:
     special: SpecialTokens
     train: TokenStore
     validation: TokenStore
-
-
-def cache_root(config: DataConfig) -> Path:
-    """The directory of cache entries: `data.cache_dir`, or one in the user's cache."""
-    if config.cache_dir is not None:
-        return expand_home(config.cache_dir)
-    return user_cache()
-
-
-def cached(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Directory `root/key`, made by `build` in a temporary sibling first if it does not exist."""
-    target = root / key
-    if target.is_dir():
-        return target
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {root}: {error.strerror}") from None
-    try:
-        build(scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, with the same contents
-                raise
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write {target}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 class _Names(Sequence[str]):

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dsv3_jax.checkpoint.load import Checkpoint
+from dsv3_jax.checkpoint.storage import stored_step
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.progress import human
 
@@ -53,7 +54,7 @@ def origin_of_checkpoint(found: Checkpoint, imported: bool, format: str) -> dict
     c = found.config
     if imported:
         return {"from": f"`{found.path.name}`, imported from another Hugging Face checkpoint", "format": f"`{format}`"}
-    step = int(found.path.name)
+    step = stored_step(found.path) or 0  # which the directory's name need not say
     tokens = step * c.data.batch_size * c.data.seq_len
     corpus = "the source text of Python's standard library" if c.data.path is None else f"`{Path(c.data.path).name}`"
     return {

@@ -20,7 +20,7 @@ from typing import Any
 from dsv3_jax.config import Config, config_to_dict
 from dsv3_jax.cost.links import Location
 from dsv3_jax.cost.topologies import ENVIRONMENT, Topology, parse_topology
-from dsv3_jax.data.store import cache_root, cached
+from dsv3_jax.data.cache import cache_root, cached
 from dsv3_jax.errors import UserError
 from dsv3_jax.plan.hlo import Program, parse
 

@@ -12,7 +12,8 @@ class EventLog:
     A supervisor writes `rehearsed` (workers, seconds, well), `launch` (attempt, workers, hosts), `failure` (cause, host) and
     `done` (code). Process 0 writes `started` (processes, devices, mesh), `restored` (step; dropped, see `MetricsWriter`; local:
     the share of the state that was read from `checkpoint.local_dir`), `compiled` (step: the first one, which now begins),
-    `saved` (step, stall_s: how long training waited, steps_s: how long all steps until then took) and `ended` (step).
+    `saved` (step, stall_s: how long training waited, steps_s: how long all steps until then took),
+    `corpus_changed` (what: accepted by data.allow_changed) and `ended` (step).
     """
 
     def __init__(self, file: Path, enabled: bool = True):

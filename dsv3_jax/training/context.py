@@ -67,6 +67,7 @@ class RunContext:
     resolved: Resolved
     directory: RunDirectory
     data: TrainingData
+    corpus_record: dict[str, Any]  # what checkpoints keep about the corpus and the tokenizer (training/corpus.py)
     programs: Programs
     manager: CheckpointManager
     writer: MetricsWriter | None  # process 0 has one
@@ -105,6 +106,7 @@ class RunContext:
         about = {
             "config": config_to_dict(self.resolved.config),
             "data": self.data.position.get_state(),
+            "corpus": self.corpus_record,
             "held_out_loss": self.held_out_loss,
         }
         self.watchdog.slow()  # the save before this one may not be complete yet

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.checkpoint.load import load_for_evaluation
+from dsv3_jax.checkpoint.load import Checkpoint, load_for_evaluation
+from dsv3_jax.checkpoint.storage import read_metadata
+from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.batches import PackedWindows
+from dsv3_jax.data.identity import identify
 from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import place
@@ -79,6 +82,13 @@ def evaluate_store(
     return Evaluation(nll, correct, tokens, load)
 
 
+def _note_changes(checkpoint: Checkpoint) -> None:
+    """Say so on standard error if held-out documents come from another corpus than the run's."""
+    known = read_metadata(checkpoint.path).get("corpus")
+    if known and is_first() and (changed := identify(checkpoint.config.data).changes_since(known)):
+        print(f"held-out documents are of a corpus that has changed since it was trained on: {changed}", file=sys.stderr)
+
+
 def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str, float]:
     """Evaluate a run or checkpoint on its held-out documents, or on other text.
 
@@ -101,7 +111,9 @@ def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str
     loaded = load_for_evaluation(run_or_checkpoint)
     config = loaded.config
     if data is None:
-        store = load_corpus(config.data, config.model.vocab_size, companions=loaded.companions()).validation
+        own = replace(config.data, tokenizer=str(loaded.need_tokenizer_file()))
+        store = load_corpus(own, config.model.vocab_size, companions=loaded.companions()).validation
+        _note_changes(loaded)
     else:
         report = functools.partial(print, file=sys.stderr, flush=True)
         store = read_documents(replace(config.data, path=data), loaded.tokenizer(), report, loaded.special_tokens())

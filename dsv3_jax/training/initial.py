@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint, resolve
+from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
 from dsv3_jax.checkpoint.storage import load_weights
 from dsv3_jax.config import Config
 from dsv3_jax.data.companions import Companions, about_text, about_weights, beside, merged
@@ -24,45 +24,39 @@ def _check_same_model(config: Config, found: Checkpoint) -> None:
             raise UserError(f"model.{field.name}={ours!r}, and train.init_from={config.train.init_from} has {theirs!r}")
 
 
-def with_initial_tokenizer(config: Config) -> Config:
-    """The configuration with the tokenizer of `train.init_from`, unless `data.tokenizer` names one.
+def open_initial(config: Config) -> Checkpoint | None:
+    """The checkpoint that `train.init_from` names, verified; None if it names none. Only a fresh start needs it.
 
-    Raises `UserError` if `train.init_from` has another model, or no tokenizer where none is named.
+    Raises `UserError` if it has another model, or no tokenizer where `data.tokenizer` names none.
     """
     if config.train.init_from is None:
-        return config
+        return None
     found = open_checkpoint(config.train.init_from)
     _check_same_model(config, found)
-    if config.data.tokenizer is not None:
-        return config
-    file = found.tokenizer_file()
-    if file is None:
+    if config.data.tokenizer is None and found.tokenizer_file() is None:
         raise UserError(f"train.init_from={config.train.init_from} has no tokenizer.json; set data.tokenizer")
-    return replace(config, data=replace(config.data, tokenizer=str(file)))
+    return found
 
 
-def initial_companions(config: Config) -> Companions:
-    """The files that a fresh run keeps: those beside its tokenizer, and those of `train.init_from`.
+def initial_companions(config: Config, initial: Checkpoint | None) -> Companions:
+    """The files that a fresh run keeps: those beside its tokenizer, and those of `initial`, what `open_initial` gave.
 
-    Those of `train.init_from` that are about its tokenizer stay behind where the run has another one. `config` is that of
-    `with_initial_tokenizer`.
+    Those of `initial` that are about its tokenizer stay behind where the run has another one.
     """
-    file = config.data.tokenizer
-    there = {} if file is None else about_text(beside(file))
-    if config.train.init_from is None:
-        return there
-    found = Checkpoint(resolve(config.train.init_from), config)
-    own, its = found.tokenizer_file(), found.companions()
+    if initial is None:
+        return {} if config.data.tokenizer is None else about_text(beside(config.data.tokenizer))
+    own, its = initial.tokenizer_file(), initial.companions()
+    file = config.data.tokenizer or own
     if file is not None and own is not None and own != Path(file):
         size = config.model.vocab_size
         if load_tokenizer(own, size).get_vocab() != load_tokenizer(file, size).get_vocab():
             its = about_weights(its)
-    return merged(its, there)
+    return its if file is None else merged(its, about_text(beside(str(file))))
 
 
-def with_initial_weights(config: Config, layout: Layout, state: TrainState, init_from: str) -> TrainState:
+def with_initial_weights(config: Config, layout: Layout, state: TrainState, initial: Checkpoint) -> TrainState:
     """A fresh state with the weights of a checkpoint, which any mesh may have written."""
     template = abstract_state(config, layout)
-    params, router_bias = load_weights(open_checkpoint(init_from).path, template.params, template.router_bias)
+    params, router_bias = load_weights(initial.path, template.params, template.router_bias)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, router_bias=router_bias, ema=ema)

@@ -17,7 +17,7 @@ from dsv3_jax.data.store import Corpus
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.precision import controller
-from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.directory import RunDirectory, run_directory
 from dsv3_jax.state.train_state import TrainState
 from dsv3_jax.training.context import RunContext
 from dsv3_jax.training.evaluate import evaluate_store
@@ -55,8 +55,13 @@ def train(config: Config, root: str | Path = "runs", elastic: bool = False) -> T
         UserError: Bad input, a directory of another run or one that another process is training, divergence (the message names
             the last good checkpoint), or a checkpoint that cannot be written.
     """
+    return train_in(run_directory(config, root), config, elastic)
+
+
+def train_in(directory: RunDirectory, config: Config, elastic: bool = False) -> TrainResult:
+    """`train`, in a directory that need not have the configuration's name."""
     with contextlib.ExitStack() as until_end:
-        run, state = start(config, root, elastic, until_end)
+        run, state = start(config, directory, elastic, until_end)
         with contextlib.closing(run):
             state, stopped = _steps(run, state)
         run.ended(int(state.step), stopped)

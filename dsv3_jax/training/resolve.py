@@ -17,7 +17,6 @@ from dsv3_jax.precision import platforms
 from dsv3_jax.precision.recipes import Recipe
 from dsv3_jax.state.programs import ProgramStore, compiled_dir
 from dsv3_jax.state.train_state import abstract_state, init_program
-from dsv3_jax.training.initial import with_initial_tokenizer
 from dsv3_jax.training.pipelined import schedule_of
 from dsv3_jax.training.step import ScheduledSteps, training_recipe
 
@@ -43,16 +42,33 @@ def resolve_on(config: Config, layout: Layout, topology: Topology | None) -> Res
     return Resolved(config, chosen, layout, training_recipe(chosen, layout), (why,) if why else ())
 
 
-def resolve_for_devices(config: Config, elastic: bool = False) -> Resolved:
+def resolve_for_devices(config: Config, elastic: bool = False, began_with: str = "") -> Resolved:
     """Resolve a configuration for the devices of this run.
 
-    `elastic`: on all of them, on the mesh that comes nearest to the configuration's. Raises `UserError` for a mesh that does
-    not fit the devices or the model, and for `train.init_from` with another model.
+    Args:
+        config: As the user wrote it.
+        elastic: Take all devices, on the mesh that comes nearest to the configuration's.
+        began_with: The recipe that `precision.recipe=auto` meant when the run began, which it keeps; '' for a fresh start.
+
+    Raises:
+        UserError: The mesh does not fit the devices or the model.
     """
     placed = fit_to_devices(config, jax.device_count()) if elastic else config
     layout = layout_for(placed)
-    found = resolve_on(with_initial_tokenizer(placed), layout, topology_of(layout.devices))
-    return replace(found, asked=config, notes=(*_about_mesh(found.config, layout), *found.notes))
+    found = resolve_on(_with_recipe(placed, began_with), layout, topology_of(layout.devices))
+    notes = [*_about_mesh(found.config, layout), *_about_recipe(config, found), *found.notes]
+    return replace(found, asked=config, notes=tuple(notes))
+
+
+def _with_recipe(config: Config, began_with: str) -> Config:
+    if config.precision.recipe != "auto" or not began_with:
+        return config
+    return replace(config, precision=replace(config.precision, recipe=began_with))  # type: ignore[arg-type]
+
+
+def _about_recipe(asked: Config, found: Resolved) -> list[str]:
+    taken, here = found.config.precision.recipe, platforms.resolve(asked, found.layout.device).precision.recipe
+    return [] if taken == here else [f"precision.recipe=auto: {taken}, as the run began; a new run would take {here} here"]
 
 
 def _about_mesh(config: Config, layout: Layout) -> list[str]:

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +47,14 @@ class Watchdog:
         """
         self._file = file or self._file
         self._allow(max(self._slow, self._floor))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Something of which nobody knows how long it takes, such as tokenising a corpus; what follows it is slow."""
+        if self._enabled:
+            faulthandler.cancel_dump_traceback_later()
+        yield
+        self.slow()
 
     def _allow(self, seconds: float) -> None:
         if not self._enabled:

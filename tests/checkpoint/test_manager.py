@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.checkpoint import save, storage
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import verify
-from dsv3_jax.checkpoint.retention import complete_steps
+from dsv3_jax.checkpoint.retention import complete_steps, newest
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
@@ -74,6 +74,48 @@ def test_nothing_is_set_aside_where_all_are_damaged(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged: .*damaged manifest.json.*damaged manifest.json"):
         CheckpointManager(tmp_path, CheckpointConfig()).restore(jax.eval_shape(lambda: state_of(0)))
     assert complete_steps(tmp_path) == [1, 2]
+
+
+def test_a_renamed_checkpoint_does_not_hide_later_ones(tmp_path, capsys):
+    """It gets the name of its step again, and the run goes on from what is really the last."""
+    saved(tmp_path, [10])
+    (tmp_path / "10").rename(tmp_path / "30")
+    assert complete_steps(tmp_path) == []
+    assert newest(tmp_path) == (10, tmp_path / "30")
+    saved(tmp_path, [20])
+    assert f"{tmp_path}/30 is the checkpoint of step 10, not of 30: renamed to 10\n" in capsys.readouterr().out
+    state, _ = CheckpointManager(tmp_path, CheckpointConfig()).restore(jax.eval_shape(lambda: state_of(0)))
+    assert_is(state, 20)
+    assert complete_steps(tmp_path) == [10, 20]
+
+
+def test_a_copied_checkpoint_is_set_aside(tmp_path, capsys):
+    """Nothing is removed, neither the copy nor what was set aside before; a number may be written in other ways."""
+    saved(tmp_path, [1, 2])
+    for copy in ("7", "7.misnamed", "003"):
+        shutil.copytree(tmp_path / "1", tmp_path / copy)
+    manager = CheckpointManager(tmp_path, CheckpointConfig())
+    assert manager.latest() == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["003.misnamed", "1", "2", "7.misnamed", "7.misnamed1"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[-1] for line in said] == ["set aside as 003.misnamed", "set aside as 7.misnamed1"]
+
+
+def test_checkpoints_of_the_version_before_say_their_step_by_their_position(tmp_path):
+    def about(**more):
+        return json.dumps({"custom_metadata": {"config": {}, **more}})
+
+    for name, metadata in {
+        "4": about(data={"next_index": 4}),
+        "9": about(data={"next_index": 5}),
+        "6": about(),
+        "8": "{",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+        (tmp_path / name / "_CHECKPOINT_METADATA").write_text(metadata)
+    assert complete_steps(tmp_path) == [4, 6, 8]  # of what does not say, the name is taken
+    assert newest(tmp_path) == (8, tmp_path / "8")
 
 
 def test_a_save_that_fails_beside_training(tmp_path, monkeypatch):
@@ -150,7 +192,7 @@ def test_small_arrays_are_not_cut_up_among_the_devices_that_hold_them(tmp_path):
 
 
 def test_two_processes_list_and_verify_together(tmp_path):
-    """Each reads its share of the files; damage that only the second one finds is known to both."""
+    """Each reads its share of the files; damage that only the second one finds is known to both, and so is what differs."""
     port = free_port()
     program = ["-m", "tests.checkpoint.together", str(tmp_path / "checkpoints")]
     first, second = (start(program, process, 2, port) for process in (0, 1))
@@ -161,5 +203,7 @@ def test_two_processes_list_and_verify_together(tmp_path):
     assert found["whole"]
     assert not found["leftovers"]
     assert found["aside"]
+    assert found["same"]
+    assert found["other"] == "process 1 has another one"
     (line,) = found["said"]
     assert "do not match their sha256; set aside as 2.damaged, going back to step 1" in line

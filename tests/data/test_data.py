@@ -1,7 +1,9 @@
 """Data: splits, exact packing, exact restoring, formats, and bad files by name and line."""
 
 import dataclasses
+import fcntl
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.batches import PackedWindows, batch_windows, train_batches
+from dsv3_jax.data.cache import cached
 from dsv3_jax.data.corpus import documents, is_validation, stdlib_files
 from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -173,6 +176,20 @@ def test_corpus_is_cached_and_framed(corpus_dir, tmp_path):
     assert len(corpus.train) + len(corpus.validation) == 200
     everything = read_documents(dataclasses.replace(config, path=f"{corpus_dir}/00*.txt"), corpus.tokenizer)
     assert len(everything) == 10
+
+
+def test_what_killed_processes_were_making_is_removed(tmp_path):
+    """But not what another process is making just now."""
+    for name in ("killed", "running", "new"):
+        (tmp_path / f".tokens-{name}").mkdir()
+        (tmp_path / f".tokens-{name}" / "lock").touch()
+        if name != "new":
+            os.utime(tmp_path / f".tokens-{name}" / "lock", (1, 1))
+    with open(tmp_path / ".tokens-running" / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        entry = cached(tmp_path, "tokens-x", lambda directory: (directory / "made").touch())
+    assert [p.name for p in entry.iterdir()] == ["made"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tokens-new", ".tokens-running", "tokens-x"]
 
 
 def test_documents_are_measured_in_bytes(tmp_path):

@@ -1,14 +1,19 @@
 """Programs that are kept: the same numbers without compiling, and never another program's."""
 
+import dataclasses
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import load_config
+from dsv3_jax.precision import platforms
 from dsv3_jax.state import programs as compiled
 from dsv3_jax.state.programs import ProgramStore, compiled_dir
 from dsv3_jax.training.loop import train
+from pallas_kernels import registry
 from tests.conftest import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -61,13 +66,40 @@ def test_everything_that_a_program_follows_from_is_in_its_name(store, tmp_path, 
 
     assert count() == 1
     assert count(overrides=["name=other", "train.steps=7", "checkpoint.keep=1"]) == 1
-    assert count(overrides=["optim.lr=1e-4"]) == 2
+    assert count(overrides=["optim.lr=1e-2"]) == 2
     assert count(mesh={"fsdp": 2}) == 3
     assert count(name="init") == 4
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     assert count() == 5
-    monkeypatch.setattr(compiled, "_source", lambda: b"changed")
+    monkeypatch.setattr(compiled, "_source", lambda: "changed")
     assert count() == 6
+
+
+@pytest.mark.parametrize("package", ["jax", "jaxlib", "flax", "optax"])
+def test_programs_are_of_the_packages_that_traced_them(store, monkeypatch, package):
+    before = store()._file("step")
+    monkeypatch.setattr(importlib.import_module(package), "__version__", "0.0.1")
+    assert store()._file("step") != before
+
+
+def test_programs_are_of_the_kernels_and_the_platform_that_a_plug_in_brings(store, monkeypatch, tmp_path):
+    """Of the source of its package, also where that changes between two processes, and of what its platform takes."""
+    names = [store()._file("step")]
+    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", {k: dict(v) for k, v in registry._IMPLEMENTATIONS.items()})
+    monkeypatch.syspath_prepend(tmp_path)
+    for times in (2, 3):
+        (tmp_path / "ascend").mkdir(exist_ok=True)
+        (tmp_path / "ascend" / "__init__.py").touch()
+        (tmp_path / "ascend" / "tiles.py").write_text(f"times = {times}")
+        (tmp_path / "ascend" / "kernels.py").write_text("def attention(*args):\n    from ascend.tiles import times")
+        for operation in registry.CORE:
+            registry.register(operation, "ascend", importlib.import_module("ascend.kernels").attention)
+        compiled._digest_of.cache_clear()  # once a process
+        names.append(store()._file("step"))
+    monkeypatch.setattr(platforms, "_registered", [])
+    platforms.register(dataclasses.replace(platforms._CPU, core="ascend"))
+    names.append(store()._file("step"))
+    assert len(set(names)) == 4
 
 
 def test_where_they_are_kept(monkeypatch):

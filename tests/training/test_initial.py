@@ -8,10 +8,11 @@ import pytest
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint.load import Checkpoint
 from dsv3_jax.config import Config, DataConfig, TrainConfig
+from dsv3_jax.data.companions import Companions
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.interop.hf_import import import_hf
-from dsv3_jax.training.initial import initial_companions
+from dsv3_jax.training.initial import initial_companions, open_initial
 from tests.interop.cases import RAGGED, random_model
 
 MODEL = replace(RAGGED, vocab_size=300, hidden_size=16, num_hidden_layers=1, num_nextn_predict_layers=0, kv_lora_rank=16)
@@ -45,10 +46,14 @@ def config(init_from=None, tokenizer=None) -> Config:
     return replace(chosen, train=TrainConfig(init_from=init_from and str(init_from)))
 
 
+def taken_along(config: Config) -> Companions:
+    return initial_companions(config, open_initial(config))
+
+
 def test_a_models_own_files_go_along(source, tmp_path):
     ckpt = import_hf(source, tmp_path / "ckpt")
     for tokenizer in (ckpt / "tokenizer.json", source / "tokenizer.json"):  # the same, by two paths
-        found = initial_companions(config(ckpt, tokenizer))
+        found = taken_along(config(ckpt, tokenizer))
         assert {name: found[name] for name in found if name != "config.json"} == {
             "generation_config.json": GENERATION, "tiktoken.model": b"ranks", "LICENSE": b"may be used",
         }  # fmt: skip
@@ -59,7 +64,7 @@ def test_a_models_own_files_go_along(source, tmp_path):
 def test_another_tokenizer_brings_its_own(source, other, tmp_path):
     """With a tokenizer of other tokens, the model's files about text stay behind, and its licence does not."""
     ckpt = import_hf(source, tmp_path / "ckpt")
-    found = initial_companions(config(ckpt, other))
+    found = taken_along(config(ckpt, other))
     assert set(found) == {"LICENSE", "tokenizer_config.json", "config.json"}
     assert found["LICENSE"] == b"may be used"
     fields = json.loads(found["config.json"])
@@ -73,13 +78,13 @@ def test_a_model_without_tokenizer_json_keeps_its_tokenizer(source, other, tmp_p
     (source / "tokenizer.json").rename(tmp_path / "away.json")
     ckpt = import_hf(source, tmp_path / "ckpt")
     (tmp_path / "away.json").rename(source / "tokenizer.json")
-    found = initial_companions(config(ckpt, other))
+    found = taken_along(config(ckpt, other))
     assert {"tiktoken.model", "generation_config.json", "tokenizer_config.json", "LICENSE"} < set(found)
     assert special_tokens(load_tokenizer(other, 300), found).ends[:2] == (7, 1)
 
 
 def test_a_tokenizer_alone_brings_what_is_about_text(other):
-    assert initial_companions(config()) == {}
-    found = initial_companions(config(tokenizer=other))
+    assert taken_along(config()) == {}
+    found = taken_along(config(tokenizer=other))
     assert set(found) == {"tokenizer_config.json", "config.json"}
     assert json.loads(found["config.json"]) == {"pad_token_id": 3}

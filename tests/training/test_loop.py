@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -19,14 +21,17 @@ import pytest
 
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint import storage
+from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.retention import complete_steps
 from dsv3_jax.cli import main
-from dsv3_jax.config import load_config
+from dsv3_jax.config import DataConfig, config_to_yaml, load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop.hf_export import export
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.goodput import read_events
 from dsv3_jax.runs.metrics import MetricsWriter
+from dsv3_jax.training import evaluate, start, watchdog
 from dsv3_jax.training.finish import finish
 from dsv3_jax.training.loop import train
 from tests.commands import dsv3 as dsv3_command
@@ -126,6 +131,102 @@ def test_another_config_or_a_foreign_directory_is_refused(config_with, trained_o
     with pytest.raises(UserError, match="is no run"):
         train(config_with("name=b"), tmp_path)
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["thesis.tex"]
+
+
+def test_a_changed_corpus_is_accepted_once_and_by_name(trained_once, finished_run, corpus_dir, tmp_path, capsys):
+    """Nothing is left to train, so that only the start is made; a refused one changes nothing."""
+    files = {p: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()}
+    shutil.copytree(corpus_dir, tmp_path / "texts")
+    moved = [*trained_once[1], f"data.path={tmp_path}/texts/*.txt"]
+    for i in range(9):
+        (tmp_path / "texts" / f"new{i}.txt").write_text("xylophone zebra " * 99)
+    with pytest.raises(UserError, match=r"not the one that .*a was trained on: new: new0\.txt, .*data\.allow_changed=true"):
+        train(load_config(TINY, moved), tmp_path)
+    assert {p: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()} == files
+    result = train(load_config(TINY, [*moved, "data.allow_changed=true"]), tmp_path)
+    assert len(result.corpus.train) + len(result.corpus.validation) == 209
+    assert "the corpus has changed, as data.allow_changed allows: new: new0.txt" in capsys.readouterr().out
+    (event,) = [e for e in read_events(RunDirectory(finished_run)) if e["event"] == "corpus_changed"]
+    assert event["what"].startswith("new: new0.txt, new1.txt, new2.txt and 6 more;")
+    assert (finished_run / "tokenizer.json").read_bytes() == files[finished_run / "tokenizer.json"]
+    assert not load_config(finished_run / "config.yaml").data.allow_changed
+    for step in (1, 2):  # every checkpoint knows, so that the tokenizer is that of each
+        known = storage.read_metadata(finished_run / "checkpoints" / str(step))["corpus"]
+        assert known["tokenizer"] == hashlib.sha256(files[finished_run / "tokenizer.json"]).hexdigest()
+
+
+def test_an_evaluation_reads_the_runs_tokenizer(finished_run, tmp_path, monkeypatch, capsys):
+    """Also where the corpus, of which one would be trained, has changed; and never another one."""
+    monkeypatch.setattr(evaluate, "load_corpus", lambda data, *_, **__: (_ for _ in ()).throw(LookupError(data.tokenizer)))
+    with pytest.raises(LookupError, match=f"^{finished_run}/tokenizer.json$"):
+        dsv3.evaluate(finished_run)
+    checkpoint = open_checkpoint(finished_run)
+    (tmp_path / "b.txt").write_text("another corpus")
+    other = DataConfig(path=f"{tmp_path}/b.txt", cache_dir=str(tmp_path))
+    evaluate._note_changes(replace(checkpoint, config=replace(checkpoint.config, data=other)))
+    assert "a corpus that has changed since it was trained on" in capsys.readouterr().err
+    (finished_run / "tokenizer.json").write_text("{}")
+    readers = (
+        checkpoint.tokenizer,
+        lambda: dsv3.evaluate(finished_run),
+        lambda: export(finished_run, tmp_path / "x", "hf-f32"),
+    )
+    for read in readers:
+        with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer that .*checkpoints/2 was trained with"):
+            read()
+
+
+def test_a_run_that_asked_for_auto_goes_on_as_it_began(finished_run, tmp_path, capsys):
+    config = load_config(finished_run / "config.yaml", ["parallel.compress=auto", "precision.recipe=auto"])
+    (finished_run / "config.yaml").write_text(config_to_yaml(config))
+    result = train(load_config(finished_run / "config.yaml"), tmp_path)
+    assert (result.config.precision.recipe, result.config.parallel.compress) == ("float32", 0)
+    assert "precision.recipe=auto: float32, as the run began; a new run would take bf16 here" in capsys.readouterr().out
+    assert load_config(finished_run / "config.yaml") == config
+
+
+def test_only_a_fresh_start_reads_the_weights_to_begin_with(finished_run, tmp_path, monkeypatch):
+    """They may be gone once the run has a checkpoint; the run keeps its tokenizer."""
+    train(load_config(finished_run / "config.yaml", [f"train.init_from={tmp_path}/gone"]), tmp_path)
+    with pytest.raises(UserError, match="gone does not exist"):
+        train(load_config(finished_run / "config.yaml", [f"train.init_from={tmp_path}/gone", "name=b"]), tmp_path)
+    assert not (tmp_path / "b").exists()
+
+
+def test_fewer_steps_than_are_done_change_nothing(finished_run, tmp_path):
+    files = {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}
+    with pytest.raises(UserError, match=r"train\.steps=1: .*a has done 2 already; nothing is changed"):
+        train(load_config(finished_run / "config.yaml", ["train.steps=1"]), tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")} == files
+
+
+@pytest.mark.parametrize("name", ["link", ".", "7", "a copy", "dir/"])
+def test_a_run_goes_on_by_whatever_path_or_name(finished_run, tmp_path, monkeypatch, name):
+    """By a link, from inside, under a number, copied to where no run could begin: from its checkpoint, in its own directory."""
+    monkeypatch.setattr("dsv3_jax.training.finish.finish", lambda _: None)
+    where = tmp_path / "other"
+    where.mkdir()
+    if name == "link":
+        (where / name).symlink_to(finished_run)
+    else:
+        shutil.move(finished_run, finished_run := where / name.replace(".", "inside"))
+    before = sorted(where.iterdir())
+    done = dsv3_command("resume", name, cwd=finished_run if name == "." else where)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {finished_run} at step 2" in done.stdout
+    assert sorted(where.iterdir()) == before
+    kept = load_config(finished_run / "config.yaml").name
+    assert kept == {"link": "a", ".": "inside", "7": "7", "a copy": "a", "dir/": "dir"}[name]
+
+
+def test_no_watchdog_runs_while_a_corpus_is_read(config_with, tmp_path, monkeypatch):
+    clock = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: clock.append(seconds))
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: clock.append("off"))
+    monkeypatch.setattr(start, "load_run_corpus", lambda *_: (_ for _ in ()).throw(LookupError(*clock)))
+    with pytest.raises(LookupError) as reading:
+        train(config_with("name=a", "data.batch_size=8"), tmp_path, elastic=True)
+    assert reading.value.args[-1] == "off"
 
 
 def test_copies_on_the_host_stay_as_long_as_they_may_be_of_use(config_with, tmp_path, monkeypatch):

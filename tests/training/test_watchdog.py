@@ -55,6 +55,16 @@ def test_how_long_a_step_may_take(monkeypatch):
     assert allowed == [500, 30, 30, 30, 45, 500]
 
 
+def test_nothing_is_allowed_for_where_nobody_knows_how_long_it_takes(monkeypatch):
+    """While a corpus is tokenised, no clock runs; it does again afterwards, as for other slow things."""
+    clock = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: clock.append(seconds))
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: clock.append("off"))
+    with watchdog.Watchdog(stuck_after_s=30.0, slow_s=500.0).paused():
+        assert clock == [500, "off"]
+    assert clock == [500, "off", 500]
+
+
 def test_steps_and_slow_things_are_left_alone(tmp_path):
     steps = "for _ in range(5): time.sleep(0.2); dog.step_ended(0.2)\n"
     slow = "dog.slow(); time.sleep(1.5)\n"  # longer than a step may take
