@@ -18,6 +18,7 @@ from dsv3_jax.data.companions import CONFIG, DIRECTORY, Companions, read_compani
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import expand_home
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.layout import layout_for
@@ -88,7 +89,7 @@ def resolve(run_or_checkpoint: str | Path) -> Path:
 
     Raises `UserError` if there is none.
     """
-    path = Path(run_or_checkpoint).absolute()  # Orbax takes no other
+    path = expand_home(run_or_checkpoint).absolute()  # Orbax takes no other
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run (runs/NAME) or a checkpoint (runs/NAME/checkpoints/STEP)")
     for directory in (path / "checkpoints", path):

@@ -19,6 +19,7 @@ from dsv3_jax.checkpoint.storage import begin_save, read_metadata, reason
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import expand_home
 from dsv3_jax.state.train_state import TrainState
 from dsv3_jax.streams import say
 
@@ -34,7 +35,7 @@ class CheckpointManager:
         self._directory = directory.absolute()  # Orbax takes no other
         self._config = config
         self._save: PendingSave | None = None
-        local = config.local_dir and Path(os.path.expandvars(config.local_dir))
+        local = config.local_dir and expand_home(os.path.expandvars(config.local_dir))
         self._local = LocalCopies(local, self._directory) if local else None
         self._snapshot: Snapshot = {}  # of the pending save, for the copy on this host
         self.read_locally = 0.0  # of what was restored, the share that came from copies on this process's host

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import parse_json, read_regular, write_atomically
+from dsv3_jax.files import expand_home, parse_json, read_regular, write_atomically
 
 type Companions = Mapping[str, bytes]  # contents by file name
 
@@ -77,7 +77,7 @@ def read_companions(directory: Path) -> Companions:
 
 def beside(tokenizer: str) -> Companions:
     """The companions of a tokenizer.json. Raises `UserError` as `read_companion`."""
-    return read_companions(Path(tokenizer).expanduser().parent)
+    return read_companions(expand_home(tokenizer).parent)
 
 
 def write_companions(directory: Path, companions: Companions) -> None:

@@ -85,8 +85,9 @@ class _StoreWriter:
 
     def __exit__(self, error: type | None, *_) -> None:
         with self._tokens, self._names:
-            if error is None:
-                self._end_document()
+            if error is not None:
+                return
+            self._end_document()
         for name, values in (("offsets", self._offsets), ("ids_ends", self._names_ends), ("text_bytes", self._text_bytes)):
             np.save(self._directory / f"{name}.npy", np.asarray(values, np.int64))
 

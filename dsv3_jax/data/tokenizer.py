@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.data.special_tokens import BOS, EOS, SpecialTokens
 from dsv3_jax.errors import UserError
-from dsv3_jax.files import read_regular
+from dsv3_jax.files import expand_home, read_regular
 
 _TRAINING_CHARACTERS = 16 * 2**20  # more text changes a small vocabulary little, and training is linear in it
 _MOST_BYTES = 2**28  # of a tokenizer.json; those of the largest vocabularies have 30 MB
@@ -81,7 +81,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
 
     Truncation and padding that it may ask for are left out: they are settings of somebody's batches, and would cut documents.
     """
-    path = os.path.expanduser(path)
+    path = expand_home(path)
     try:
         content = read_regular(path, _MOST_BYTES).removeprefix(_BYTE_ORDER_MARK)
     except UserError as error:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.checkpoint import save, storage
+from dsv3_jax.checkpoint.load import resolve
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.retention import complete_steps, newest
@@ -40,6 +41,15 @@ def test_a_state_may_change_once_save_has_returned(tmp_path):
             jax.eval_shape(lambda: state_of(0, 3_000_000))
         )
         assert_is(restored, step, 3_000_000)
+
+
+def test_the_home_directory_is_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    manager = CheckpointManager(tmp_path / "checkpoints", CheckpointConfig(local_dir="~/local"))
+    manager.save(state_of(1), ABOUT)
+    manager.wait()
+    assert list((tmp_path / "local").iterdir())
+    assert resolve("~") == tmp_path / "checkpoints" / "1"
 
 
 def test_what_is_kept(tmp_path):

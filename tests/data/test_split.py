@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from dsv3_jax.config import DataConfig
+from dsv3_jax.config import Config, DataConfig
 from dsv3_jax.data.split import held_out_documents, split_documents
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.errors import UserError
+from dsv3_jax.training.finish import first_documents, held_out_text
 
 
 def sides(config: DataConfig) -> tuple[list[str], list[str]]:
@@ -84,6 +85,20 @@ def test_a_line_without_spaces_is_cut_anywhere(tmp_path):
     (train,), (held_out,) = sides(DataConfig(path=f"{tmp_path}/a.txt"))
     assert train.endswith(" ")
     assert held_out[0].isalpha()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_text_that_a_report_compresses_is_the_evaluated_one(tmp_path, lines, own):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(lines.replace("sea", f"sea, {name}"))
+    config = DataConfig(path=f"{tmp_path}/a.txt", cache_dir=f"{tmp_path}/cache")
+    if own:
+        config = dataclasses.replace(config, validation_path=f"{tmp_path}/b.txt")
+    corpus = load_corpus(config, 300)
+    store = first_documents(corpus.validation, 2**20)
+    text = held_out_text(Config(data=config), len(store))
+    assert len(text) == store.text_bytes.sum() > 1000
+    assert text.decode() == corpus.tokenizer.decode(store.tokens.tolist())
 
 
 def test_hashes_decide_where_they_can(corpus_dir):
