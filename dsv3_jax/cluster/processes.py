@@ -157,7 +157,7 @@ def on_first[T](f: Callable[[], T]) -> T | None:
 
 def broadcast_from_first(f: Callable[[], int]) -> int:
     """Call `f` on process 0 and return its result on every process. If it raises, all end."""
-    result = on_first(f) or 0
+    result = int(on_first(f) or 0)  # the processes' arrays must be of one dtype
     return result if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(result)))
 
 

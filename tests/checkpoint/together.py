@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import MANIFEST
-from dsv3_jax.cluster.processes import agree, equals_first, first_nonempty, is_first, join
+from dsv3_jax.cluster.processes import agree, broadcast_from_first, equals_first, first_nonempty, is_first, join
 from dsv3_jax.config import CheckpointConfig
 from tests.checkpoint.cases import assert_is, state_of
 
@@ -49,7 +49,7 @@ def main() -> None:
     local = jax.tree.map(lambda a: jnp.asarray(jax.device_get(gathered(a))), state)
     assert_is(local, 1, 4096)
     other = first_nonempty("" if equals_first(str(jax.process_index())) else f"process {jax.process_index()} has another one")
-    same = equals_first("one corpus")
+    same = equals_first("one corpus") and broadcast_from_first(lambda: True) == 1
     if is_first():
         print(json.dumps({
             "whole": sorted([*listing, MANIFEST]) == files, "leftovers": leftovers, "said": said,
