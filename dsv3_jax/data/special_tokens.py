@@ -1,7 +1,7 @@
 """The tokens that begin and end a text."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,32 +49,40 @@ def special_tokens(tokenizer: Tokenizer, companions: Companions | None = None) -
     """
     companions = companions or {}
     begins, ends = (
-        list(dict.fromkeys(_stated(tokenizer, companions, which))) or _named(tokenizer, names)
+        _known(tokenizer, _stated(companions, which)) or _known(tokenizer, names)
         for which, names in (("bos", _BOS_NAMES), ("eos", _EOS_NAMES))
     )
     return SpecialTokens(begins[0] if begins else None, tuple(ends))
 
 
-def _stated(tokenizer: Tokenizer, companions: Companions, which: str) -> Iterator[int]:
-    """Ids of the tokens `which` ("bos", "eos"), in the order of precedence."""
+def _stated(companions: Companions, which: str) -> Iterator[int | str]:
+    """The tokens `which` ("bos", "eos") of all files, by id or by text, in the order of precedence."""
     for file in (GENERATION, CONFIG):
         value = fields(companions, file).get(f"{which}_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if type(token) is not int:
                 raise UserError(f"{file}: {which}_token_id={str(value)[:80]} must be the id of a token, or a list of ids")
-            if 0 <= token < 2**32 and tokenizer.id_to_token(token) is not None:
-                yield token
+            yield token
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
         value = fields(companions, file).get(f"{which}_token")
         token: Any = value.get("content") if isinstance(value, dict) else value  # transformers writes either
-        if token is not None and not isinstance(token, str):
+        if isinstance(token, str):
+            yield token
+        elif token is not None:
             raise UserError(f"{file}: {which}_token={str(value)[:80]} must be a token's text, or an object with its content")
-        if token is not None and (found := tokenizer.token_to_id(token)) is not None:
-            yield found
 
 
-def _named(tokenizer: Tokenizer, names: tuple[str, ...]) -> list[int]:
-    return [found for name in names if (found := tokenizer.token_to_id(name)) is not None]
+def check_stated(companions: Companions) -> None:
+    """Raise `UserError` for a begin or end token that is neither an id nor a text, whatever the tokenizer is."""
+    for which in ("bos", "eos"):
+        list(_stated(companions, which))
+
+
+def _known(tokenizer: Tokenizer, tokens: Iterable[int | str]) -> list[int]:
+    """Ids of those tokens that the tokenizer has, each once."""
+    ids = (tokenizer.token_to_id(token) if isinstance(token, str) else token for token in tokens)
+    there = (i for i in ids if i is not None and 0 <= i < 2**32 and tokenizer.id_to_token(i) is not None)
+    return list(dict.fromkeys(there))
 
 
 def with_begin_added(tokenizer: Tokenizer, begin: int | None) -> Tokenizer:

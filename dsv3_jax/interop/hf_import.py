@@ -26,6 +26,7 @@ from dsv3_jax.checkpoint.scratch import scratch_of
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER, read_companion, read_companions
+from dsv3_jax.data.special_tokens import check_stated
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
 from dsv3_jax.interop.arrays import abstract_variables
@@ -195,8 +196,13 @@ def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
 
 
 def _companions(directory: Path) -> dict[str, bytes]:
-    """The files that go with the weights, by their names in the checkpoint. Raises `UserError` as `read_companion`."""
-    found = {f"{DIRECTORY}/{name}": content for name, content in read_companions(directory).items()}
+    """The files that go with the weights, by their names in the checkpoint.
+
+    Raises `UserError` as `read_companion`, and for special tokens that are none: what is imported cannot be mended.
+    """
+    companions = read_companions(directory)
+    check_stated(companions)
+    found = {f"{DIRECTORY}/{name}": content for name, content in companions.items()}
     if os.path.lexists(directory / TOKENIZER):
         found[TOKENIZER] = read_companion(directory, TOKENIZER)
     return found

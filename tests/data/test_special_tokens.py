@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, processors
 
-from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens, with_begin_added
+from dsv3_jax.data.special_tokens import SpecialTokens, check_stated, special_tokens, with_begin_added
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.errors import UserError
 
@@ -55,9 +55,11 @@ def test_files_say_which_tokens_begin_and_end_a_text(tokenizer, files, begin, en
     ],
 )
 def test_what_is_no_token_is_refused_by_name(tokenizer, file, fields, expected):
-    with pytest.raises(UserError) as error:
-        special_tokens(tokenizer, {f"{file}.json": json.dumps(fields).encode()})
-    assert expected in str(error.value)
+    companions = {f"{file}.json": json.dumps(fields).encode()}
+    for read in (check_stated, lambda companions: special_tokens(tokenizer, companions)):  # by an import, and later
+        with pytest.raises(UserError) as error:
+            read(companions)
+        assert expected in str(error.value)
 
 
 def test_a_prompt_is_begun_once():

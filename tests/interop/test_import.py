@@ -165,6 +165,15 @@ def test_an_imported_config_is_what_was_asked_for(tmp_path):
         import_hf(FIXTURES / "v3_tiny", tmp_path / "other", ("model.vocab_size=3",))
 
 
+def test_special_tokens_that_are_none_are_refused_before_anything_is_written(tmp_path):
+    """What stands in a checkpoint is under its checksums: it could not be mended after the import."""
+    shutil.copytree(FIXTURES / "v3_tiny", tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match=r"^generation_config\.json: eos_token_id=</s> must be the id of a token"):
+        import_hf(tmp_path / "hf", tmp_path / "ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 def test_targets_that_cannot_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
