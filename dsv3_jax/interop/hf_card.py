@@ -15,7 +15,7 @@ def model_card(config: ModelConfig, format: str, size: int, sha256: Mapping[str,
     rows = "\n".join(f"| {key} | {value} |" for key, value in origin.items())
     files = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sha256.items())
     fp8_layout = (
-        "Projections and experts are e4m3 with a float32 scale (`weight_scale_inv`) for every 128 x 128 block, the rest is "
+        "Projections and experts are e4m3 with a scale (`weight_scale_inv`) for every 128 x 128 block, the rest is "
         "bfloat16 (router bias: float32).\n\n" if format == "hf-fp8" else ""
     )  # fmt: skip
     mtp = config.num_nextn_predict_layers

@@ -156,7 +156,10 @@ def model_config(raw: dict[str, Any], where: str) -> ModelConfig:
     sections = {"model": {k: v for k, v in model.items() if k in _MODEL_FIELDS} | {"rope_parameters": rope}}
     # a config of its own defaults, but for the model: seq_len must not trip over a short context
     sections["data"] = {"seq_len": 1}
-    return config_from_dict(sections, where).model
+    try:
+        return config_from_dict(sections, where).model
+    except UserError as error:  # of which those about a section's fields together do not name the file
+        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
 
 
 def _unknown_fields(raw: dict[str, Any]) -> set[str]:

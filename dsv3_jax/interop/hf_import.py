@@ -102,7 +102,7 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     Several processes (`jax.distributed`) share the tensors.
 
     Args:
-        directory: Has config.json and safetensors in float32, bfloat16 or DeepSeek's block-FP8.
+        directory: Has config.json and safetensors in float32, bfloat16, float16 or DeepSeek's block-FP8.
         checkpoint: The new checkpoint's directory, which exists only once it is complete.
         overrides: `key=value` for other sections of the configuration than the model's.
         bfloat16: Round matrices to bfloat16. Otherwise every number is kept; 8 bits become float32.

@@ -73,7 +73,7 @@ def load_hf(directory: str | Path, dtype: Any = jnp.float32, parallel: ParallelC
     """Load the model of a Hugging Face checkpoint of DeepSeek-V3's architecture.
 
     Args:
-        directory: Has config.json and safetensors in float32, bfloat16 or DeepSeek's block-FP8.
+        directory: Has config.json and safetensors in float32, bfloat16, float16 or DeepSeek's block-FP8.
         dtype: Of activations and products: jnp.float32 or jnp.bfloat16.
         parallel: The mesh over which parameters are sharded, as training stores them; every process reads only what its devices
             hold. None for one device.

@@ -16,6 +16,8 @@ from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.interop.hf_tensors import copies, sources
+from dsv3_jax.interop.hf_text import TextFiles
+from dsv3_jax.interop.hf_writer import write_hf
 from tests.interop.cases import BF16, F8, FP8_CONFIG, is_fp8, read_all, write
 
 # few shapes, each with a second block that ends early
@@ -111,6 +113,20 @@ def test_blocks_that_changed_have_new_scales_of_their_kind():
     # without scales of before, those of the kind: powers of two lose nothing of weights that came from such
     pairs = fp8.quantize(fp8.dequantize(codes, scales), None, True)
     np.testing.assert_array_equal(fp8.dequantize(*pairs), fp8.dequantize(codes, scales))
+
+
+def test_a_run_writes_the_kind_of_scales_that_it_began_with(tmp_path):
+    """Its config.json came along from an import; which tensors were in 8 bits there did not, and all that usually are are."""
+    quantization = FP8_CONFIG | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}
+    text = TextFiles(companions={"config.json": json.dumps(config_json(quantization_config=quantization)).encode()})
+    tensors = {name: t.astype(np.float32) for name, t in bf16_tensors().items()}
+    write_hf(tmp_path / "out", SMALL, "hf-fp8", lambda s: tensors[s.tensor], origin={}, text=text)
+    back = read_all(tmp_path / "out")
+    scales = [t for name, t in back.items() if name.endswith("_scale_inv")]
+    assert len(scales) == sum(map(is_fp8, tensors))
+    assert all(t.dtype == np.float32 and (np.frexp(t)[0] == 0.5).all() for t in scales)
+    found = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert found == FP8_CONFIG | {"scale_fmt": "ue8m0"}
 
 
 def test_kimi_k2_is_a_deepseek_v3(tmp_path):
