@@ -307,6 +307,7 @@ def plan(
         workers: MIN:MAX; only print the feasible numbers of workers between them, and the mesh of each.
         devices: Devices per worker, for --workers.
     """
+    checked = None if config is None else load_config(config, overrides)  # before anything heavy is imported
     from dsv3_jax.elastic.command import check_devices, parse_workers
     from dsv3_jax.plan.command import Request, list_topologies, list_worker_counts, run_plan, run_search
     from dsv3_jax.plan.compile import Limits
@@ -316,9 +317,9 @@ def plan(
     console = make_console()
     if list_:
         return list_topologies(console)
-    if config is not None and workers is not None:
+    if checked is not None and workers is not None:
         least, most = parse_workers(workers)
-        list_worker_counts(load_config(config, overrides), range(least, most + 1), check_devices(devices), console)
+        list_worker_counts(checked, range(least, most + 1), check_devices(devices), console)
         return
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")

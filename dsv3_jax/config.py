@@ -7,9 +7,7 @@ of Hugging Face's `DeepseekV3Config`. Nothing here imports JAX.
 
 import dataclasses
 import difflib
-import functools
 import json
-import math
 import re
 import typing
 from collections.abc import Iterable
@@ -20,75 +18,14 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
+from dsv3_jax.checks import choices, in_range, not_negative, positive, require, shortened
 from dsv3_jax.errors import UserError
 from dsv3_jax.yaml_reader import LARGEST_TEXT, parse_yaml
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
-_LARGEST = 2**31 - 1  # of an int32, which steps, sizes of arrays and tokens are
 _DEEPEST = 8  # sections inside each other in an override
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_MTP = 2**14, 2**16, 16  # what is done for each of them stays bounded
 LARGEST_SEED = 2**32 - 1  # JAX takes no more bits
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{section}.{name}={value} must be positive")
-
-
-def _not_negative(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0, f"{section}.{name}={value} must not be negative")
-
-
-def _numbers(section: str, config: Any, unlimited: tuple[str, ...] = (), **most: int) -> None:
-    """Refuse integers beyond `_LARGEST`, or the field's own in `most`, and floats that are not finite.
-
-    `unlimited` names the fields in which infinity means that there is no limit.
-    """
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, int):
-            limit = most.get(f.name, _LARGEST)
-            _require(abs(value) <= limit, f"{section}.{f.name}={_short(value)} is out of range; use at most {limit}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            fine = f.name in unlimited and value > 0
-            _require(fine, f"{section}.{f.name}={value} must be {'positive' if f.name in unlimited else 'a finite number'}")
-
-
-def _short(value: Any) -> str:
-    """A value in an error."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes out no integer of more than some thousands of digits
-        text = hex(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
-
-
-_MOST_TRIED = 2**17  # divisors that are tried: all up to the root of any n below 2^34
-
-
-@functools.cache
-def _divisors(n: int) -> tuple[int, ...]:
-    small = [d for d in range(1, min(math.isqrt(n), _MOST_TRIED) + 1) if n % d == 0]
-    return tuple(sorted({*small, *(n // d for d in small)}))
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending; of an n beyond 2^34 those up to 2^17, and what they leave of n."""
-    return list(_divisors(n))
-
-
-def choices(n: int) -> str:
-    """The divisors of n as an error lists them."""
-    found = _divisors(n)
-    return str(list(found)) if len(found) <= 24 else f"[{', '.join(map(str, found[:20]))}, ..., {n}]"
 
 
 @dataclass(frozen=True)
@@ -109,9 +46,9 @@ class RopeConfig:
     truncate: bool = True  # YaRN: round the bounds of the ramp to dimensions
 
     def __post_init__(self) -> None:
-        _numbers("model.rope_parameters", self)
-        _positive("model.rope_parameters", self, "rope_theta", "original_max_position_embeddings")
-        _require(
+        in_range("model.rope_parameters", self)
+        positive("model.rope_parameters", self, "rope_theta", "original_max_position_embeddings")
+        require(
             self.factor >= 1,
             f"model.rope_parameters.factor={self.factor} must be at least 1 (1 leaves the context as it is)",
         )
@@ -151,38 +88,38 @@ class ModelConfig:
     attention_bias: bool = False  # biases in the attention's down-projections and output
 
     def __post_init__(self) -> None:
-        _numbers(
+        in_range(
             "model", self, num_hidden_layers=_MOST_LAYERS, n_routed_experts=_MOST_EXPERTS, num_nextn_predict_layers=_MOST_MTP
         )
-        _positive(
+        positive(
             "model", self, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
             "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
             "v_head_dim", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
             "max_position_embeddings", "rms_norm_eps", "initializer_range", "routed_scaling_factor",
         )  # fmt: skip
-        _not_negative("model", self, "num_nextn_predict_layers", "first_k_dense_replace")
+        not_negative("model", self, "num_nextn_predict_layers", "first_k_dense_replace")
         if self.q_lora_rank is not None:
-            _positive("model", self, "q_lora_rank")
+            positive("model", self, "q_lora_rank")
         experts, groups = self.n_routed_experts, self.n_group
-        _require(
+        require(
             self.qk_rope_head_dim % 2 == 0,
             f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs",
         )
-        _require(
+        require(
             experts % groups == 0,
             f"model.n_group={groups} does not divide model.n_routed_experts={experts}; use one of {choices(experts)}",
         )
-        _require(
+        require(
             experts // groups >= 2,
             f"model.n_group={groups} leaves {experts // groups} expert a group; a group's score is the sum of its "
             f"best 2, so use at most {experts // 2} groups",
         )
-        _require(
+        require(
             self.topk_group <= groups,
             f"model.topk_group={self.topk_group} exceeds model.n_group={groups}; use 1 to {groups}",
         )
         reachable = experts // groups * self.topk_group
-        _require(
+        require(
             self.num_experts_per_tok <= reachable,
             f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts that "
             f"model.topk_group={self.topk_group} groups hold; use 1 to {reachable}",
@@ -218,9 +155,9 @@ class DataConfig:
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
 
     def __post_init__(self) -> None:
-        _numbers("data", self)
-        _positive("data", self, "seq_len", "batch_size")
-        _require(
+        in_range("data", self)
+        positive("data", self, "seq_len", "batch_size")
+        require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, both excluded",
         )
@@ -246,21 +183,21 @@ class OptimConfig:
     ema_decay: float = 0.0  # 0: no moving average of the parameters
 
     def __post_init__(self) -> None:
-        _numbers("optim", self, unlimited=("clip_norm",))
-        _positive("optim", self, "lr", "decay_steps", "eps", "clip_norm")
-        _not_negative("optim", self, "lr_final", "warmup_steps", "weight_decay")
-        _require(
+        in_range("optim", self, unlimited=("clip_norm",))
+        positive("optim", self, "lr", "decay_steps", "eps", "clip_norm")
+        not_negative("optim", self, "lr_final", "warmup_steps", "weight_decay")
+        require(
             self.lr_final <= self.lr,
             f"optim.lr_final={self.lr_final} exceeds optim.lr={self.lr}, from which the rate decays to it; use at most that",
         )
-        _require(
+        require(
             self.decay_start >= self.warmup_steps,
             f"optim.decay_start={self.decay_start} lies before the end of the warm-up at "
             f"optim.warmup_steps={self.warmup_steps}",
         )
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
+            require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -285,9 +222,9 @@ class TrainConfig:
     slow_after_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        _numbers("train", self, unlimited=("stuck_after_s", "slow_after_s"), seed=LARGEST_SEED)
-        _positive("train", self, "steps", "grad_accum_steps", "eval_every", "eval_batches", "stuck_after_s", "slow_after_s")
-        _not_negative(
+        in_range("train", self, unlimited=("stuck_after_s", "slow_after_s"), seed=LARGEST_SEED)
+        positive("train", self, "steps", "grad_accum_steps", "eval_every", "eval_batches", "stuck_after_s", "slow_after_s")
+        not_negative(
             "train", self, "seed", "mtp_loss_weight", "mtp_loss_weight_final", "mtp_switch_step",
             "bias_update_speed", "sequence_balance_alpha",
         )  # fmt: skip
@@ -317,18 +254,18 @@ class ParallelConfig:
     max_state_gib: float | None = None  # GiB of weights and moments per device, at most, on any mesh that a run shrinks to
 
     def __post_init__(self) -> None:
-        _numbers("parallel", self, unlimited=("max_state_gib",))
+        in_range("parallel", self, unlimited=("max_state_gib",))
         axes = ("data", "pipe", "fsdp", "expert", "tensor")
         for axis in axes:
             size = getattr(self, axis)
-            _require(size >= 1 or size == -1, f"parallel.{axis}={size}: use 1 or more devices, or -1 for all that are left")
+            require(size >= 1 or size == -1, f"parallel.{axis}={size}: use 1 or more devices, or -1 for all that are left")
         filled = [axis for axis in axes if getattr(self, axis) == -1]
-        _require(len(filled) <= 1, f"parallel.{' and parallel.'.join(filled)} are all -1; only one axis can be filled up")
-        _positive("parallel", self, "pipe_chunks", "expert_parts")
-        _not_negative("parallel", self, "compress_after")
+        require(len(filled) <= 1, f"parallel.{' and parallel.'.join(filled)} are all -1; only one axis can be filled up")
+        positive("parallel", self, "pipe_chunks", "expert_parts")
+        not_negative("parallel", self, "compress_after")
         for name in ("expert_ranks_per_node", "max_state_gib"):
             if getattr(self, name) is not None:
-                _positive("parallel", self, name)
+                positive("parallel", self, name)
 
 
 RecipeName = Literal["float32", "bf16", "deepseek", "article", "int8", "fp8_per_tensor"]
@@ -353,10 +290,10 @@ class PrecisionConfig:
     cooldown_steps: int = 50  # calm steps until a layer returns to 8 bits
 
     def __post_init__(self) -> None:
-        _numbers("precision", self)
-        _not_negative("precision", self, "first_steps")
-        _positive("precision", self, "cooldown_steps")
-        _require(
+        in_range("precision", self)
+        not_negative("precision", self, "first_steps")
+        positive("precision", self, "cooldown_steps")
+        require(
             not self.controller or self.recipe not in ("float32", "bf16"),
             f"precision.controller=true has nothing to control in precision.recipe={self.recipe!r}; use deepseek, article, "
             f"int8 or fp8_per_tensor",
@@ -395,12 +332,12 @@ class CheckpointConfig:
     local_dir: str | None = None  # a directory on each host for copies; null: none
 
     def __post_init__(self) -> None:
-        _numbers("checkpoint", self, unlimited=("every_minutes",))
-        _positive("checkpoint", self, "every_minutes", "keep")
-        _not_negative("checkpoint", self, "keep_best")
+        in_range("checkpoint", self, unlimited=("every_minutes",))
+        positive("checkpoint", self, "every_minutes", "keep")
+        not_negative("checkpoint", self, "keep_best")
         for name in ("every_steps", "keep_every"):
             if getattr(self, name) is not None:
-                _positive("checkpoint", self, name)
+                positive("checkpoint", self, name)
 
 
 @dataclass(frozen=True)
@@ -417,16 +354,16 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
             f"name={self.name!r} names the run's folder; use letters, digits, '.', '_' and '-'",
         )
-        _require(
+        require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
         )
         accum, batch = self.train.grad_accum_steps, self.data.batch_size
-        _require(
+        require(
             batch % accum == 0,
             f"train.grad_accum_steps={accum} does not divide data.batch_size={batch}; use one of {choices(batch)}",
         )
@@ -435,11 +372,11 @@ class Config:
 def _merge(base: dict, key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
     if len(sections) > _DEEPEST:
-        raise UserError(f"unknown key {_short(key)}: no section lies so deep")
+        raise UserError(f"unknown key {shortened(key)}: no section lies so deep")
     for section in sections:
         base = base.setdefault(section, {})
         if not isinstance(base, dict):
-            raise UserError(f"{_short(key)[1:-1]}: {section} is a value, not a section")
+            raise UserError(f"{shortened(key)[1:-1]}: {section} is a value, not a section")
     base[leaf] = value
 
 
@@ -454,7 +391,7 @@ def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
 def _explain(error: pydantic.ValidationError, source: str) -> str:
     """One line for the first problem: key, value, what is accepted; for an unknown key the nearest valid name."""
     first = error.errors(include_url=False)[0]
-    key = _short(".".join(str(part) for part in first["loc"]))[1:-1]
+    key = shortened(".".join(str(part) for part in first["loc"]))[1:-1]
     if first["type"] == "unexpected_keyword_argument":
         valid = _leaf_keys(Config)
         # compare whole keys and last parts, so that both a typo and a misplaced key find their match
@@ -465,7 +402,7 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
         hint = f"did you mean {best}?" if best else "valid sections: " + ", ".join(f.name for f in dataclasses.fields(Config))
         return f"{source}: unknown key {key}; {hint}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{source}: {key}={_short(first['input'])}: {message}"
+    return f"{source}: {key}={shortened(first['input'])}: {message}"
 
 
 def config_from_dict(raw: dict, source: str = "config") -> Config:
@@ -515,7 +452,7 @@ def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {_short(override)} is not key=value, e.g. train.steps=100")
+            raise UserError(f"override {shortened(override)} is not key=value, e.g. train.steps=100")
         _merge(raw, key, _override_value(key, value, override))
 
 

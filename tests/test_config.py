@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from dsv3_jax import yaml_reader
-from dsv3_jax.config import Config, choices, config_from_dict, config_to_dict, config_to_yaml, divisors, load_config
+from dsv3_jax.checks import choices, divisors
+from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, load_config
 from dsv3_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

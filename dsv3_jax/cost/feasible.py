@@ -5,16 +5,19 @@ can be divided over it and the state fits (`parallel.max_state_gib`). Of all fea
 the closest to the configuration is taken: `tensor` stays if it can, then `pipe`, `expert` and `fsdp`; `data` takes the rest.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dsv3_jax.config import Config, divisors
+from dsv3_jax.checks import divisors
+from dsv3_jax.config import Config
 from dsv3_jax.cost.memory import state_bytes_per_device
 from dsv3_jax.errors import UserError
 from dsv3_jax.parallel.mesh import AXES, axis_sizes
 from dsv3_jax.parallel.rules import check
 
+_MOST_MESHES = 100_000  # that are tried for a list of numbers of workers
 _MOST_IMPORTANT_FIRST = ("tensor", "pipe", "expert", "fsdp", "data")  # the order in which axes keep their size
 
 
@@ -74,9 +77,18 @@ def mesh_for_devices(config: Config, devices: int) -> dict[str, int] | None:
 
 
 def feasible_worker_counts(config: Config, devices_per_worker: int, counts: range) -> dict[int, dict[str, int]]:
-    """{number of workers: axis sizes of its mesh} of the numbers in `counts` that have a feasible mesh."""
+    """{number of workers: axis sizes of its mesh} of the numbers in `counts` that have a feasible mesh.
+
+    Raises `UserError` if there are more meshes to try than in seconds.
+    """
     largest = _rows(config) * config.model.num_attention_heads // devices_per_worker  # every mesh divides that product
     within = range(counts.start, min(counts.stop, largest + 1))
+    meshes = itertools.chain.from_iterable(_meshes(config, count * devices_per_worker) for count in within)
+    if sum(1 for _ in itertools.islice(meshes, _MOST_MESHES + 1)) > _MOST_MESHES:
+        raise UserError(
+            f"{counts.start} to {counts.stop - 1} workers of {devices_per_worker} devices have more than {_MOST_MESHES:,} "
+            "meshes to choose from; ask for fewer workers"
+        )
     found = {count: mesh_for_devices(config, count * devices_per_worker) for count in within}
     return {count: sizes for count, sizes in found.items() if sizes is not None}
 

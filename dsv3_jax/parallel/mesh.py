@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from dsv3_jax.config import ParallelConfig, choices, divisors
+from dsv3_jax.checks import choices, divisors
+from dsv3_jax.config import ParallelConfig
 from dsv3_jax.errors import UserError
 
 AXES = ("data", "pipe", "fsdp", "expert", "tensor")

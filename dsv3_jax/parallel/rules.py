@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import Config, choices
+from dsv3_jax.checks import choices
+from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError
 
 MeshAxes = tuple[str, ...]  # mesh axes that one array axis is sharded over

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dsv3_jax.config import Config, PrecisionConfig, RematConfig, divisors
+from dsv3_jax.checks import divisors
+from dsv3_jax.config import Config, PrecisionConfig, RematConfig
 from dsv3_jax.cost.efficiency import Efficiency
 from dsv3_jax.cost.estimate import Candidate, Estimator
 from dsv3_jax.cost.topologies import GIB, Topology

@@ -30,22 +30,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import _sound
 from _damage import damaged
 
-from dsv3_jax.checkpoint.manifest import verify, write_manifest
+from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.cluster.roll_call import ClusterSpec, take_roll
 from dsv3_jax.config import load_config
 from dsv3_jax.cost.feasible import feasible_worker_counts
 from dsv3_jax.data.companions import read_companions
 from dsv3_jax.data.special_tokens import special_tokens
-from dsv3_jax.data.tokenizer import load_tokenizer, text_encoder, train_tokenizer
+from dsv3_jax.data.tokenizer import load_tokenizer, text_encoder
 from dsv3_jax.describe import describe
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_config import read_hf_config
 from dsv3_jax.interop.hf_files import read_index
-from dsv3_jax.interop.safetensors_file import read_header, write_safetensors
+from dsv3_jax.interop.safetensors_file import read_header
 from dsv3_jax.plan.command import show_overlap
 from dsv3_jax.plan.imbalance import read_imbalance
 from dsv3_jax.progress import make_console
@@ -63,112 +63,6 @@ _SECONDS = 20.0  # for one input; most take milliseconds
 
 def _console() -> Any:
     return make_console(io.StringIO())
-
-
-def _lines(*rows: dict[str, Any]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-# Sound inputs.
-
-_OVERRIDES = [
-    "optim.lr=1e-3", "model.q_lora_rank=null", "data.path=texts/*.txt,more/*.jsonl", "parallel.fsdp=-1",
-    "model={hidden_size: 64}", "train.steps=100", "name=run-7", "parallel.compress=auto", "model.rope_parameters.factor=4.0",
-    "checkpoint.keep_every=null",
-]  # fmt: skip
-_METRICS = _lines(*(
-    {"step": n, "loss": 5.0 - n / 10, "cross_entropy": 4.0, "step_time_s": 0.5, "time": 100.0 + n, "tokens": 64 * n}
-    | ({"eval_loss": 3.5} if n % 4 == 0 else {}) for n in range(1, 13)
-))  # fmt: skip
-_EVENTS = _lines(
-    {"time": 90.0, "event": "launch", "attempt": 1, "workers": 2, "hosts": ["a", "b"]}, {"time": 91.0, "event": "started"},
-    {"time": 95.0, "event": "restored", "step": 0, "dropped": None}, {"time": 100.0, "event": "compiled", "step": 1},
-    {"time": 106.0, "event": "saved", "step": 6, "stall_s": 0.2, "steps_s": 3.0},
-    {"time": 108.5, "event": "failure", "attempt": 1, "cause": "process 1 on b was ended by SIGKILL", "host": "b"},
-    {"time": 109.0, "event": "launch", "attempt": 2}, {"time": 110.0, "event": "started"},
-    {"time": 110.5, "event": "restored", "step": 6, "dropped": {"steps": 2, "seconds": 1.0, "last": 108.0}},
-    {"time": 111.0, "event": "compiled", "step": 7}, {"time": 113.0, "event": "ended", "step": 12},
-    {"time": 114.0, "event": "done", "code": 0},
-)  # fmt: skip
-_ROUTING = _lines(*({"step": n, "load": [[4, 3, 2, n], [1, 5, 3, 3]]} for n in range(4)))
-_PLAN = json.dumps(
-    {"plans": [{"topology": "v5p:2x2x1", "devices": 4, "step": {"seconds": 2.5, "hidden": 0.6}, "notes": []}]}
-).encode()
-_GENERATION = json.dumps({"bos_token_id": 0, "eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}).encode()
-_ROLL_CALL = json.dumps({"process": 1, "processes": 2, "host": "b", "token": ""}).encode()
-
-
-def _trace_fields() -> list:
-    """A trace of two devices as protocol buffers' fields, [number, value], of tensorflow/tsl's xplane.proto."""
-    names = {1: "fusion.1", 2: "all-gather-start.3", 3: "all-gather-done.3", 4: "while.2"}
-    events = [(4, 0, 100), (2, 0, 1), (1, 1, 30), (3, 30, 40), (1, 40, 60)]
-    line = [[1, 1], [2, "XLA Ops"], [3, 1000]]
-    line += [[4, [[1, n], [2, begin * 10**6], [3, (end - begin) * 10**6]]] for n, begin, end in events]
-    known = [[4, [[1, n], [2, [[1, n], [2, name]]]]] for n, name in names.items()]
-    return [[1, [[1, n], [2, f"/device:TPU:{n}"], [3, line], *known]] for n in range(2)]
-
-
-def _varint(n: int) -> bytes:
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _varint(n >> 7)
-
-
-def _encoded(fields: list) -> bytes:
-    out = b""
-    for number, value in fields:
-        if isinstance(value, int):
-            out += _varint(number << 3) + _varint(value)
-        else:
-            content = value.encode() if isinstance(value, str) else _encoded(value)
-            out += _varint(number << 3 | 2) + _varint(len(content)) + content
-    return out
-
-
-def _odd_trace(rng: random.Random) -> bytes:
-    """A trace that is sound as a file, with other numbers, names and fields in it."""
-    fields = json.loads(json.dumps(_trace_fields()))
-
-    def every(fields: list) -> list[list]:
-        return [found for field in fields for found in [field, *(every(field[1]) if isinstance(field[1], list) else [])]]
-
-    for _ in range(rng.choice([1, 1, 3])):
-        field = rng.choice(every(fields))
-        if isinstance(field[1], list):
-            field[1] = rng.choice([[], field[1] * 2, field[1][1:]])
-        elif isinstance(field[1], str):
-            field[1] = rng.choice(["", "/host:CPU", "while.1", "all-reduce-done.1", "[/x]", "\x1b", "x" * 5000])
-        else:
-            field[rng.choice([0, 1, 1, 1])] = rng.choice([1, 2, 4, 100, 2**31, 2**63 - 1, 2**64 - 1])
-    return _encoded(fields)
-
-
-def _safetensors() -> bytes:
-    tensors = {f"model.layers.{n}.weight": np.full((2, n + 1), n, np.float32) for n in range(3)}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.safetensors"
-        write_safetensors(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, tensors.__getitem__)
-        return path.read_bytes()
-
-
-def _index() -> bytes:
-    names = {f"model.layers.{n}.weight": f"model-{n % 2 + 1:05d}-of-00002.safetensors" for n in range(6)}
-    return json.dumps({"metadata": {"total_size": 100}, "weight_map": names}).encode()
-
-
-def _tokenizer() -> bytes:
-    return train_tokenizer(["the quick brown fox", "jumps over the lazy dog"] * 3, 280).to_str().encode()
-
-
-def _manifest() -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        _checkpoint_files(Path(scratch))
-        write_manifest(Path(scratch))
-        return (Path(scratch) / "manifest.json").read_bytes()
-
-
-def _checkpoint_files(directory: Path) -> None:
-    for name, content in (("_METADATA", b"{}"), ("weights/d/a1", b"1234"), ("tokenizer.json", b"[]")):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(content)
 
 
 # What is done with damaged ones; `rare` inputs, every 25th, go through what takes longer, too.
@@ -201,8 +95,8 @@ def _run(file: Path, name: str) -> RunDirectory:
     """A run's directory, in which the record `name` is the damaged one."""
     run = RunDirectory(file.parent / "run")
     run.path.mkdir()
-    run.events_file.write_bytes(_EVENTS)
-    run.metrics_file.write_bytes(_METRICS)
+    run.events_file.write_bytes(_sound.EVENTS)
+    run.metrics_file.write_bytes(_sound.METRICS)
     file.rename(run.path / name)
     return run
 
@@ -224,7 +118,7 @@ def _read_events(file: Path, _rare: bool) -> None:
 
 
 def _read_manifest(file: Path, _rare: bool) -> None:
-    _checkpoint_files(file.parent / "checkpoint")
+    _sound.checkpoint_files(file.parent / "checkpoint")
     verify(file.rename(file.parent / "checkpoint" / "manifest.json").parent)
 
 
@@ -251,12 +145,12 @@ def _read_roll_call(file: Path, _rare: bool) -> None:
 
     thread = threading.Thread(target=process_0, daemon=True)
     thread.start()
-    for line in (file.read_bytes(), _ROLL_CALL):
+    for line in (file.read_bytes(), _sound.ROLL_CALL):
         deadline = time.monotonic() + 5
         while thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(spec.address, timeout=1) as connection:
                 connection.sendall(line + b"\n")
-                if line is _ROLL_CALL:
+                if line is _sound.ROLL_CALL:
                     connection.settimeout(spec.timeout_s)
                     connection.recv(4096)
                 break
@@ -283,17 +177,17 @@ READERS = {
     "config.json": Reader(
         "json", (ROOT / "tests/fixtures/v3_tiny_yarn/config.json").read_bytes, lambda f, _: read_hf_config(f.parent)
     ),
-    "index": Reader("json", _index, lambda f, _: read_index(f)),
-    "safetensors": Reader("safetensors", _safetensors, lambda f, _: read_header(f)),
-    "tokenizer.json": Reader("json", _tokenizer, _read_tokenizer),
-    "generation_config.json": Reader("json", lambda: _GENERATION, _read_companions),
-    "metrics": Reader("lines", lambda: _METRICS, _read_metrics),
-    "events": Reader("lines", lambda: _EVENTS, _read_events),
-    "manifest": Reader("json", _manifest, _read_manifest),
-    "plan": Reader("json", lambda: _PLAN, _read_plan),
-    "trace": Reader("bytes", lambda: _encoded(_trace_fields()), lambda f, _: show_overlap(f, None, _console())),
-    "routing": Reader("lines", lambda: _ROUTING, _read_routing),
-    "roll call": Reader("json", lambda: _ROLL_CALL, _read_roll_call),
+    "index": Reader("json", _sound.index, lambda f, _: read_index(f)),
+    "safetensors": Reader("safetensors", _sound.safetensors, lambda f, _: read_header(f)),
+    "tokenizer.json": Reader("json", _sound.tokenizer, _read_tokenizer),
+    "generation_config.json": Reader("json", lambda: _sound.GENERATION, _read_companions),
+    "metrics": Reader("lines", lambda: _sound.METRICS, _read_metrics),
+    "events": Reader("lines", lambda: _sound.EVENTS, _read_events),
+    "manifest": Reader("json", _sound.manifest, _read_manifest),
+    "plan": Reader("json", lambda: _sound.PLAN, _read_plan),
+    "trace": Reader("bytes", lambda: _sound.trace(), lambda f, _: show_overlap(f, None, _console())),
+    "routing": Reader("lines", lambda: _sound.ROUTING, _read_routing),
+    "roll call": Reader("json", lambda: _sound.ROLL_CALL, _read_roll_call),
 }
 _FILES = {"config.json": "config.json", "generation_config.json": "generation_config.json"}  # others may have any name
 _samples: dict[str, bytes] = {}
@@ -310,8 +204,8 @@ def make_input(name: str, seed: int) -> bytes:
     """The damaged input of a reader and a seed."""
     rng = random.Random(f"{name} {seed}")
     if name == "trace" and rng.random() < 0.4:
-        return _odd_trace(rng)
-    sound = rng.choice(_OVERRIDES).encode() if name == "overrides" else sample(name)
+        return _sound.odd_trace(rng)
+    sound = rng.choice(_sound.OVERRIDES).encode() if name == "overrides" else sample(name)
     return damaged(sound, READERS[name].kind, rng)
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.config import divisors, load_config
+from dsv3_jax.checks import divisors
+from dsv3_jax.config import load_config
 from dsv3_jax.cost import feasible
 from dsv3_jax.cost.feasible import feasible_worker_counts, fit_to_devices, largest_feasible_count, mesh_for_devices
 from dsv3_jax.errors import UserError
@@ -74,6 +75,14 @@ def test_feasible_numbers_are_those_of_trying_every_mesh(monkeypatch):
     huge = load_config(HUGE, ["data.batch_size=15360", "train.grad_accum_steps=1"])
     assert 128 in feasible_worker_counts(huge, 8, range(1, 2**12 + 1))
     assert len(tried) < 20_000  # of many millions of meshes over so many devices
+
+
+def test_more_meshes_than_can_be_tried_are_refused():
+    """A model and a batch that everything divides."""
+    many = 735134400
+    config = load_config(TINY, [f"model.hidden_size={many}", f"model.num_attention_heads={many}", f"data.batch_size={many}"])
+    with pytest.raises(UserError, match="1 to 1024 workers of 720 devices have more than 100,000 meshes"):
+        feasible_worker_counts(config, 720, range(1, 1025))
 
 
 @pytest.mark.parametrize(("workers", "devices"), [("1:1000000000", "8"), ("1:4", "1000000000000000000"), ("1:4", "0")])
