@@ -151,7 +151,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of documents, chosen by hash; of a single document, its end
     validation_path: str | None = None  # held-out documents of their own, as path: then all of path is trained on
     special_tokens: bool = False  # names of control tokens in a text become those tokens; false: they are text
-    allow_changed: bool = False  # go on with a run whose corpus is not the one that it was trained on; kept for no later start
+    allow_changed: bool = False  # for this start: go on although the corpus is not the one that the run was trained on
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/dsv3_jax or ~/.cache/dsv3_jax
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """The corpus: the files that `data.path` names, and their documents."""
 
+import functools
 import glob
 import hashlib
 import os
@@ -18,10 +19,11 @@ _LONGEST_PATH = 4096  # characters
 _TYPES = f"{', '.join(READERS)}, and these with .gz or .zst after them"
 
 
-def stdlib_files() -> list[Path]:
+@functools.cache
+def stdlib_files() -> tuple[Path, ...]:
     """Source files of the running Python's standard library, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts))
+    return tuple(sorted(p for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts)))
 
 
 def patterns(path: str) -> Iterator[str]:
@@ -75,7 +77,7 @@ def _refuse(error: OSError) -> None:
 def data_files(config: DataConfig) -> list[Path]:
     """The corpus's files. Raises `UserError` for a pattern that matches nothing or a type that cannot be read."""
     if config.path is None:
-        return stdlib_files()
+        return list(stdlib_files())
     files = [path for pattern in patterns(config.path) for path in _files_of(pattern)]
     for path in files:
         if file_type(path) not in READERS:

@@ -36,6 +36,7 @@ from dsv3_jax.interop.hf_tensors import Source
 from dsv3_jax.interop.numbers import check_numbers, checked
 from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
 from dsv3_jax.progress import BytesProgress
+from dsv3_jax.runs.directory import with_absolute_paths
 
 SCALES = "scales.safetensors"  # in a checkpoint: the scales of the 8-bit weights that were imported
 THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
@@ -60,7 +61,7 @@ def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) 
     if "model" in raw:
         raise UserError("model.* comes from config.json and cannot be overridden")
     raw["model"] = config_to_dict(found.config)
-    return config_from_dict(raw, "import")
+    return with_absolute_paths(config_from_dict(raw, "import"))
 
 
 def stored_arrays(found: HFCheckpoint, bfloat16: bool) -> dict[str, ChunkedArray]:

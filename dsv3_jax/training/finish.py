@@ -12,6 +12,7 @@ from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.config import Config
 from dsv3_jax.data.split import held_out_documents
 from dsv3_jax.data.store import TokenStore
+from dsv3_jax.errors import UserError
 from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
@@ -41,7 +42,8 @@ def compression(result: TrainResult) -> dict[str, float]:
     config = result.config
     store = first_documents(result.corpus.validation, _MAX_BYTES)
     text = held_out_text(config, len(store))
-    assert len(text) == int(store.text_bytes.sum()), "the corpus changed while the run was going on"
+    if len(text) != int(store.text_bytes.sum()):
+        raise UserError("data.path: files were changed while the run was going on: there is no report; checkpoints are intact")
     evaluation = evaluate_store(
         make_eval_step(config, result.layout), result.state.params, result.state.router_bias, store, config.data.seq_len,
         config.data.batch_size, layout=result.layout,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from dsv3_jax.checkpoint.scratch import claim, scratch_of
 from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_export import export
-from dsv3_jax.interop.hf_import import import_hf
+from dsv3_jax.interop.hf_files import open_hf
+from dsv3_jax.interop.hf_import import import_hf, imported_config
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.names import variables_by_name
 from tests.commands import dsv3 as command
@@ -161,6 +163,8 @@ def test_an_imported_config_is_what_was_asked_for(tmp_path):
     assert load_config(tmp_path / "v3" / "config.yaml") == config
     import_hf(FIXTURES / "v3_tiny", tmp_path / "asked", ("optim.lr=3e-4", "optim.warmup_steps=200"))
     assert load_config(tmp_path / "asked" / "config.yaml").optim == replace(optim, lr=3e-4, warmup_steps=200)
+    found = imported_config(open_hf(FIXTURES / "v3_tiny"), "paths", ("data.path=texts/*.txt", "data.cache_dir=cache"))
+    assert (found.data.path, found.data.cache_dir) == (f"{Path.cwd()}/texts/*.txt", f"{Path.cwd()}/cache")
     with pytest.raises(UserError, match=r"model\.\* comes from config\.json"):
         import_hf(FIXTURES / "v3_tiny", tmp_path / "other", ("model.vocab_size=3",))
 
