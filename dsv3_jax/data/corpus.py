@@ -109,9 +109,7 @@ def documents(config: DataConfig, report: Callable[[str], None] = lambda _: None
             elif document.has_text():
                 yield document
     if nulls:
-        report(
-            f"data.path: {nulls:,} rows are skipped, whose data.text_field={config.text_field!r} is null; the first is {first}"
-        )
+        report(f"data.path: rows skipped, whose data.text_field={config.text_field!r} is null: {nulls:,}, first {first}")
 
 
 def is_validation(text: Document | str, fraction: float) -> bool:

@@ -98,15 +98,15 @@ def _read_txt(path: Path, _field: str) -> Iterator[Document]:
     yield Document(str(path), "".join(begin) if len(begin) < 2 else functools.partial(text_parts, path))
 
 
-def _look_up(record: dict, field: str) -> tuple[bool, Any]:
-    """(whether it is there, its value): `a.b` is the field of that name, or else `b` in the record `a`. Null holds no field."""
+def _look_up(record: Any, field: str) -> tuple[bool, Any]:
+    """(whether it is there, its value): `a.b` is the field of that name, or else `b` in the record `a`; of null it is null."""
+    if not isinstance(record, dict):
+        return record is None, None
     if field in record:
         return True, record[field]
     for dot in re.finditer(r"\.", field):
-        inner, rest = record.get(field[: dot.start()], ()), field[dot.end() :]
-        if inner is None:
-            return True, None
-        if isinstance(inner, dict) and (found := _look_up(inner, rest))[0]:
+        found = _look_up(record.get(field[: dot.start()], ()), field[dot.end() :])
+        if found[0]:
             return found
     return False, None
 
@@ -125,7 +125,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
         if not line.strip():
             continue
         record = _parsed(path, number, line)
-        found, text = _look_up(record, field) if isinstance(record, dict) else (False, None)
+        found, text = _look_up(record, field)
         if not found or not isinstance(text, str | None):
             what = f"it holds {type(text).__name__}" if found else f"found {_keys(record)}"
             raise UserError(f"data.path: {path}, line {number}: no string field data.text_field={field!r}; {what}")

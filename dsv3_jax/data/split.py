@@ -28,7 +28,7 @@ def split_documents(config: DataConfig, report: Callable[[str], None] = lambda _
         for document in documents(config, report):
             yield is_validation(document, config.validation_fraction), document
         return
-    report(f"data.path: too few documents to hold out one of them; the last {config.validation_fraction:.1%} of the text is")
+    report(f"data.path: too few documents to hold out one of them: it is the last {config.validation_fraction:.1%} of the text")
     yield from _cut_at(documents(config, report), *end)
 
 

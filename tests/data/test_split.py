@@ -34,7 +34,7 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path, lines, fraction):
     assert len(held_out) == pytest.approx(fraction * 21_000, abs=21)
     said = []
     corpus = load_corpus(config, 300, said.append)
-    assert f"data.path: too few documents to hold out one of them; the last {fraction:.1%} of the text is" in said
+    assert f"data.path: too few documents to hold out one of them: it is the last {fraction:.1%} of the text" in said
     for store, text in ((corpus.train, train), (corpus.validation, held_out)):
         bos, eos = corpus.special.begin, corpus.special.ends[0]
         assert [store.tokens[0], store.tokens[-1]] == [bos, eos]
