@@ -96,10 +96,12 @@ def read_header(path: Path) -> dict[str, Entry]:
             refuse_pointer(path, file.read(_BEGINNING))
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            if size < 8 or length > size - 8:
                 raise UserError(
                     f"{path}: a header of {length} bytes does not fit a file of {size}: no safetensors, or cut off in it"
                 )
+            if length > _LARGEST_HEADER:
+                raise UserError(f"{path}: its header has {length:,} bytes; at most {_LARGEST_HEADER:,} are read")
             text = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None

@@ -95,6 +95,28 @@ def test_malformed_files_are_refused_by_name(tmp_path, content, expected):
         safe_open(tmp_path / "x", "np")
 
 
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (b'{"' + b"a" * 50_000_001, "its header has 50,000,003 bytes; at most 50,000,000 are read"),
+        (b"{" + b",".join(b'"%d":""' % i for i in range(1_100_000)) + b"}", "has more than 3,000,000 values"),
+        (b'{"a":[' + b"{}," * 1_600_000 + b"1]}", "has more than 3,000,000 values"),
+        (b'{"' + b"a" * 100_000 + b'":1}', "its header entry must hold dtype, shape and data_offsets"),
+    ],
+    ids=["long", "keys", "objects", "name"],
+)
+def test_headers_that_would_take_long_are_refused_in_a_short_line(tmp_path, header, expected):
+    """Before they are parsed: a key costs up to a hundred times its bytes."""
+    (tmp_path / "x").write_bytes(raw(header))
+    tracemalloc.start()
+    with pytest.raises(UserError) as error:
+        read_header(tmp_path / "x")
+    assert tracemalloc.get_traced_memory()[1] < 60 * 2**20
+    tracemalloc.stop()
+    assert expected in str(error.value)
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
 def test_a_file_cut_off_names_the_tensor_where_it_ends(tmp_path):
     save_file(TENSORS, tmp_path / "x")
     entries, whole = read_header(tmp_path / "x"), (tmp_path / "x").read_bytes()
