@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -395,8 +396,26 @@ _PRINTING = {"eval", "generate", "report", "describe", "platforms", "plan", "ove
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line. Raises `SystemExit` with an exit code other than 0 (see errors.py) if it does not succeed."""
-    args = _protect_command(sys.argv[1:] if args is None else args)
+    """Run the command line. Raises `SystemExit` with an exit code other than 0 (see errors.py) if it does not succeed.
+
+    Without `args` it is the program, and what it refuses ends the process at once: threads of a save that has failed may be
+    waiting for minutes. One of several processes ends with the others, as JAX has it.
+    """
+    try:
+        _run_forgiving(sys.argv[1:] if args is None else args)
+    except Refused:
+        if args is None and not _has_joined():
+            os._exit(EXIT_BAD_INPUT)
+        raise
+
+
+def _has_joined() -> bool:
+    """Whether this process is one of a run's several. Imports nothing: bad input is refused within a second."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _run_forgiving(args: list[str]) -> None:
+    args = _protect_command(args)
     with forgiving_streams() as out:
         _run(args)
         out.flush()

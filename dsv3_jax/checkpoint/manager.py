@@ -14,11 +14,11 @@ from dsv3_jax.checkpoint.local import LocalCopies, Snapshot, snapshot
 from dsv3_jax.checkpoint.names import joined, state_to_arrays
 from dsv3_jax.checkpoint.restore import restore
 from dsv3_jax.checkpoint.retention import complete_steps, correct_names, remove_failed, remove_incomplete, remove_old
-from dsv3_jax.checkpoint.save import PendingSave, copy_to_host, finish_beside_training
+from dsv3_jax.checkpoint.save import PendingSave, check_writable, copy_to_host, finish_beside_training
 from dsv3_jax.checkpoint.storage import begin_save, read_metadata, reason
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import CheckpointConfig
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import FailedElsewhere, UserError
 from dsv3_jax.files import expand_home
 from dsv3_jax.state.train_state import TrainState
 from dsv3_jax.streams import say
@@ -68,7 +68,10 @@ class CheckpointManager:
             return
         directory, arrays = self._directory / str(step), state_to_arrays(state)
         try:
+            on_first(lambda: check_writable(self._directory, step))
             response = begin_save(directory, arrays, metadata | {"step": step})
+        except FailedElsewhere:
+            raise
         except Exception as error:  # TensorStore raises what it likes; none of it may lose the previous checkpoint
             raise self._failure(step, error) from error
         if self._local is not None:

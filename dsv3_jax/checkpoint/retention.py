@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.manifest import MANIFEST, check_format
 from dsv3_jax.checkpoint.storage import stored_step
 from dsv3_jax.config import CheckpointConfig
 
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
 _REMOVAL_ATTEMPTS = 50
 _RETRY_S = 0.1
 
@@ -89,7 +89,7 @@ def remove_old(directory: Path, config: CheckpointConfig, losses: Mapping[int, f
 def remove_incomplete(directory: Path) -> None:
     """Remove what interrupted saves left: before Orbax's commit, or between that and the manifest."""
     for path in directory.iterdir():
-        if _TEMPORARY in path.name or (_is_number(path.name) and not (path / MANIFEST).is_file()):
+        if TEMPORARY in path.name or (_is_number(path.name) and not (path / MANIFEST).is_file()):
             shutil.rmtree(path, ignore_errors=True)
         elif ".manifest-" in path.name:
             path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from dsv3_jax.checkpoint.local import LocalCopies, Snapshot, index_of
 from dsv3_jax.checkpoint.manifest import write_manifest_together
+from dsv3_jax.checkpoint.retention import TEMPORARY
 from dsv3_jax.checkpoint.storage import reason
 from dsv3_jax.streams import say
 
@@ -23,6 +24,16 @@ class PendingSave:
     step: int
     thread: Thread
     error: Exception | None = None
+
+
+def check_writable(directory: Path, step: int) -> None:
+    """Raise `OSError` if no directory can be made beside those of the checkpoints.
+
+    Orbax finds that out in the background, where its threads then wait for the directory for ten minutes.
+    """
+    probe = directory / f"{step}{TEMPORARY}-probe"
+    probe.mkdir()
+    probe.rmdir()
 
 
 def finish_beside_training(

@@ -17,7 +17,8 @@ _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is rea
 # An array that several devices hold is written in slices, one by each; of small ones each slice would cost more, a compiled
 # program of its own in a process's first save, than it spares.
 _SMALLEST_SLICE_BYTES = 2**20
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save and load at INFO and WARNING
+# Orbax reports every save and load at INFO and WARNING, and with stacks at ERROR what it raises as well
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _storage_options(key: Any, value: Any) -> Any:
@@ -99,5 +100,6 @@ def reason(error: BaseException) -> str:
     """What went wrong, in one line: the innermost cause of an error of Orbax or TensorStore."""
     while error.__cause__ is not None:  # Orbax wraps what went wrong
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
+    named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else ""
+    text = " ".join((named or str(error)).split()) or type(error).__name__
     return "no space left on the device" if "No space left" in text or "ENOSPC" in text else text[:300]

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,17 @@ def test_a_save_that_fails_beside_training(tmp_path, monkeypatch):
         manager.wait()
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
     assert not manager.failed
+
+
+def test_a_save_that_cannot_begin_leaves_nothing_that_waits(tmp_path):
+    """No directory can be made: Orbax would find out in the background, and its threads wait for it for ten minutes."""
+    manager = saved(tmp_path / "run", [1])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").write_text("a file, where a directory should be")
+    before = set(threading.enumerate())
+    with pytest.raises(UserError, match=rf"step 2: {tmp_path}/run/2.orbax-checkpoint-tmp-probe: Not a directory; there is no"):
+        manager.save(state_of(2), ABOUT)
+    assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
 
 
 def test_any_flipped_bit_is_noticed(tmp_path):
