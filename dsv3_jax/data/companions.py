@@ -69,8 +69,8 @@ def read_companions(directory: Path) -> Companions:
 
     Raises `UserError` as `read_companion`.
     """
-    kept = directory / DIRECTORY
-    where = kept if kept.is_dir() else directory
+    ours = (directory / DIRECTORY).is_dir() and (directory / "config.yaml").is_file()  # or it is anybody's folder of that name
+    where = directory / DIRECTORY if ours else directory
     names = sorted(path.name for path in where.iterdir() if not path.is_dir()) if where.is_dir() else []
     return {name: read_companion(where, name) for name in names if _is_companion(name)}
 

@@ -51,11 +51,23 @@ class TextFiles:
             named = {key: token for key, token in (("bos_token", begin), ("eos_token", end)) if token is not None}
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "clean_up_tokenization_spaces": False}
             _write_json(directory / TOKENIZER_CONFIG, settings)
-        elif self.trained and ("add_bos_token" in settings or "add_eos_token" in settings):
-            # of which transformers makes a post-processor, in the place of tokenizer.json's
-            added = {"add_bos_token": begin is not None, "add_eos_token": False}
-            _write_json(directory / TOKENIZER_CONFIG, settings | added | ({} if begin is None else {"bos_token": begin}))
+        elif self.trained and (changed := _about_begin(settings, begin)):
+            _write_json(directory / TOKENIZER_CONFIG, settings | changed)
         return _ids(special)
+
+
+def _about_begin(settings: dict[str, Any], begin: str | None) -> dict[str, Any]:
+    """What tokenizer_config.json has to say otherwise for texts to begin with `begin` alone.
+
+    Of add_bos_token or add_eos_token transformers makes a post-processor, which it takes instead of tokenizer.json's.
+    """
+    if "add_bos_token" not in settings and "add_eos_token" not in settings:
+        return {}
+    wanted = {"add_bos_token": begin is not None, "add_eos_token": False}
+    changed = {key: value for key, value in wanted.items() if settings.get(key, False) != value}
+    its = settings.get("bos_token")
+    its = its.get("content") if isinstance(its, dict) else its
+    return changed if begin in (None, its) else changed | {"bos_token": begin}
 
 
 def _ids(special: SpecialTokens) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def test_files_that_go_with_a_model_are_kept_byte_for_byte(source, tmp_path):
     assert found == TEXT | RIGHTS | CONFIG
     (tmp_path / "kept").mkdir()
     write_companions(tmp_path / "kept", found)
+    assert read_companions(tmp_path / "kept") == {}  # another folder that is called huggingface
+    (tmp_path / "kept/config.yaml").touch()  # a run's or an import's
     assert read_companions(tmp_path / "kept") == found
     write_companions(tmp_path / "kept", {})  # nothing is taken away, and nothing made for nothing
     assert read_companions(tmp_path / "kept") == found

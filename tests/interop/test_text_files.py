@@ -70,7 +70,14 @@ def test_settings_that_would_undo_the_begin_token_follow_it(tokenizer, written, 
     assert (files["tokenizer.json"]["post_processor"] is not None) == trained
 
 
-def test_settings_that_say_nothing_of_it_stay_as_they_came(tokenizer, tmp_path, written):
-    came = {"tokenizer_config.json": b'{"eos_token":   "<|end_of_text|>"}\n'}
-    written(TextFiles(tokenizer, came, trained=True))
-    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == came["tokenizer_config.json"]
+@pytest.mark.parametrize(
+    "came",
+    [
+        b'{"eos_token":   "<|end_of_text|>"}\n',
+        b'{"add_bos_token": true,  "add_eos_token": false, "bos_token": {"content": "<|begin_of_text|>"}}',
+    ],
+)
+def test_settings_that_agree_with_it_stay_as_they_came(tokenizer, tmp_path, written, came):
+    """Those that say nothing of a begin token, and those of the released model."""
+    written(TextFiles(tokenizer, {"tokenizer_config.json": came}, trained=True))
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == came
