@@ -35,7 +35,8 @@ class _Leaf:
     cut: int | None  # the axis of which each replica sums up a share; None where that is a share of its numbers in a row
 
     def zero_residual(self, replicas: int) -> Residual[jax.Array]:
-        return Residual(jnp.zeros((replicas, *self.shape)), None if self.cut is None else jnp.zeros(self.shape))
+        worker = jnp.zeros((replicas, *self.shape), jnp.float32)
+        return Residual(worker, None if self.cut is None else jnp.zeros(self.shape, jnp.float32))
 
     @property
     def specs(self) -> Residual[P]:
@@ -144,7 +145,7 @@ class Exchange:
             own = {name: Residual(e.worker[0], e.server) for name, e in residuals.items()}
             sums, left = {}, {}
             for names in _buckets(leaves):
-                units = [second_moment_units(moments[n]) if moments else jnp.ones(()) for n in names]
+                units = [second_moment_units(moments[n]) if moments else jnp.float32(1) for n in names]
                 bucket = [Part(parts[n][0], own[n], unit) for n, unit in zip(names, units, strict=True)]
                 means, new = means_of_codes(bucket, codec, "data", implementation)
                 sums |= {name: mean * replicas for name, mean in zip(names, means, strict=True)}

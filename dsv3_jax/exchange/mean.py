@@ -181,7 +181,7 @@ def compressed_mean(
     ) -> tuple[optax.Updates, CompressedMeanState]:
         structure = jax.tree.structure(updates)
         gradients, residuals = jax.tree.leaves(updates), structure.flatten_up_to(state.residuals)
-        scales = [jnp.ones(())] * len(gradients) if units is None else jax.tree.leaves(units)
+        scales = [jnp.float32(1)] * len(gradients) if units is None else jax.tree.leaves(units)
         compressed: list[bool] = jax.tree.leaves(chosen(updates))
         parts = {
             i: Part(gradients[i], residuals[i] if error_feedback else first_residual(gradients[i], True), scales[i])

@@ -50,7 +50,8 @@ def _update(memory: Memory, statistics: Array, gemms: Gemms, cooldown: int) -> t
     amax, overflow, underflow, error = (
         jnp.where(seen, a / jnp.maximum(count, 1), 0) for a in (amax, overflow, underflow, error)
     )
-    zeros, errors = jnp.asarray([LIMITS[gemms.forward], LIMITS[gemms.forward], LIMITS[gemms.dgrad]]).T  # of x, w and dy
+    limits = [LIMITS[gemms.forward], LIMITS[gemms.forward], LIMITS[gemms.dgrad]]  # of x, w and dy
+    zeros, errors = jnp.asarray(limits, jnp.float32).T
     log_amax = jnp.where(amax > 0, jnp.log2(amax), memory.log_amax)
     usual = jnp.where(jnp.isnan(memory.log_amax), log_amax, memory.log_amax)
     jump = jnp.where(jnp.isnan(usual), 0, jnp.maximum(log_amax - usual, 0)) / _JUMP

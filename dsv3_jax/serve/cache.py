@@ -33,6 +33,11 @@ class Layer(NamedTuple):
     experts: RoutedExperts | None  # None: a dense layer
 
 
+def indices(*of_axes: int | Array) -> tuple[Array, ...]:
+    """Indices of one type, as JAX wants them: with JAX_ENABLE_X64 Python's numbers would have 64 bits beside arrays' 32."""
+    return tuple(jnp.asarray(index, jnp.int32) for index in of_axes)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty_cache(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
     """A cache of zeros for `batch` sequences of `length`, sharded as the layout of its model wants."""
@@ -123,8 +128,8 @@ def extend(
     for i, (block, experts) in enumerate(layers):
         normed_BLD = block.attention_norm(x_BLD)
         c_kv_BLC, k_rope_BLR = block.attention.latents(normed_BLD, rope)
-        c_kv_NBSC = jax.lax.dynamic_update_slice(c_kv_NBSC, c_kv_BLC[None], (i, 0, start, 0))
-        k_rope_NBSR = jax.lax.dynamic_update_slice(k_rope_NBSR, k_rope_BLR[None], (i, 0, start, 0))
+        c_kv_NBSC = jax.lax.dynamic_update_slice(c_kv_NBSC, c_kv_BLC[None], indices(i, 0, start, 0))
+        k_rope_NBSR = jax.lax.dynamic_update_slice(k_rope_NBSR, k_rope_BLR[None], indices(i, 0, start, 0))
         x_BLD += block.attention.decode(normed_BLD, rope, c_kv_NBSC[i], k_rope_NBSR[i], visible_BLS)
         normed_BLD = block.ffn_norm(x_BLD)
         if isinstance(block.ffn, MoE):

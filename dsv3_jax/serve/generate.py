@@ -14,7 +14,7 @@ from dsv3_jax.config import LARGEST_SEED
 from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, unstack
+from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, indices, unstack
 from pallas_kernels.products import dot
 
 _PREFILL_CHUNK = 64  # tokens at most: bounds the score matrix, and few programs serve prompts of every length
@@ -64,7 +64,7 @@ def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, t
         position, token_BS, logits_BV, cache, before_B, done_B = carry
         token_B = _sample(logits_BV, jax.random.fold_in(key, position), temperature, top_p)
         token_B = jnp.where(done_B, before_B, token_B)
-        token_BS = jax.lax.dynamic_update_slice(token_BS, token_B[:, None], (0, position))
+        token_BS = jax.lax.dynamic_update_slice(token_BS, token_B[:, None], indices(0, position))
         x_B1D, cache = extend(model, layers, cache, token_B[:, None], position)
         done_B |= (token_B[:, None] == ends_E).any(-1)
         return position + 1, token_BS, _head(model, x_B1D[:, 0]), cache, token_B, done_B

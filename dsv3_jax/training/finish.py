@@ -75,12 +75,13 @@ def sample(result: TrainResult) -> str:
 
 def finish(result: TrainResult) -> None:
     """Write report.json, loss.png and sample.txt into the run's directory, and print them. Every process has to call this."""
-    run = result.run
-    figures, text = compression(result), sample(result)  # all processes' devices take part
+    run, figures = result.run, compression(result)  # all processes' devices take part, as in the sample
+    if is_first():  # before the sample: it is the least of the three, and may fail
+        (run.path / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+        plot_loss(run.metrics_file, run.path / "loss.png", f"{result.config.name}: step {int(result.state.step)}")
+    text = sample(result)
     if not is_first():
         return
-    (run.path / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-    plot_loss(run.metrics_file, run.path / "loss.png", f"{result.config.name}: step {int(result.state.step)}")
     (run.path / "sample.txt").write_text(text + "\n")
     say(f"held-out text, {figures['held_out_bytes']:,} bytes:")
     for name, key in (("model", "bits_per_byte"), ("gzip -9", "gzip_9_bits_per_byte"), ("xz -9", "xz_9_bits_per_byte")):

@@ -56,7 +56,9 @@ def _forward(q_IBHbX, k_IBHbX, v_IBHbU, segment_IBb, scale):
             pv = einsum("nhqk,nhku->nhqu", p.astype(v.dtype), v, dtype=jnp.float32)
             return out * shrink[..., None] + pv, total * shrink + p.sum(-1), new_top
 
-        init = (jnp.zeros((B, H, b, U), jnp.float32), jnp.zeros((B, H, b)), jnp.full((B, H, b), _NEG))
+        init = tuple(
+            jnp.full(shape, fill, jnp.float32) for shape, fill in (((B, H, b, U), 0), ((B, H, b), 0), ((B, H, b), _NEG))
+        )
         out, total, top = lax.fori_loop(0, i + 1, key_block, init)
         return (out / total[..., None]).astype(v_IBHbU.dtype), top + jnp.log(total)
 
