@@ -54,12 +54,13 @@ class Platform:
         """The recipe that `precision.recipe=auto` takes here, and why."""
         for format, recipe in (("e4m3", "deepseek"), ("int8", "int8")):
             if self.gain(format) >= _WORTH:
-                slower = "" if format == "e4m3" else f"; e4m3 is {self._state('e4m3')}"
+                slower = "" if format == "e4m3" else f"; e4m3 is {self.state_of('e4m3')}"
                 return recipe, f"{format} at {self.gain(format):.1f} times bf16's peak{slower}"
-        states = ", ".join(f"{format} is {self._state(format)}" for format in ("e4m3", "int8"))
+        states = ", ".join(f"{format} is {self.state_of(format)}" for format in ("e4m3", "int8"))
         return "bf16", f"8 bits would not pay: {states}"
 
-    def _state(self, format: str) -> str:
+    def state_of(self, format: str) -> str:
+        """How products in a format are computed here, in words."""
         support = self.formats.get(format, "refused")
         if support == "native" and self.implementation == "xla":
             return "native, without a kernel here"

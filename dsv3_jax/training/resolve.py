@@ -1,6 +1,7 @@
 """From the configuration as the user wrote it to what runs on the devices that there are."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.mesh import axis_sizes
 from dsv3_jax.precision import platforms
-from dsv3_jax.precision.recipes import Recipe
+from dsv3_jax.precision.recipes import RECIPES, Recipe
 from dsv3_jax.state.programs import ProgramStore, compiled_dir
 from dsv3_jax.state.train_state import abstract_state, init_program
 from dsv3_jax.training.pipelined import schedule_of
@@ -56,7 +57,12 @@ def resolve_for_devices(config: Config, elastic: bool = False, began_with: str =
     placed = fit_to_devices(config, jax.device_count()) if elastic else config
     layout = layout_for(placed)
     found = resolve_on(_with_recipe(placed, began_with), layout, topology_of(layout.devices))
-    notes = [*_about_mesh(found.config, layout), *_about_recipe(config, found), *found.notes]
+    notes = [
+        *_about_mesh(found.config, layout),
+        *_about_recipe(config, found),
+        *about_formats(found.config, layout.device),
+        *found.notes,
+    ]
     return replace(found, asked=config, notes=tuple(notes))
 
 
@@ -69,6 +75,22 @@ def _with_recipe(config: Config, began_with: str) -> Config:
 def _about_recipe(asked: Config, found: Resolved) -> list[str]:
     taken, here = found.config.precision.recipe, platforms.resolve(asked, found.layout.device).precision.recipe
     return [] if taken == here else [f"precision.recipe=auto: {taken}, as the run began; a new run would take {here} here"]
+
+
+def about_formats(config: Config, device: Any) -> list[str]:
+    """Lines about the recipes of a run whose 8-bit products a device has no arithmetic or no kernel for."""
+    platform, precision = platforms.platform_of(device), config.precision
+    auto, lines = platform.auto[0], []
+    for name in dict.fromkeys([precision.first_recipe] * bool(precision.first_steps) + [precision.recipe]):
+        recipe = RECIPES[name]
+        gemms = [g for g in (recipe.attention, recipe.ffn, recipe.experts) if g]
+        formats = dict.fromkeys(format for g in gemms for format in (g.forward, g.dgrad, g.wgrad))
+        if slow := [f"{format} is {platform.state_of(format)}" for format in formats if not platform.gain(format)]:
+            lines.append(
+                f"precision.recipe={name}: on {platform.name} {', '.join(slow)}: the numbers of 8 bits, not their speed; "
+                f"precision.recipe=auto takes {auto} here"
+            )
+    return lines
 
 
 def _about_mesh(config: Config, layout: Layout) -> list[str]:

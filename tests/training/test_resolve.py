@@ -1,7 +1,13 @@
 """From a configuration as written to what runs on the devices of the test, eight of a CPU."""
 
+import re
+from types import SimpleNamespace
+
+import jax
+import pytest
+
 from dsv3_jax.config import Config, load_config
-from dsv3_jax.training.resolve import abstract_batch, resolve_for_devices
+from dsv3_jax.training.resolve import about_formats, abstract_batch, resolve_for_devices
 from tests.conftest import ROOT
 
 
@@ -31,6 +37,36 @@ def test_a_pipeline_is_noted_with_its_occupancy():
     first, second = resolve_for_devices(config_of(*overrides)).notes
     assert first == "8 devices in 1 process(es): pipe 2 x fsdp 4"
     assert second.startswith("pipeline 1f1b: 2 stages, 1 chunk(s) each, 2 microbatches (train.grad_accum_steps): occupancy ")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "said"),
+    [
+        ("deepseek", "cpu", "on cpu e4m3 is emulated: .*auto takes bf16 here"),
+        ("int8", "NVIDIA H100 80GB HBM3", "on h100 int8 is emulated: .*auto takes deepseek here"),
+        ("int8", "NVIDIA A100-SXM4-80GB", "on a100 int8 is native, without a kernel here: .*auto takes bf16 here"),
+        ("article", "NVIDIA B200", "on b200 e4m3 is native, without a kernel here: .*auto takes bf16 here"),
+        ("fp8_per_tensor", "TPU v5p", "on v5p e4m3 is emulated: .*auto takes int8 here"),
+        ("deepseek", "NVIDIA H100 80GB HBM3", None),
+        ("bf16", "cpu", None),
+    ],
+)
+def test_formats_that_a_device_only_imitates_are_noted(recipe, kind, said):
+    platform = "tpu" if "TPU" in kind else "gpu" if "NVIDIA" in kind else "cpu"
+    found = about_formats(config_of(f"precision.recipe={recipe}"), SimpleNamespace(platform=platform, device_kind=kind))
+    if said is None:
+        assert found == []
+    else:
+        (line,) = found
+        assert re.search(rf"^precision.recipe={recipe}: {said}", line)
+
+
+def test_a_run_begins_with_what_its_formats_are_here():
+    """Also those of the first steps."""
+    (line,) = resolve_for_devices(config_of("precision.recipe=deepseek", "parallel.fsdp=8")).notes[1:]
+    assert line.startswith("precision.recipe=deepseek: on cpu e4m3 is emulated")
+    first = ("precision.first_recipe=deepseek", "precision.first_steps=5", "precision.recipe=bf16")
+    assert about_formats(config_of(*first), jax.devices()[0]) == [line]
 
 
 def test_an_elastic_run_takes_all_devices():
