@@ -36,10 +36,24 @@ def patterns(path: str) -> Iterator[str]:
             longer = f"{longer},{part}"
             if len(longer) > _LONGEST_PATH:
                 break
-            if os.path.exists(existing := os.path.expanduser(longer.strip())):
-                name, count = existing, number
+            joined = os.path.expanduser(longer.strip())
+            if os.path.exists(joined) or _folder_of(joined).count(",") == number - 1:
+                name, count = joined, number
         yield name
         parts = parts[count:]
+
+
+def _folder_of(pattern: str) -> str:
+    """The longest folder at the pattern's beginning that exists, brackets and commas being parts of its name; '' for none."""
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _matching(pattern: str) -> list[str]:
+    folder = _folder_of(pattern)
+    return glob.glob(glob.escape(folder) + pattern[len(folder) :], recursive=True)
 
 
 def _files_of(pattern: str) -> list[Path]:
@@ -49,7 +63,7 @@ def _files_of(pattern: str) -> list[Path]:
         if not files:
             raise UserError(f"data.path={pattern!r}: the folder holds no file to read; these are: {_TYPES}")
         return files
-    names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    names = [pattern] if os.path.isfile(pattern) else _matching(pattern)
     files = sorted(Path(name) for name in names if os.path.isfile(name))
     if not files:
         hint = f"; it matches folders: name one of them, such as {min(names)}" if any(map(os.path.isdir, names)) else ""
@@ -87,12 +101,7 @@ def data_files(config: DataConfig) -> list[Path]:
 
 def absolute_patterns(path: str) -> str:
     """`data.path` so that it names the same files in every working directory."""
-    return ",".join(map(_absolute, patterns(path)))
-
-
-def _absolute(pattern: str) -> str:
-    here = os.getcwd() if os.path.exists(pattern) else glob.escape(os.getcwd())
-    return os.path.join(here, pattern)  # which is the pattern itself, if that is absolute
+    return ",".join(os.path.join(os.getcwd(), pattern) for pattern in patterns(path))
 
 
 def documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[Document]:

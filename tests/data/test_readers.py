@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import data_files, documents, fingerprint
+from dsv3_jax.data.corpus import absolute_patterns, data_files, documents, fingerprint
 from dsv3_jax.data.document import Document, _cut
 from dsv3_jax.data.special_tokens import BOS, EOS
 from dsv3_jax.data.store import read_documents
@@ -81,8 +81,22 @@ def test_home_folders_and_names_that_exist(tmp_path, monkeypatch):
     assert texts(f"{tmp_path}/a,b.txt") == ["a,b.txt"]
     assert texts(f"{tmp_path}/c, d,e.txt, ~/pl*.txt,{tmp_path}/a,b.txt") == ["c, d,e.txt", "plain.txt", "a,b.txt"]
     assert texts("~/sub") == texts(f"{tmp_path}/linked/") == ["sub/deep/y.TXT", "sub/x.txt"]
-    assert texts(f"{tmp_path}/we[i]rd.txt,~/plain.txt".replace("we[i]rd", "p[kl]ain")) == ["plain.txt"] * 2  # globs as before
+    assert texts(f"{tmp_path}/p[kl]ain.txt,~/plain.txt") == ["plain.txt"] * 2  # globs as before
     fingerprint(DataConfig(path="~/sub"))
+
+
+def test_globs_in_folders_with_brackets_and_commas(tmp_path, monkeypatch):
+    folder = tmp_path / "a,b [x], c"
+    (folder / "d").mkdir(parents=True)
+    for name in ("1.txt", "2.txt", "d/3.txt"):
+        (folder / name).write_text(name)
+    (tmp_path / "4.txt").write_text("4.txt")
+    assert texts(f"{folder}/*.txt, {tmp_path}/4.txt,{folder}/d/*.txt") == ["1.txt", "2.txt", "4.txt", "d/3.txt"]
+    monkeypatch.chdir(folder)
+    for path, expected in (("**/*.txt", ["1.txt", "2.txt", "d/3.txt"]), ("[12].txt,d", ["1.txt", "2.txt", "d/3.txt"])):
+        assert texts(path) == texts(absolute_patterns(path)) == expected
+    with pytest.raises(UserError, match=r"a,b \[x\], c/none\.txt' matches no file"):
+        texts(folder / "none.txt")
 
 
 @pytest.mark.parametrize(
