@@ -4,10 +4,11 @@ What is written is an ordinary checkpoint (see manager.py): Orbax's tree of Zarr
 of its own. A chunk's axes may lie in any order, so that the bytes of a transposed matrix can stay as they are.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -126,14 +127,8 @@ class PiecewiseWriter:
             self._journal.write(json.dumps([name, [size, digest]]) + "\n")
 
     def _read_journals(self) -> dict[str, list]:
-        """[size, sha256] of the chunks that are there, by name; a last line that was cut off is dropped."""
-        lines = [
-            line
-            for path in sorted(self._scratch.glob("done-*.jsonl"))
-            for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("\n")
-        ]
-        found: dict[str, list] = dict(map(json.loads, lines))
+        """[size, sha256] of the chunks that are there, by name; those whose line is damaged or cut off are written again."""
+        found = dict(entry for path in sorted(self._scratch.glob("done-*.jsonl")) for entry in _entries(path))
         # a machine that lost power may have the line and not the file
         return {name: e for name, e in found.items() if _size(self._checkpoint / name) == e[0]}
 
@@ -155,8 +150,20 @@ def _open_journal(path: Path) -> TextIO:
     return path.open("a", buffering=1)
 
 
+def _entries(path: Path) -> Iterator[tuple[str, list]]:
+    """(name, [size, sha256]) of a journal's sound lines."""
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            name, (size, digest) = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
+            continue
+        if isinstance(name, str) and type(size) is int and isinstance(digest, str):
+            yield name, [size, digest]
+
+
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    with contextlib.suppress(OSError):  # of a name that no file has
+        return path.stat().st_size if path.is_file() else None
 
 
 class StoredArrays:

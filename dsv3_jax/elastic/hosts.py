@@ -77,7 +77,12 @@ class HostProcess:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(message, dict):  # what a library prints there is no word of the host's
+                continue
             if "ready" in message:
                 self.ready = True
             self.pid, self.reason = message.get("pid"), message.get("reason", "")

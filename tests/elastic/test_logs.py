@@ -1,6 +1,7 @@
-"""Workers' logs while they are written: lines as they come, of whatever they hold."""
+"""What workers and hosts print, while they do: lines as they come, of whatever they hold."""
 
 from dsv3_jax.elastic import logs
+from dsv3_jax.elastic.hosts import HostProcess
 from dsv3_jax.elastic.logs import Follower
 
 
@@ -37,3 +38,23 @@ def test_a_line_without_an_end_comes_in_pieces(tmp_path, monkeypatch):
     log.write_bytes(b"a" * 20 + b"\nb\nc\n")
     follower.read()
     assert said[2:] == ["aaaa", "b", "c"]
+
+
+def test_what_a_library_prints_in_a_host_is_no_word_of_the_host_s():
+    """It ended the thread that listens, after which nobody noticed how the worker ended."""
+    host = object.__new__(HostProcess)
+    host.ready = host.lost = False
+    said = []
+
+    class Process:
+        @property
+        def stdout(self):
+            for line in (b'{"ready": 7}\n', b"warning: x\n", b"3\n", b"\xff\n", b"[" * 99_999, b'{"pid": 8}\n'):
+                yield line
+                said.append((host.ready, getattr(host, "pid", None)))
+
+    host.process = Process()  # type: ignore[assignment]
+    host._listen()
+    assert said[0] == (True, None)
+    assert said[-1] == (True, 8)
+    assert host.lost
