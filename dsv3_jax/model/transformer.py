@@ -85,7 +85,13 @@ def stacked_blocks(config: ModelConfig, moe: bool, layers: int, layout: Layout, 
 
 
 class MTPModule(nnx.Module):
-    """One multi-token-prediction module (section 2.2, equations 21-23); embedding and head are the main model's."""
+    """One multi-token-prediction module (section 2.2, equations 21-23); embedding and head are the main model's.
+
+    What it reads of the main model is the state *after* the final norm, and of another module the state after that one's norm:
+    what the head reads, too. The report does not say which, and some systems train with the state before. This is the one that
+    serving systems hand to the released module when they draft with it. The two differ by the norm's scale alone, because
+    `hidden_norm` comes next; weights that were trained on the other state predict worse here.
+    """
 
     def __init__(self, config: ModelConfig, layout: Layout, recipe: Recipe, rngs: nnx.Rngs):
         D = config.hidden_size

@@ -45,6 +45,7 @@ def test_packed_documents_equal_separate_ones():
     model, ids = make(), tokens(1, 31)
     segment_BL = jnp.asarray([[0] * 9 + [1] * 15 + [2] * 7])
     packed, _ = jax.jit(lambda i, s: model.hidden(i, s))(ids, segment_BL)
+    np.testing.assert_allclose(jnp.square(packed).mean(-1), 1, rtol=1e-4)  # after the final norm: for the head and for MTP
     for start, end in ((0, 9), (9, 24), (24, 31)):
         alone, _ = model.hidden(ids[:, start:end], jnp.zeros((1, end - start), jnp.int32))
         np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)

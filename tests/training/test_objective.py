@@ -36,15 +36,19 @@ class Stub(SimpleNamespace):
 
     def mtp_hidden(self, depth: int, hidden_BLD, ahead_BL, segment_BL):
         self.seen.append(ahead_BL.tolist())
+        self.read.append(hidden_BLD)
         right = TOKENS[:, 2 : 2 + L]
         return predicting(right if depth == 0 else right - 2), stats(3.0)
 
 
 def test_every_term_by_hand():
-    model: Any = Stub(seen=[])
+    model: Any = Stub(seen=[], read=[])
     batch = Batch(TOKENS, jnp.zeros_like(TOKENS))
     share = Share(LossWeights(0.3, 0.01), batch.target_counts(2), 2)  # this row is one of two sequences
-    loss, metrics = head_objective(model, predicting(TOKENS[:, 1 : 1 + L]), [stats(1.0, 2.0)], batch, share)
+    hidden_BLD = predicting(TOKENS[:, 1 : 1 + L])
+    loss, metrics = head_objective(model, hidden_BLD, [stats(1.0, 2.0)], batch, share)
+    assert model.read[0] is hidden_BLD  # what the head reads, normalised
+    assert model.read[1].tolist() == predicting(TOKENS[:, 2 : 2 + L]).tolist()  # and what the first module hands to it
     assert model.seen == [[[1, 2, 3]], [[2, 3, 4]]]  # what the modules read beside the hidden states
     right, wrong = math.log(2), math.log(10)
     assert float(metrics.cross_entropy) == pytest.approx(right)
