@@ -148,6 +148,7 @@ BY_A_PROCESS = ("train", "configs/tiny.yaml", "model.hiden_size=3")
         ("import", "--plan", "configs"),
         ("export", "no_such_run", "never"),
         ("launch", "--processes", "0", "train", "configs/tiny.yaml"),
+        ("launch", "--processes", "1000000000", "train", "configs/tiny.yaml"),
         ("launch", "--processes", "2"),
         ("train", "configs/tiny.yaml", "parallel.tensor=3", "name=never"),
     ],

@@ -15,6 +15,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.streams import say
 
 _GRACE_S = 10.0  # for the others to end by themselves once one has failed
+_MOST = 1024  # processes, and devices of each: beyond what any machine runs
 
 
 def launch(command: list[str], processes: int, devices: int) -> int:
@@ -28,8 +29,8 @@ def launch(command: list[str], processes: int, devices: int) -> int:
     Returns:
         The exit code of the process that failed first, or 0.
     """
-    if processes < 1 or devices < 1:
-        raise UserError(f"--processes {processes} --devices {devices}: use 1 or more of each")
+    if not 1 <= processes <= _MOST or not 1 <= devices <= _MOST:
+        raise UserError(f"--processes {processes} --devices {devices}: use 1 to {_MOST:,} of each")
     shared = os.environ | {
         "DSV3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "DSV3_PROCESSES": str(processes),

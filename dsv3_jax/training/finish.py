@@ -13,6 +13,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.split import held_out_documents
 from dsv3_jax.data.store import TokenStore
 from dsv3_jax.errors import UserError
+from dsv3_jax.progress import printable
 from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.state.train_state import serving_graph
@@ -86,4 +87,4 @@ def finish(result: TrainResult) -> None:
     say(f"held-out text, {figures['held_out_bytes']:,} bytes:")
     for name, key in (("model", "bits_per_byte"), ("gzip -9", "gzip_9_bits_per_byte"), ("xz -9", "xz_9_bits_per_byte")):
         say(f"  {name:8s} {figures[key]:.3f} bits per byte")
-    say(f"loss curve: {run.path / 'loss.png'}\nsample:\n{text}")
+    say(f"loss curve: {run.path / 'loss.png'}\nsample:\n{printable(text)}")

@@ -29,8 +29,8 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.runs.directory import RunDirectory
 from dsv3_jax.runs.events import EventLog
-from dsv3_jax.runs.goodput import read_events
-from dsv3_jax.runs.metrics import MetricsWriter
+from dsv3_jax.runs.goodput import RunningAccount, read_events
+from dsv3_jax.runs.metrics import MetricsWriter, read_rows
 from dsv3_jax.training import evaluate, start, watchdog
 from dsv3_jax.training.finish import finish
 from dsv3_jax.training.loop import train
@@ -119,6 +119,16 @@ def test_a_precision_schedule_loses_no_state_and_resumes(config_with, tmp_path, 
     assert whole == parts
     assert whole[:3] == alone[:3]
     assert whole[3:] != alone[3:]
+
+
+def test_a_checkpoint_s_event_says_what_its_steps_took(finished_run):
+    """So that a start need not read all rows; this one reads what follows the checkpoint alone, to the same end."""
+    run = RunDirectory(finished_run)
+    rows = read_rows(run.metrics_file)
+    saved = {e["step"]: e["steps_s"] for e in read_events(run) if e["event"] == "saved"}
+    seconds = [row["step_time_s"] for row in rows]
+    assert saved == {1: pytest.approx(seconds[0], abs=1e-3), 2: pytest.approx(sum(seconds), abs=1e-3)}
+    assert RunningAccount(run, 2).steps_s == saved[2]
 
 
 def test_another_config_or_a_foreign_directory_is_refused(config_with, trained_once, finished_run, tmp_path):
