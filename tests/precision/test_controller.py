@@ -24,6 +24,7 @@ COOLDOWN = 3
 CONTROLLED = [
     "precision.recipe=deepseek", "precision.controller=true", f"precision.cooldown_steps={COOLDOWN}",
     "model.num_hidden_layers=3", "train.grad_accum_steps=1", "model.num_nextn_predict_layers=0", "optim.lr=1e-5",
+    "optim.lr_final=1e-5",
 ]  # fmt: skip
 
 
