@@ -219,7 +219,7 @@ def test_a_directory_that_others_could_replace_is_not_used(saved, spoil, monkeyp
     assert manager.latest() == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"no copy of step 2 in checkpoint.local_dir={local}: ")
-    assert f"{root}" in line or f"{local}'" in line
+    assert f" {root}: " in line or f" {local}: " in line
 
 
 def test_a_temporary_directory_of_the_system_will_do(saved):
