@@ -130,10 +130,13 @@ def is_validation(text: Document | str, fraction: float) -> bool:
 def fingerprint(config: DataConfig) -> str:
     """Hash of what decides the corpus: files with sizes and modification times, and the text field."""
     digest = hashlib.sha256(config.text_field.encode())
+    real = functools.cache(os.path.realpath)  # of a folder: once, not for each of its files
     for path in data_files(config):
         try:
             stat = path.stat()
         except OSError as error:
             raise UserError(f"data.path: cannot read {path}: {error.strerror}") from None
-        digest.update(os.fsencode(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))  # a name may be no UTF-8
+        digest.update(
+            os.fsencode(f"{real(path.parent)}/{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0")
+        )  # a name may be no UTF-8
     return digest.hexdigest()[:16]
