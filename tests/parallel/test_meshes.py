@@ -39,7 +39,8 @@ def test_mesh_equals_one_device(mesh):
         for load, expected_load in zip(metrics.load, expected.load, strict=True):
             np.testing.assert_array_equal(load, expected_load)  # no token is dropped, however hot an expert
         np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
-    assert float(expected.load[0].max()) == 16 * 20  # of the hot ones: every token went to the first experts
+    padding = 4 if mesh in WITH_MTP else 5  # of one row's inputs: see `batch_of`
+    assert float(expected.load[0].max()) == 16 * 20 - padding  # of the hot ones: every token went to the first experts
 
 
 @pytest.mark.parametrize("mesh", ["pipe=2 tensor=2", "fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
