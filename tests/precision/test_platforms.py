@@ -93,7 +93,8 @@ def test_a_run_keeps_what_auto_was(micro_overrides, tmp_path):
     overrides = [*micro_overrides, "precision.recipe=auto", "name=auto", "train.steps=2", "train.eval_every=2"]
     config = load_config(ROOT / "configs" / "tiny.yaml", overrides)
     result = train(config, tmp_path)
-    assert load_config(result.run.config_file).precision.recipe == "bf16"
+    assert load_config(result.run.config_file).precision.recipe == "auto"  # as it was asked for
+    assert result.config.precision.recipe == "bf16"
     train(replace(config, train=replace(config.train, steps=3)), tmp_path)  # the same command goes on
     assert len(read_rows(result.run.metrics_file)) == 3
 
