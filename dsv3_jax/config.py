@@ -474,7 +474,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             text = file.read(LARGEST_TEXT + 1)  # and not more, of what never ends
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read config {path}: {error}") from None
-    raw = parse_yaml(text, str(path)) or {}
+    raw = parse_yaml(text, Path(path)) or {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(raw).__name__}")
     merge_overrides(raw, overrides)

@@ -6,6 +6,7 @@ configuration has, such as binaries and sets.
 
 import datetime
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -64,9 +65,12 @@ for _kind in ("binary", "omap", "pairs", "set"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.refuse)
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text, which `where` names in errors; a date is text. Raises `UserError` for what is refused."""
-    where = where if len(where) <= 80 else f"{where[:77]}..."
+def parse_yaml(text: str, where: str | Path) -> Any:
+    """The value of a YAML text, which `where` names in errors; a date is text. Raises `UserError` for what is refused.
+
+    `where` is a file's path, which is shown as it is, or an option with its value, which may be very long.
+    """
+    where = where if isinstance(where, Path) or len(where) <= 80 else f"{where[:77]}..."
     if len(text) > LARGEST_TEXT:
         raise UserError(f"{where}: {len(text):,} characters of YAML; at most {LARGEST_TEXT:,} are read")
     try:
