@@ -53,12 +53,13 @@ def by_name(params) -> dict[str, np.ndarray]:
     ("mesh", "more", "bits"),
     [
         ("data=8", ACCUMULATED, 2),
-        ("data=4 fsdp=2", AT_ONCE, 1),
+        pytest.param("data=4 fsdp=2", AT_ONCE, 1, marks=pytest.mark.slow),
         pytest.param("data=2 fsdp=2 expert=2", ACCUMULATED, 2, marks=pytest.mark.slow),
         pytest.param("data=2 expert=2 tensor=2", AT_ONCE, 4, marks=pytest.mark.slow),
         ("data=2 pipe=2 fsdp=2", ("train.grad_accum_steps=2",), 2),
         pytest.param("data=2 pipe=2 expert=2", ACCUMULATED, 8, marks=pytest.mark.slow),
-        ("data=7", ("train.grad_accum_steps=2", "data.batch_size=14"), 2),  # of which most arrays have no axis
+        # of which most arrays have no axis
+        pytest.param("data=7", ("train.grad_accum_steps=2", "data.batch_size=14"), 2, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_sent_is_in_the_residuals(mesh, more, bits):
@@ -96,7 +97,8 @@ def test_what_is_not_sent_is_in_the_residuals(mesh, more, bits):
     assert sum(true[name].size for name in uncompressed) < 0.4 * sum(a.size for a in true.values())
 
 
-@pytest.mark.parametrize("mesh", ["data=4 fsdp=2", pytest.param("data=7", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4 fsdp=2", "data=7"])
 def test_states_of_all_replicas_stay_equal_and_learn(mesh):
     """Against uncompressed gradients, over the same batches: the loss falls nearly as far."""
     losses = {}
@@ -133,7 +135,10 @@ def left_by_all(state) -> dict[str, np.ndarray]:
     return {name: np.asarray(e.worker).sum(0) + len(e.worker) * servers[name] for name, e in state.residuals.items()}
 
 
-@pytest.mark.parametrize(("mesh", "local"), [("data=4 fsdp=2", False), ("data=4 fsdp=2", True), ("data=7", False)])
+@pytest.mark.parametrize(
+    ("mesh", "local"),
+    [("data=4 fsdp=2", False), ("data=4 fsdp=2", True), pytest.param("data=7", False, marks=pytest.mark.slow)],
+)
 def test_residuals_survive_a_change_of_replicas(tmp_path, mesh, local):
     """Bit for bit on as many; to float32's rounding as a sum on others; nothing else is lost on any mesh.
 

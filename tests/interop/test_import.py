@@ -260,6 +260,7 @@ def test_an_import_of_something_else_starts_over(cut_off, tmp_path):
     assert np.abs(np.asarray(logits) - reference["logits_0"]).max() <= 2e-4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """60 MB and 480 MB of experts: a process that imports needs about as much for both."""
     peaks = []

@@ -139,6 +139,7 @@ def test_a_run_from_a_checkpoint_decides_the_same(config, step, tmp_path):
     assert {line["bits"] for line in found} == {8}
 
 
+@pytest.mark.slow
 def test_a_mesh_decides_as_one_device_does(config, step):
     """About the outlier; whose gradients jump with it, and when, is a matter of rounding."""
     path, layer, at, factor, *_ = OUTLIERS["one weight"]

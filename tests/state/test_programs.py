@@ -109,6 +109,7 @@ def test_where_they_are_kept(monkeypatch):
     assert str(compiled_dir()) == "/shared"
 
 
+@pytest.mark.slow
 def test_an_elastic_run_equals_a_plain_one(micro_overrides, tmp_path, monkeypatch):
     """On one mesh, first compiled and then kept; and it finds the mesh for its devices by itself."""
     monkeypatch.setenv("DSV3_COMPILED_DIR", str(tmp_path / "programs"))
