@@ -90,4 +90,4 @@ def test_exports_that_the_client_would_read_wrongly_are_not_passed(tmp_path):
     assert "neither a multiple of 128 nor one block" in text
     code, _, text = check(tmp_path)
     assert code == 2
-    assert "cannot read" in text
+    assert "has no config.json" in text
