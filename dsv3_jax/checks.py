@@ -46,6 +46,11 @@ def in_range(section: str, config: Any, unlimited: tuple[str, ...] = (), **most:
             require(fine, f"{section}.{f.name}={value} must be {'positive' if f.name in unlimited else 'a finite number'}")
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text; what is no UTF-8 in a command's arguments or a file's name becomes lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def shortened(value: Any) -> str:
     """A value in an error."""
     try:

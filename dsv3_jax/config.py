@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
-from dsv3_jax.checks import choices, in_range, not_negative, positive, require, shortened
+from dsv3_jax.checks import choices, in_range, is_text, not_negative, positive, require, shortened
 from dsv3_jax.errors import UserError
 from dsv3_jax.yaml_reader import LARGEST_TEXT, parse_yaml
 
@@ -376,8 +376,24 @@ def _merge(base: dict, key: str, value: Any) -> None:
     for section in sections:
         base = base.setdefault(section, {})
         if not isinstance(base, dict):
-            raise UserError(f"{shortened(key)[1:-1]}: {section} is a value, not a section")
+            raise UserError(f"{_named(key)}: {section} is a value, not a section")
     base[leaf] = value
+
+
+def _texts(raw: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """(key, value) of the strings in nested sections; each key's name, too, which is text that somebody gave."""
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        yield name, name
+        if isinstance(value, str):
+            yield name, value
+        elif isinstance(value, dict) and depth < _DEEPEST:
+            yield from _texts(value, f"{name}.", depth + 1)
+
+
+def _named(key: str) -> str:
+    """A key in an error."""
+    return key if len(key) <= 80 else shortened(key)
 
 
 def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
@@ -391,7 +407,7 @@ def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
 def _explain(error: pydantic.ValidationError, source: str) -> str:
     """One line for the first problem: key, value, what is accepted; for an unknown key the nearest valid name."""
     first = error.errors(include_url=False)[0]
-    key = shortened(".".join(str(part) for part in first["loc"]))[1:-1]
+    key = _named(".".join(str(part) for part in first["loc"]))
     if first["type"] == "unexpected_keyword_argument":
         valid = _leaf_keys(Config)
         # compare whole keys and last parts, so that both a typo and a misplaced key find their match
@@ -407,6 +423,8 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
 
 def config_from_dict(raw: dict, source: str = "config") -> Config:
     """Check a nested dict against the tree. Raises `UserError` naming the key, the value and what would be valid."""
+    for key, value in _texts(raw):
+        require(is_text(value), f"{source}: {_named(key)}={shortened(value)} holds bytes or characters that are no UTF-8")
     parallel = raw.get("parallel")
     if isinstance(parallel, dict) and parallel.get("compress") is True:  # which pydantic would take for 1 bit
         raise UserError(f"{source}: parallel.compress=true: use 1, 2, 4 or 8 bits, auto, or 0 for none")

@@ -10,7 +10,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, TextIO
+
+from dsv3_jax.files import open_regular
 
 Record = dict[str, Any]
 Sound = Callable[[Record], bool]  # whether a record has the fields that its readers need
@@ -54,7 +56,7 @@ class Records:
         self.skipped = 0
         if not self._path.exists():
             return
-        with open(self._path, "rb") as file:
+        with open_regular(self._path) as file:
             while line := file.readline(_LONGEST):
                 record = _record(line, self._sound)
                 if record is not None:
@@ -63,7 +65,7 @@ class Records:
                     self.skipped += 1
 
 
-def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _lines_from_end(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """(offset, line without its newline), from the last to the first."""
     at, later = file.seek(0, os.SEEK_END), []  # `later`: blocks of the line that begins before `at`, the last first
     while at:
@@ -80,7 +82,7 @@ def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     yield 0, b"".join(reversed(later))
 
 
-def _from_end(file: BinaryIO, sound: Sound) -> Iterator[tuple[int, Record]]:
+def _from_end(file: IO[bytes], sound: Sound) -> Iterator[tuple[int, Record]]:
     """(offset, record) of the sound records, from the last to the first."""
     for offset, line in _lines_from_end(file):
         record = _record(line, sound)
@@ -92,7 +94,7 @@ def last_records(path: Path, sound: Sound, count: int = 1) -> list[Record]:
     """The last `count` sound records of a .jsonl file, the latest first, read from its end."""
     if not path.exists():
         return []
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return [record for _, record in itertools.islice(_from_end(file, sound), count)]
 
 
@@ -127,7 +129,7 @@ def reopen(path: Path, sound: Sound, is_late: Callable[[Record], bool]) -> tuple
     return open(path, "a", buffering=1), late[::-1]
 
 
-def _sound_end(file: BinaryIO, sound: Sound) -> int:
+def _sound_end(file: IO[bytes], sound: Sound) -> int:
     """Where the last line ends with a newline, which it gets if it is a sound record; one that was cut off is left out."""
     offset, line = next(_lines_from_end(file))
     if not line or _record(line, sound) is None:

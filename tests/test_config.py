@@ -90,7 +90,7 @@ BAD = [
     ("train.steps=" + "9" * 400, "number 99999999999999999999... is out of range"),
     ("train.steps=0x" + "f" * 9999, "is out of range"),
     ("train.steps=" + "x" * 50_000, "(50,002 characters): input should be a valid integer"),
-    ("train." + "x" * 50_000 + "=1", "unknown key train.xxx"),
+    ("train." + "x" * 50_000 + "=1", "unknown key 'train.xxx"),
     (".".join("abcdefghijk") + "=1", "no section lies so deep"),
     ("train={steps: *a}", "alias *a is not supported"),
     ("train=" + "[" * 5000, "nested deeper than 16 levels"),
@@ -101,6 +101,9 @@ BAD = [
     ("train.steps=!!int x", "a value is not of its type"),
     ("train=[" + "1," * 100_000 + "]", "at most 65,536 are read"),
     ("train.steps=a\0b", "special characters are not allowed"),
+    ("data.path=\udcff*.txt", "data.path='\\udcff*.txt' holds bytes or characters that are no UTF-8"),
+    ('train={init_from: "\\ud800"}', "train.init_from='\\ud800' holds bytes or characters that are no UTF-8"),
+    ("\udcff=1", "'\\udcff' holds bytes or characters that are no UTF-8"),
 ]
 
 

@@ -1,11 +1,13 @@
 """Records of damaged files: what is sound is read, the rest is skipped and counted, from either end."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from dsv3_jax import records
+from dsv3_jax.errors import UserError
 from dsv3_jax.records import Records, last_records, number, reopen
 
 # a byte that is no UTF-8, no JSON, no object, no step, a step that is none, too deep, zeros that a crash left
@@ -32,6 +34,14 @@ def test_a_damaged_line_is_skipped_and_counted(tmp_path, damage):
     assert found.skipped == 1  # neither the empty lines nor the one that is being written
     assert [r["step"] for r in found] == [1, 2]
     assert found.skipped == 1
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    for read in (lambda: list(Records(tmp_path / "a", has_step)), lambda: last_records(tmp_path / "a", has_step)):
+        with pytest.raises(UserError, match="no regular file"):
+            read()
 
 
 def test_a_file_that_is_missing_has_no_records(tmp_path):

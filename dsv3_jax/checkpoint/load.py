@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.retention import newest
-from dsv3_jax.checkpoint.storage import load_weights, read_metadata
+from dsv3_jax.checkpoint.storage import check_path, load_weights, read_metadata
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.companions import CONFIG, DIRECTORY, Companions, read_companions, with_fields
@@ -90,6 +90,7 @@ def resolve(run_or_checkpoint: str | Path) -> Path:
     Raises `UserError` if there is none.
     """
     path = expand_home(run_or_checkpoint).absolute()  # Orbax takes no other
+    check_path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run (runs/NAME) or a checkpoint (runs/NAME/checkpoints/STEP)")
     for directory in (path / "checkpoints", path):

@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.names import joined, state_to_arrays
 from dsv3_jax.checkpoint.restore import restore
 from dsv3_jax.checkpoint.retention import complete_steps, correct_names, remove_failed, remove_incomplete, remove_old
 from dsv3_jax.checkpoint.save import PendingSave, check_writable, copy_to_host, finish_beside_training
-from dsv3_jax.checkpoint.storage import begin_save, read_metadata, reason
+from dsv3_jax.checkpoint.storage import begin_save, check_path, read_metadata, reason
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import FailedElsewhere, UserError
@@ -33,6 +33,7 @@ class CheckpointManager:
     def __init__(self, directory: Path, config: CheckpointConfig):
         """`directory` is made if it does not exist."""
         self._directory = directory.absolute()  # Orbax takes no other
+        check_path(self._directory)
         self._config = config
         self._save: PendingSave | None = None
         local = config.local_dir and expand_home(os.path.expandvars(config.local_dir))
@@ -40,7 +41,7 @@ class CheckpointManager:
         self._snapshot: Snapshot = {}  # of the pending save, for the copy on this host
         self.read_locally = 0.0  # of what was restored, the share that came from copies on this process's host
         on_first(lambda: directory.mkdir(parents=True, exist_ok=True))
-        on_first(lambda: remove_incomplete(self._directory))
+        on_first(lambda: remove_incomplete(self._directory, say))
         on_first(lambda: correct_names(self._directory, say))
         self.newest = 0  # step of the last save that has begun, or of what was restored
         steps = complete_steps(self._directory) if config.keep_best else []

@@ -16,6 +16,7 @@ from dsv3_jax.checkpoint.storage import stored_step
 from dsv3_jax.config import CheckpointConfig
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
+_INCOMPLETE = ".incomplete"  # ends the name of a checkpoint without a manifest that was set aside
 _REMOVAL_ATTEMPTS = 50
 _RETRY_S = 0.1
 
@@ -81,36 +82,64 @@ def remove_old(directory: Path, config: CheckpointConfig, losses: Mapping[int, f
     """Remove all complete checkpoints but those to keep."""
     steps = complete_steps(directory)
     for step in set(steps) - steps_to_keep(config, steps, losses):
-        # the manifest first, so that a checkpoint whose removal is cut off does not count as damaged
-        (directory / str(step) / MANIFEST).unlink()
-        shutil.rmtree(directory / str(step), ignore_errors=True)
+        path = directory / str(step)
+        if not path.is_symlink():  # the manifest first, so that a checkpoint whose removal is cut off does not count as damaged
+            (path / MANIFEST).unlink()
+        _remove(path)
 
 
-def remove_incomplete(directory: Path) -> None:
-    """Remove what interrupted saves left: before Orbax's commit, or between that and the manifest."""
+def remove_incomplete(directory: Path, report: Callable[[str], None]) -> None:
+    """Remove what interrupted saves left: before Orbax's commit, or between that and the manifest.
+
+    Of the latter each gets a line to `report`. Where no checkpoint is complete the last of them is set aside instead: it was
+    perhaps its manifest that was lost, in copying the run, and a run that begins again would leave nothing of what was done.
+    """
     for path in directory.iterdir():
-        if TEMPORARY in path.name or (_is_number(path.name) and not (path / MANIFEST).is_file()):
-            shutil.rmtree(path, ignore_errors=True)
-        elif ".manifest-" in path.name:
-            path.unlink(missing_ok=True)
+        if TEMPORARY in path.name or ".manifest-" in path.name:
+            _remove(path)
+    cut_off = [p for p in directory.iterdir() if _is_number(p.name) and p.is_dir() and not (p / MANIFEST).is_file()]
+    cut_off = sorted((p for p in cut_off if not p.is_symlink()), key=lambda p: int(p.name))
+    aside = cut_off.pop() if cut_off and not _complete(directory) else None
+    for path in cut_off:
+        _remove(path)
+        report(f"{path} has no {MANIFEST}, so that its saving was cut off: removed")
+    if aside is not None:
+        for old in directory.glob(f"*{_INCOMPLETE}"):
+            _remove(old)
+        aside.rename(aside.with_name(aside.name + _INCOMPLETE))
+        report(f"{aside} has no {MANIFEST}, and no checkpoint is complete: set aside as {aside.name}{_INCOMPLETE}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or directory as far as possible; of a link only itself: what it leads to may be somebody's archive."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def remove_failed(directory: Path, step: int) -> None:
     """Remove what a failed save left. Orbax's threads may still be writing there, so it is tried until nothing is left."""
     for _ in range(_REMOVAL_ATTEMPTS):
         with contextlib.suppress(OSError):
-            rest = [p for p in directory.glob(f"{step}*") if p.name.partition(".")[0] == str(step)]
+            rest = [p for p in directory.glob(f"{step}*") if _is_of_save(p.name, str(step))]
             if not rest:
                 return
             for path in rest:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         time.sleep(_RETRY_S)
+
+
+def _is_of_save(name: str, step: str) -> bool:
+    """Whether a save of a step writes under this name; not what was set aside, nor somebody's copy such as 10.bak."""
+    return name == step or name.startswith((f"{step}{TEMPORARY}", f"{step}.manifest-"))
 
 
 def set_aside(directory: Path, damaged: Mapping[int, str], good: int, report: Callable[[str], None]) -> None:
     """Rename damaged checkpoints ({step: what is wrong}), so that they no longer count; `good` is the step to go back to."""
     for step, complaint in damaged.items():
         aside = directory / f"{step}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         (directory / str(step)).rename(aside)
         report(f"{complaint}; set aside as {aside.name}, going back to step {good}")

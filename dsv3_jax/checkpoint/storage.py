@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, weights_from_arrays, weights_to_arrays
+from dsv3_jax.checks import is_text, require
 from dsv3_jax.errors import UserError
 
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file with the metadata that are given to it
@@ -26,6 +27,11 @@ def _storage_options(key: Any, value: Any) -> Any:
         return None
     stacked = "_blocks/" in str(key)  # shard_axes makes a chunk of every index along an axis: of the layers alone
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+
+def check_path(directory: Path) -> None:
+    """Raise `UserError` for a path that TensorStore cannot take, before anything is computed that could not be saved there."""
+    require(is_text(str(directory)), f"{directory} cannot hold checkpoints: the path has bytes that are no UTF-8; rename it")
 
 
 def begin_save(directory: Path, arrays: Arrays, metadata: dict[str, Any]) -> ocp.AsyncResponse:
@@ -84,7 +90,7 @@ def _stored_step(file: Path, _inode: int, _mtime_ns: int) -> int | None:
         step = metadata.get("step", metadata["data"].get("next_index"))  # earlier versions kept the batches that were read
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    return step if type(step) is int and 0 <= step < 2**63 else None
 
 
 def optimizer_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -20,11 +20,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsv3_jax.checks import shortened
 from dsv3_jax.cluster.roll_call import ClusterSpec, answer_roll, take_roll
 from dsv3_jax.errors import FailedElsewhere, UserError
 
 _PORT = 8476  # JAX's own choice for TPU pods
+MOST_PROCESSES = 2**16  # of a run
 _MESSAGE_BYTES = 512
+_LONGEST_S = 1e6  # twice as much is the longest that a socket waits
 _DEVICES_S = 30.0  # a host's devices start within this
 _THREADS_PER_DEVICE = 8  # measured on two busy cores: with 1, one run in two of data=2 pipe=2 expert=2 hangs; with 8, none of 9
 
@@ -39,20 +42,20 @@ def _first_host(nodelist: str) -> str:
 
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     value = environ.get(name, default)
-    if value is None or not value.isdigit():
-        raise UserError(f"{name}={value!r} must be a number; see scripts/launch/ for what to set")
+    if value is None or not re.fullmatch(r"[0-9]{1,18}", value):
+        raise UserError(f"{name}={shortened(value)} must be a number; see scripts/launch/ for what to set")
     return int(value)
 
 
 def seconds_from(name: str, default: float, environ: Mapping[str, str] = os.environ) -> float:
-    """Seconds from the environment variable `name`, or `default`. Raises `UserError` unless they are a positive number."""
+    """Seconds from the environment variable `name`, or `default`. Raises `UserError` unless they are in (0, 10^6]."""
     value = environ.get(name, str(default))
     try:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UserError(f"{name}={value!r} must be a number of seconds")
+    if not 0 < seconds <= _LONGEST_S:
+        raise UserError(f"{name}={shortened(value)} must be a number of seconds, at most {_LONGEST_S:,.0f}")
     return seconds
 
 
@@ -71,8 +74,11 @@ def cluster_spec(environ: Mapping[str, str]) -> ClusterSpec | None:
         spec = ClusterSpec(f"{hosts[0]}:{_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
     else:
         return None
-    if not re.fullmatch(r"[^:\s]+:\d+", spec.coordinator):
-        raise UserError(f"DSV3_COORDINATOR={spec.coordinator!r} must be host:port, the address of process 0")
+    port = re.fullmatch(r"[^:\s]+:([0-9]{1,5})", spec.coordinator)
+    if port is None or not 1 <= int(port[1]) < 2**16:
+        raise UserError(f"DSV3_COORDINATOR={shortened(spec.coordinator)} must be host:port, the address of process 0")
+    if not 1 <= spec.processes <= MOST_PROCESSES:
+        raise UserError(f"DSV3_PROCESSES={spec.processes}: a run has 1 to {MOST_PROCESSES:,} processes")
     if spec.process >= spec.processes:
         raise UserError(f"process {spec.process} of {spec.processes}: DSV3_PROCESS_ID runs from 0 to {spec.processes - 1}")
     if spec.processes == 1:

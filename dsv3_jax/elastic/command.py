@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 
-from dsv3_jax.cluster.processes import cluster_spec, seconds_from
+from dsv3_jax.cluster.processes import MOST_PROCESSES, cluster_spec, seconds_from
 from dsv3_jax.config import Config
 from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
@@ -12,7 +12,7 @@ from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.directory import SUPERVISOR_LOCK, run_directory
 
-MOST_WORKERS, MOST_DEVICES = 2**16, 2**10  # of a run, and of a worker
+MOST_DEVICES = 2**10  # of a worker
 _HEARTBEAT_S = 15.0
 _LOCK_PATIENCE_S = 60.0  # with workers of a supervisor that was killed
 _JOIN_S = 60.0  # hosts have just answered, so that their workers join within seconds unless one is lost
@@ -24,8 +24,8 @@ def parse_workers(workers: str | None) -> tuple[int, int]:
     if match is None:
         raise UserError(f"--workers {(workers or '(missing)')[:40]}: use MIN:MAX, e.g. --workers 2:4")
     least, most = int(match[1]), int(match[2] or match[1])
-    if not 1 <= least <= most <= MOST_WORKERS:
-        raise UserError(f"--workers {workers}: MIN must be 1 or more, MAX not less, and at most {MOST_WORKERS:,}")
+    if not 1 <= least <= most <= MOST_PROCESSES:
+        raise UserError(f"--workers {workers}: MIN must be 1 or more, MAX not less, and at most {MOST_PROCESSES:,}")
     return least, most
 
 

@@ -23,6 +23,7 @@ from dsv3_jax.checkpoint.direct import ReadInto, array_reader
 from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
 from dsv3_jax.checkpoint.scratch import scratch_of
+from dsv3_jax.checkpoint.storage import check_path
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER, read_companion, read_companions
@@ -115,6 +116,7 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
         UserError: As `load_hf`; `checkpoint` exists; an override is wrong; the disk has too little room.
     """
     target = Path(checkpoint)
+    check_path(target.absolute())
     found = open_hf(directory)
     companions = _companions(found.files.directory)
     on_first(found.check_copies)

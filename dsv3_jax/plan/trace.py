@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.files import open_regular
 from dsv3_jax.plan.communication import KINDS
 
 _COLLECTIVE = re.compile("|".join((*KINDS, "collective-broadcast")))
@@ -152,10 +153,10 @@ def read_devices(profile: Any, label: str) -> dict[str, Device]:
 
 def _read(file: Path, label: str) -> dict[str, Device]:
     """The devices of one .xplane.pb. Raises `UserError` if it is none, or damaged."""
-    with warnings.catch_warnings():
+    with open_regular(file) as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the reader's own types; as an error it would abort
         try:
-            profile = jax.profiler.ProfileData(file.read_bytes())  # `from_file` aborts where this raises
+            profile = jax.profiler.ProfileData(opened.read())  # `from_file` aborts where this raises
             return read_devices(profile, label)
         except (
             OSError,

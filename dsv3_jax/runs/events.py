@@ -1,6 +1,7 @@
 """A run's events.jsonl, from which `dsv3 report` is made. Process 0 and the supervisor append to it."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,5 +22,7 @@ class EventLog:
 
     def write(self, event: str, **what: Any) -> None:
         if self._enabled:
-            with open(self._file, "a") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), "event": event} | what) + "\n")
+            line = json.dumps({"time": round(time.time(), 3), "event": event} | what) + "\n"
+            with open(self._file, "a+b") as file:
+                cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # by a crash
+                file.write(b"\n" * cut + line.encode())

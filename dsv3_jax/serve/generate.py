@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
+from dsv3_jax.checks import is_text, require, shortened
 from dsv3_jax.config import LARGEST_SEED
 from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.errors import UserError
@@ -167,6 +168,7 @@ def continue_text(
 
     The prompt is begun as documents are. Special tokens that it names, such as those of a chat template, are those tokens.
     """
+    require(is_text(prompt), f"--prompt={shortened(prompt)} holds bytes that are no UTF-8")
     ids = special.begun(tokenizer.encode(prompt, add_special_tokens=False).ids)
     out = generate(model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=special.ends)
     return tokenizer.decode(np.asarray(out)[0].tolist())

@@ -14,6 +14,7 @@ from dsv3_jax.files import write_atomically
 
 _MEDIANS = 10  # a step that takes this many times the median counts as stuck
 _REMEMBERED = 50  # last steps, of which the median is taken
+_LONGEST_S = 1e9  # that the clock takes; a longer time is no limit either
 
 
 class Watchdog:
@@ -59,6 +60,7 @@ class Watchdog:
     def _allow(self, seconds: float) -> None:
         if not self._enabled:
             return
+        seconds = min(seconds, _LONGEST_S)
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
         if self._file is not None:
             write_atomically(self._file, f"{time.time() + seconds:.1f}")

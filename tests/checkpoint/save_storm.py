@@ -34,7 +34,7 @@ def go_on(directory: Path) -> None:
         state, _ = manager.restore(jax.eval_shape(lambda: state_of(0, SIZE)))
         step = int(state.step)
         assert_is(state, step, SIZE)
-    assert not [p.name for p in directory.iterdir() if not p.name.isdigit()], "leftovers"
+    assert not [p.name for p in directory.iterdir() if not p.name.removesuffix(".incomplete").isdigit()], "leftovers"
     (directory.parent / "starting").write_text(str(step))
     (directory.parent / "starting").rename(directory.parent / "started")
     while True:

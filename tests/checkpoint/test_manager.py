@@ -18,7 +18,7 @@ from dsv3_jax.checkpoint import save, storage
 from dsv3_jax.checkpoint.load import resolve
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.checkpoint.manifest import verify
-from dsv3_jax.checkpoint.retention import complete_steps, newest
+from dsv3_jax.checkpoint.retention import complete_steps, newest, remove_failed
 from dsv3_jax.cluster.processes import free_port
 from dsv3_jax.config import CheckpointConfig
 from dsv3_jax.errors import UserError
@@ -110,6 +110,59 @@ def test_a_copied_checkpoint_is_set_aside(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["003.misnamed", "1", "2", "7.misnamed", "7.misnamed1"]
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[-1] for line in said] == ["set aside as 003.misnamed", "set aside as 7.misnamed1"]
+
+
+def test_links_lead_to_what_is_never_removed(tmp_path):
+    """An archived checkpoint that a run goes on from stays whole when the run no longer keeps it, or its disk is away."""
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    saved(run, [1])
+    (run / "1").rename(archive)
+    (run / "1").symlink_to(archive)
+    (run / "9").symlink_to(tmp_path / "away")
+    saved(run, [2, 3], CheckpointConfig(keep=2))
+    verify(archive)
+    assert sorted(p.name for p in run.iterdir()) == ["2", "3", "9"]
+
+
+def test_the_last_checkpoint_is_set_aside_where_all_lost_their_manifests(tmp_path, capsys):
+    """A copy of a run without them does not begin again over what was done; where one is left, the others are removed."""
+    saved(tmp_path, [1, 2, 3], KEEP_ALL)
+    (tmp_path / "0.incomplete").mkdir()
+    (tmp_path / "x.manifest-1").mkdir()  # somebody's
+    for step in (2, 3):
+        (tmp_path / str(step) / "manifest.json").unlink()
+    assert CheckpointManager(tmp_path, KEEP_ALL).latest() == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.incomplete", "1"]
+    (tmp_path / "1" / "manifest.json").unlink()
+    assert CheckpointManager(tmp_path, KEEP_ALL).latest() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["1.incomplete"]
+    assert (tmp_path / "1.incomplete" / "weights").is_dir()
+    ends = [line.split("manifest.json, ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert ends[:2] == ["so that its saving was cut off: removed"] * 2
+    assert ends[2:] == ["and no checkpoint is complete: set aside as 1.incomplete"]
+
+
+def test_a_failed_save_leaves_other_names_alone(tmp_path):
+    saved(tmp_path, [1])
+    for name in ("2", "2.bak", "2.damaged", "2.manifest-0-of-2", "2.orbax-checkpoint-tmp-0", "21"):
+        (tmp_path / name).mkdir()
+    remove_failed(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.bak", "2.damaged", "21"]
+
+
+@pytest.mark.parametrize("step", [True, -5, 10**300, "7", None])
+def test_a_step_that_no_run_has_is_no_name(tmp_path, step):
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "manifest.json").write_text("{}")
+    (tmp_path / "4" / "_CHECKPOINT_METADATA").write_text(json.dumps({"custom_metadata": {"step": step, "data": {}}}))
+    assert CheckpointManager(tmp_path, CheckpointConfig()).latest() == 4
+    assert (tmp_path / "4").is_dir()
+
+
+def test_a_path_that_cannot_be_saved_to_is_refused_at_once(tmp_path):
+    for use in (resolve, lambda path: CheckpointManager(path, CheckpointConfig())):
+        with pytest.raises(UserError, match=r"the path has bytes that are no UTF-8"):
+            use(tmp_path / "\udcff")
 
 
 def test_checkpoints_of_the_version_before_say_their_step_by_their_position(tmp_path):

@@ -9,7 +9,8 @@ from rich.console import Console
 from dsv3_jax.errors import UserError
 from dsv3_jax.progress import make_console
 from dsv3_jax.runs.directory import RunDirectory
-from dsv3_jax.runs.goodput import RunningAccount, account
+from dsv3_jax.runs.events import EventLog
+from dsv3_jax.runs.goodput import RunningAccount, account, read_events
 from dsv3_jax.runs.loss_curve import plot_loss
 from dsv3_jax.runs.report import show
 
@@ -142,6 +143,16 @@ HOSTILE = [
     b"\xff\xfe", b"null", b"[1]", b'{"time": "5", "event": "launch"}', b'{"time": 103, "event": []}',
     b'{"time": ' + b"9" * 400 + b', "event": "done"}', b'{"time": NaN, "event": "done"}', b"[" * 50_000,
 ]  # fmt: skip
+
+
+def test_an_event_after_one_that_was_cut_off_is_kept(tmp_path):
+    run = run_of(tmp_path / "r", EVENTS[:2], [])
+    with open(run.events_file, "a") as file:
+        file.write('{"time": 103.0, "eve')
+    for step in (0, 1):
+        EventLog(run.events_file).write("restored", step=step)
+    assert [event["event"] for event in read_events(run)] == ["launch", "started", "restored", "restored"]
+    assert account(run).skipped == {"events.jsonl": 1}
 
 
 def test_damaged_lines_are_left_out_of_a_report_and_counted(tmp_path):

@@ -113,6 +113,8 @@ def test_a_text_is_begun_once_and_ends_at_any_end(model, monkeypatch):
     assert asked == [([0, 3, 4], (1, 2))] * 3
     module.continue_text(model, tokenizer, SpecialTokens(None, ()), "a <end> b", 3, 0.0, 1.0, 0)
     assert asked[-1] == ([3, 2, 4], ())
+    with pytest.raises(UserError, match=r"--prompt='a \\udcff' holds bytes that are no UTF-8"):  # as the shell passes them
+        module.continue_text(model, tokenizer, SpecialTokens(None, ()), "a \udcff", 3, 0.0, 1.0, 0)
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,8 @@ def test_steps_and_slow_things_are_left_alone(tmp_path):
     done, _ = run(tmp_path, steps + slow + "dog.step_ended(0.2)\n" + longer + "dog.__exit__(); time.sleep(1.0); print('well')")
     assert done.stdout == "well\n", done.stderr
     assert not (tmp_path / "deadline").exists()
+
+
+def test_a_time_beyond_the_clocks_is_no_limit():
+    with watchdog.Watchdog(1e300, 1.0) as dog:
+        dog.step_ended(0.1)
