@@ -220,11 +220,11 @@ def export(
         run: A run (its latest checkpoint) or a checkpoint directory.
         out_dir: The export's directory, which appears once all of it is written.
         format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8).
-        shard_gb: Largest size of a safetensors file, in 10^9 bytes.
+        shard_gb: Largest size of a safetensors file, in 10^9 bytes; inf makes one file.
     """
     from dsv3_jax.interop.hf_export import export as write
 
-    print(f"exported {run} as {write(run, out_dir, format, int(shard_gb * 1e9))}")
+    print(f"exported {run} as {write(run, out_dir, format, shard_gb * 1e9)}")
 
 
 def report(run: RunPath) -> None:

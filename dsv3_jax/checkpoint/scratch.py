@@ -1,6 +1,7 @@
 """Directories that appear complete or not at all: written beside their final path, under a lock, and renamed."""
 
 import fcntl
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,14 @@ from dsv3_jax.errors import UserError
 _LOCK = "lock"
 
 
+def resolved(target: Path) -> Path:
+    """Where a new directory will lie: without `..` and links, which no directory can be renamed to."""
+    return Path(os.path.realpath(target))
+
+
 def scratch_of(target: Path) -> Path:
     """The directory beside `target` in which it is written."""
-    target = target.absolute()
+    target = resolved(target)
     return target.with_name(f".{target.name}.partial")
 
 
@@ -49,8 +55,8 @@ def claim(target: Path) -> Claimed:
 
     Raises `UserError` if the target exists (and is no empty directory), or if another process is writing it.
     """
-    target, scratch = target.absolute(), scratch_of(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target, scratch = resolved(target), scratch_of(target)
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; choose another directory or remove it")
     scratch.mkdir(parents=True, exist_ok=True)
     lock = (scratch / _LOCK).open("w")

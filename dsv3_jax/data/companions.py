@@ -27,7 +27,7 @@ _TEXT = (
 _RIGHTS = ("license*", "licence*", "copying*", "notice*", "*notices*", "use_policy*")
 _NEVER = (TOKENIZER, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.pkl")  # kept elsewhere, or no text
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MOST_BYTES = 64 * 2**20  # of a file
+_MOST_BYTES, _MOST_IN_ALL = 64 * 2**20, 256 * 2**20  # of a file, and of all: they are held in memory
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -72,7 +72,12 @@ def read_companions(directory: Path) -> Companions:
     ours = (directory / DIRECTORY).is_dir() and (directory / "config.yaml").is_file()  # or it is anybody's folder of that name
     where = directory / DIRECTORY if ours else directory
     names = sorted(path.name for path in where.iterdir() if not path.is_dir()) if where.is_dir() else []
-    return {name: read_companion(where, name) for name in names if _is_companion(name)}
+    found: dict[str, bytes] = {}
+    for name in filter(_is_companion, names):
+        found[name] = read_companion(where, name)
+        if sum(map(len, found.values())) > _MOST_IN_ALL:
+            raise UserError(f"{where}: the files beside the weights, up to {name}, have more than {_MOST_IN_ALL:,} bytes")
+    return found
 
 
 def beside(tokenizer: str) -> Companions:
@@ -96,7 +101,12 @@ def fields(companions: Companions, name: str) -> dict[str, Any]:
 
 def with_fields(companions: Companions, name: str, its: Mapping[str, Any]) -> Companions:
     """The companions with a JSON file of these fields, if there are any."""
-    return {**companions, name: (json.dumps(its, indent=2, ensure_ascii=False) + "\n").encode()} if its else companions
+    return {**companions, name: json_file(its)} if its else companions
+
+
+def json_file(its: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file, in UTF-8; halves of surrogate pairs are escaped, as they were."""
+    return (json.dumps(its, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def about_text(companions: Companions) -> Companions:

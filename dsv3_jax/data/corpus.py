@@ -4,6 +4,7 @@ import functools
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from dsv3_jax.errors import UserError
 # Directories to leave out: installed packages are no part of the standard library, tests and tables no typical source text.
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__", "lib2to3"}
 _LONGEST_PATH = 4096  # characters
+_ALL_FOLDERS = re.compile(r"(^|/)\*\*(?:/\*\*)*(/|$)")  # in a glob: of any depth
 _TYPES = f"{', '.join(READERS)}, and these with .gz or .zst after them"
 
 
@@ -30,17 +32,22 @@ def patterns(path: str) -> Iterator[str]:
     """What `data.path` names, one by one: it is cut at commas, but not within a name that exists; `~` is filled in."""
     parts = path.split(",")
     while parts:
-        name, count = os.path.expanduser(parts[0].strip()), 1
+        name, count = _name(parts[0]), 1
         longer = parts[0]
         for number, part in enumerate(parts[1:], 2):
             longer = f"{longer},{part}"
             if len(longer) > _LONGEST_PATH:
                 break
-            joined = os.path.expanduser(longer.strip())
+            joined = _name(longer)
             if os.path.exists(joined) or _folder_of(joined).count(",") == number - 1:
                 name, count = joined, number
         yield name
         parts = parts[count:]
+
+
+def _name(text: str) -> str:
+    """What stands between two commas: a name that exists, or else one without the spaces around it and with `~` filled in."""
+    return text if os.path.exists(text) else os.path.expanduser(text.strip())
 
 
 def _folder_of(pattern: str) -> str:
@@ -51,9 +58,23 @@ def _folder_of(pattern: str) -> str:
     return folder
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str) -> set[str]:
     folder = _folder_of(pattern)
-    return glob.glob(glob.escape(folder) + pattern[len(folder) :], recursive=True)
+    return _expanded(glob.escape(folder) + pattern[len(folder) :])
+
+
+def _expanded(pattern: str) -> set[str]:
+    """As `glob.glob(pattern, recursive=True)`, but `**` leads into no folder twice: of links that lead back there is no end."""
+    found = _ALL_FOLDERS.search(pattern)
+    if found is None:
+        return set(glob.glob(pattern))
+    before, after = pattern[: found.start()] + found[1], pattern[found.end() :] or "*"
+    names: set[str] = set()
+    for top in glob.glob(before) if before else [""]:
+        for folder, _ in _walk(top or os.curdir):
+            inside = folder if top else os.path.relpath(folder, os.curdir)
+            names |= _expanded(after if inside == os.curdir else os.path.join(glob.escape(inside), after))
+    return names
 
 
 def _files_of(pattern: str) -> list[Path]:
@@ -73,15 +94,21 @@ def _files_of(pattern: str) -> list[Path]:
 
 def _folder_files(folder: str) -> list[Path]:
     """Files of types that can be read, in all its folders, in order; hidden names are left out, as by globs."""
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    found = [Path(root, name) for root, names in _walk(folder, _refuse) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if file_type(path) in READERS and path.is_file())
+
+
+def _walk(top: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those in it, each once, with the names of the files; those that are hidden are left out."""
+    seen = set()
+    for root, folders, names in os.walk(top, onerror=onerror, followlinks=True):
         if os.path.realpath(root) in seen:  # a link leads back
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if file_type(path) in READERS and path.is_file())
+        # in order: of two names of one folder, the same one is taken on every machine
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield root, names
 
 
 def _refuse(error: OSError) -> None:

@@ -1,6 +1,7 @@
 """The tokens that begin and end a text."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ _BOS_NAMES = (BOS, "<｜begin▁of▁sentence｜>", "<s>", "[BOS]", "<bos>", "<|
 _EOS_NAMES = (
     EOS, "<｜end▁of▁sentence｜>", "</s>", "[EOS]", "<eos>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
 )  # fmt: skip
+_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of pairs, which JSON's escapes can spell, are no text
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ def _stated(companions: Companions, which: str) -> Iterator[int | str]:
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
         value = fields(companions, file).get(f"{which}_token")
         token: Any = value.get("content") if isinstance(value, dict) else value  # transformers writes either
-        if isinstance(token, str):
+        if isinstance(token, str) and not _SURROGATES.search(token):
             yield token
         elif token is not None:
-            raise UserError(f"{file}: {which}_token={str(value)[:80]} must be a token's text, or an object with its content")
+            raise UserError(f"{file}: {which}_token={ascii(value)[:80]} must be a token's text, or an object with its content")
 
 
 def check_stated(companions: Companions) -> None:
@@ -91,7 +93,7 @@ def with_begin_added(tokenizer: Tokenizer, begin: int | None) -> Tokenizer:
     So that other programs, which ask for them, give a model its texts as it was trained on them: by tokenizer.json's
     post-processor. One that does nothing else but this or measure offsets stays.
     """
-    plain, processed = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+    plain, processed = (tokenizer.encode("", add_special_tokens=add).ids for add in (False, True))
     if processed == (plain if begin is None else [begin, *plain]):
         return tokenizer
     described = json.loads(tokenizer.to_str())

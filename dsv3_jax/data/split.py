@@ -6,11 +6,12 @@ characters, is held out, from the begin of a line or word, in documents of the s
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import documents, fingerprint, is_validation
+from dsv3_jax.data.corpus import data_files, documents, fingerprint, is_validation
 from dsv3_jax.data.document import Document
 from dsv3_jax.errors import UserError
 
@@ -20,6 +21,10 @@ _SHORTEST_SIDE = 16  # characters: less is no text to train or measure on
 def split_documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[tuple[bool, Document]]:
     """Every document with text and whether it is held out, in the corpus's order; `report` as for `documents`."""
     if config.validation_path is not None:
+        with _of_validation_path():
+            held_out = _files(replace(config, path=config.validation_path))
+        if both := len(_files(config) & held_out):
+            report(f"data.validation_path: {both} of its files are in data.path too: their text is trained on, not held out")
         yield from ((False, document) for document in documents(config, report))
         yield from ((True, document) for document in _validation_documents(config, report))
         return
@@ -45,6 +50,11 @@ def validation_fingerprint(config: DataConfig) -> str:
         return ""
     with _of_validation_path():
         return fingerprint(replace(config, path=config.validation_path))
+
+
+def _files(config: DataConfig) -> set[tuple[int, int]]:
+    """Device and inode of each file, which are the same under all of its names."""
+    return {(stat.st_dev, stat.st_ino) for stat in map(os.stat, data_files(config))}
 
 
 def _validation_documents(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Iterator[Document]:

@@ -69,24 +69,31 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _rope_fields(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Rope's fields from all their places. Raises `UserError` where these differ: some clients believe one, some another."""
+    found: dict[str, Any] = {}
+    places = {name: raw.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    for place, given in (places | {"config.json": {"rope_theta": raw.get("rope_theta")}}).items():
+        if not isinstance(given, dict):
+            raise UserError(f"{where}: {place}={_shown(given)} must be an object")
+        for key, value in given.items():
+            name = "rope_type" if key == "type" else key
+            if value is not None and found.setdefault(name, value) != value:
+                raise UserError(f"{where}: {name} is {_shown(found[name])}, and {_shown(value)} as {key} of {place}")
+    return found
+
+
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Fields of `RopeConfig`, from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older files)."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: rope_parameters={_shown(given)} must be an object")
-    rope = dict(given)
-    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    rope = {"rope_type": "default"} | _rope_fields(raw, where)
     if rope["rope_type"] not in ("default", "yarn"):
         raise UserError(f"{where}: rope_type={_shown(rope['rope_type'])} is not supported; use default or yarn")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor is not supported; the whole rope head is rotated")
-    if "rope_theta" in raw:
-        rope.setdefault("rope_theta", raw["rope_theta"])
     known = {f.name for f in dataclasses.fields(RopeConfig)}
     unknown = sorted(set(rope) - known)
     if unknown:
         raise UserError(f"{where}: rope parameter {_shown(unknown[0])} is unknown; known: {', '.join(sorted(known))}")
-    rope = {key: value for key, value in rope.items() if value is not None}
     if rope["rope_type"] == "yarn":
         context = raw["max_position_embeddings"]
         original = rope.setdefault("original_max_position_embeddings", context)

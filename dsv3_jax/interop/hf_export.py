@@ -33,7 +33,7 @@ from dsv3_jax.runs.directory import RunDirectory
 
 def save_hf(
     model: Transformer, directory: str | Path, format: str = "hf-bf16", *, tokenizer: str | Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = SHARD_BYTES,
 ) -> Path:  # fmt: skip
     """Write a model as a Hugging Face checkpoint that transformers, vLLM and SGLang load.
 
@@ -93,7 +93,7 @@ def _kept_scales(checkpoint: Path) -> dict[str, np.ndarray]:
     return {name: mapped.view(name) for name in entries}
 
 
-def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: int = SHARD_BYTES) -> Path:
+def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: float = SHARD_BYTES) -> Path:
     """Write a run's latest checkpoint, or the one at the path, as a Hugging Face checkpoint; see `save_hf`.
 
     Weights are read from disk a tensor at a time, so that no device and little memory is needed, whatever mesh wrote them.

@@ -320,7 +320,12 @@ def check_entries(where: Path, found: list[Source], shared: list[Copy], entries:
             raise UserError(f"{where}: tensor {name} has shape {list(entry.shape)}; config.json implies {list(shape)}")
         allowed = _SCALES if name in scales else ("F8_E4M3",) if name + fp8.SUFFIX in scales else _FLOATS
         if entry.dtype not in allowed:
-            raise UserError(f"{where}: tensor {name} has dtype {entry.dtype}; use one of {', '.join(_FLOATS)} or block-FP8")
+            others = " or block-FP8" if allowed == _FLOATS else ""
+            raise UserError(f"{where}: tensor {name} has dtype {entry.dtype}; use one of {', '.join(allowed)}{others}")
+    for copy in shared:
+        ours, theirs = (entries[name].dtype if name in entries else None for name in (copy.tensor, copy.of))
+        if ours != theirs and None not in (ours, theirs):
+            raise UserError(f"{where}: tensor {copy.tensor} has dtype {ours}, and {copy.of}, which it repeats, {theirs}")
 
 
 def say(found: HFCheckpoint) -> None:

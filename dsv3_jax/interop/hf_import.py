@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ import numpy as np
 from dsv3_jax.checkpoint.direct import ReadInto, array_reader
 from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
-from dsv3_jax.checkpoint.scratch import scratch_of
+from dsv3_jax.checkpoint.scratch import resolved, scratch_of
 from dsv3_jax.checkpoint.storage import check_path
 from dsv3_jax.cluster.processes import is_first, on_first
 from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
@@ -54,8 +55,9 @@ _FINE_TUNING: dict[str, dict[str, float]] = {
 def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) -> Config:
     """The model as config.json has it, a schedule for fine-tuning, and the rest by default.
 
-    `overrides` may set all but keys of the model.
+    `overrides` may set all but keys of the model; `name` is that of a directory, which may be none of a run.
     """
+    name = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", name).strip("-") or "imported"
     context = found.config.max_position_embeddings
     raw: dict[str, Any] = {"name": name, "data": {"seq_len": min(context, _SEQ_LEN)}, **copy.deepcopy(_FINE_TUNING)}
     merge_overrides(raw, overrides)
@@ -118,9 +120,9 @@ def import_hf(directory: str | Path, checkpoint: str | Path, overrides: tuple[st
     target = Path(checkpoint)
     check_path(target.absolute())
     found = open_hf(directory)
-    companions = _companions(found.files.directory)
+    companions = files_to_keep(found.files.directory)
     on_first(found.check_copies)
-    config = imported_config(found, target.name, overrides)
+    config = imported_config(found, resolved(target).name, overrides)
     arrays, variables = stored_arrays(found, bfloat16), abstract_variables(found.config)
     names = {array: weight_name(array, variables[array]) for array in arrays}
     metadata = {
@@ -198,7 +200,7 @@ def _check_room(target: Path, arrays: dict[str, ChunkedArray]) -> None:
         raise UserError(f"{target} needs {needed / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left")
 
 
-def _companions(directory: Path) -> dict[str, bytes]:
+def files_to_keep(directory: Path) -> dict[str, bytes]:
     """The files that go with the weights, by their names in the checkpoint.
 
     Raises `UserError` as `read_companion`, and for special tokens that are none: what is imported cannot be mended.

@@ -25,7 +25,7 @@ from dsv3_jax.interop.hf_files import (
     wanted,
 )
 from dsv3_jax.interop.hf_formats import usual_dtype
-from dsv3_jax.interop.hf_import import THREADS
+from dsv3_jax.interop.hf_import import THREADS, files_to_keep
 from dsv3_jax.interop.hf_tensors import Copy, Source, copies
 from dsv3_jax.interop.safetensors_file import DTYPES
 from dsv3_jax.progress import human
@@ -94,6 +94,7 @@ def plan_import(path: str | Path) -> ImportPlan:
     shared = [c for c in copies(fitted.config) if c.tensor in names]
     check_8_bits(directory, found, entries, raw)
     check_entries(directory, found, shared, entries)
+    files_to_keep(directory)
     dtypes = _implied_dtypes(found, shared, raw)
     dtypes |= {name: entries[name].dtype for name in dtypes if name in entries}
 

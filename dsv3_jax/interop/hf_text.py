@@ -1,13 +1,12 @@
 """The files of an export that are about text: tokenizer, special tokens, chat template, settings of generation, licence."""
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.companions import CONFIG, GENERATION, TOKEN_IDS, TOKENIZER, TOKENIZER_CONFIG, Companions, fields
+from dsv3_jax.data.companions import CONFIG, GENERATION, TOKEN_IDS, TOKENIZER, TOKENIZER_CONFIG, Companions, fields, json_file
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens, with_begin_added
 from dsv3_jax.data.tokenizer import load_tokenizer
 
@@ -77,4 +76,4 @@ def _ids(special: SpecialTokens) -> dict[str, Any]:
 
 
 def _write_json(path: Path, its: dict[str, Any]) -> None:
-    path.write_text(json.dumps(its, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(json_file(its))

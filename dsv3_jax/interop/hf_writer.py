@@ -101,7 +101,7 @@ def _outputs(config: ModelConfig, format: str, before: Before | None, power_of_t
     ]  # fmt: skip
 
 
-def _shards(outputs: list[_Output], shard_bytes: int) -> list[list[_Output]]:
+def _shards(outputs: list[_Output], shard_bytes: float) -> list[list[_Output]]:
     """The outputs in order, cut into shards of at most `shard_bytes`, or of a single tensor."""
     found: list[list[_Output]] = [[]]
     size = 0
@@ -149,7 +149,7 @@ def _write_shard(path: Path, shard: list[_Output], read: Read, progress: BytesPr
     return write_safetensors(path, parts, make)[1]
 
 
-def _write_tensors(directory: Path, outputs: list[_Output], read: Read, shard_bytes: int) -> _Written:
+def _write_tensors(directory: Path, outputs: list[_Output], read: Read, shard_bytes: float) -> _Written:
     """Write the shards and, if there are several, their index."""
     shards = _shards(outputs, shard_bytes)
     total = sum(output.size for shard in shards for output in shard)
@@ -174,7 +174,7 @@ def write_hf(
     origin: Mapping[str, str],
     text: TextFiles,
     before: Before | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: float = SHARD_BYTES,
 ) -> Path:
     """Write a checkpoint's directory: shards, index, config, the files about text, model card.
 
@@ -183,7 +183,7 @@ def write_hf(
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
-    if shard_bytes <= 0:
+    if not shard_bytes > 0:  # nor is NaN
         raise UserError(f"shard size {shard_bytes} must be positive")
     with _new_directory(Path(target)) as directory:
         ids = text.write(directory, config)

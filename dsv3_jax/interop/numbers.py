@@ -17,6 +17,7 @@ _BITS = {
     np.dtype(ml_dtypes.bfloat16): (np.int16, np.uint16, 0x7F80),
     np.dtype(ml_dtypes.float8_e4m3fn): (np.int8, np.uint8, 0x7F),
 }
+_LARGEST_SCALE = np.finfo(np.float32).max / np.float32(448)  # 448: the largest number of e4m3
 
 
 def _all_numbers(x: np.ndarray, infinity: bool) -> bool:
@@ -38,10 +39,10 @@ def check_numbers(x: np.ndarray, where: str, tensor: str) -> None:
 
 
 def check_scales(x: np.ndarray, where: str, tensor: str) -> None:
-    """Raise `UserError` if scales (float32) of 8-bit weights are NaN, infinite or negative."""
-    bad = ~(np.isfinite(x) & (x >= 0))
+    """Raise `UserError` if scales (float32) of 8-bit weights are NaN, negative, or so large that weights could be infinite."""
+    bad = ~((x >= 0) & (x <= _LARGEST_SCALE))
     if bad.any():
-        raise UserError(f"{where}: tensor {tensor} holds a scale of {x[bad][0]}; scales are finite and not negative")
+        raise UserError(f"{where}: tensor {tensor} holds a scale of {x[bad][0]}; scales are 0 to {_LARGEST_SCALE:.3g}")
 
 
 def check_exact(x: np.ndarray, where: str, tensor: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from dsv3_jax.checks import is_text, require, shortened
 from dsv3_jax.config import LARGEST_SEED
 from dsv3_jax.data.special_tokens import SpecialTokens
+from dsv3_jax.data.tokenizer import tokenizer_errors
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, indices, unstack
@@ -169,6 +170,7 @@ def continue_text(
     The prompt is begun as documents are. Special tokens that it names, such as those of a chat template, are those tokens.
     """
     require(is_text(prompt), f"--prompt={shortened(prompt)} holds bytes that are no UTF-8")
-    ids = special.begun(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    with tokenizer_errors(f"--prompt={shortened(prompt)} cannot be encoded"):
+        ids = special.begun(tokenizer.encode(prompt, add_special_tokens=False).ids)
     out = generate(model, [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, eos_id=special.ends)
     return tokenizer.decode(np.asarray(out)[0].tolist())

@@ -86,3 +86,18 @@ def test_links_within_the_hubs_cache_are_followed(tmp_path):
     (tmp_path / "models--a--b/blobs/ffff").write_text("{{ x }}")
     (snapshot / "chat_template.jinja").symlink_to("../../blobs/ffff")
     assert read_companions(snapshot) == {"chat_template.jinja": b"{{ x }}"}
+
+
+def test_companions_are_no_more_than_memory_holds(source):
+    for i in range(5):
+        with open(source / f"tokenizer.part{i}", "wb") as file:
+            file.truncate(60 * 2**20)
+    with pytest.raises(UserError, match=r"the files beside the weights, up to tokenizer\.part4, have more than 268,435,456"):
+        read_companions(source)
+
+
+def test_halves_of_surrogate_pairs_stay_as_they_were_spelt():
+    config = {"config.json": b'{"_name_or_path": "\\ud800", "x": "\xc3\xa9"}'}
+    (written,) = about_weights(config).values()
+    assert b'"\\ud800"' in written
+    assert json.loads(written) == json.loads(config["config.json"]) == {"_name_or_path": "\ud800", "x": "é"}

@@ -326,3 +326,35 @@ def test_control_tokens_in_a_corpus(tmp_path):
         assert ends[asked][-1] == store.offsets[2] - 1
     assert len(ends[False]) == 2  # each document's own
     assert len(ends[True]) == 3
+
+
+def test_globs_through_folders_that_links_lead_back_to(tmp_path, monkeypatch):
+    """Two links to their own folder: followed as they come, they are 2^40 paths. Each folder is entered once, in order."""
+    (tmp_path / "d/sub/.hidden").mkdir(parents=True)
+    for name in ("d/a.txt", "d/sub/b.txt", "d/sub/.hidden/c.txt", "d/sub/c.jsonl", "d/.e.txt"):
+        (tmp_path / name).write_text("the sea")
+    for name in ("d/one", "d/two", "d/sub/up"):
+        (tmp_path / name).symlink_to(tmp_path / "d")
+    (tmp_path / "d/alias").symlink_to(tmp_path / "d/sub")  # comes before d/sub
+    monkeypatch.chdir(tmp_path)
+
+    def files(path: str) -> list[str]:
+        return list(map(str, data_files(DataConfig(path=path))))
+
+    assert files("d/**/*.txt") == files("d/**/**/*.txt") == ["d/a.txt", "d/alias/b.txt"]
+    assert files("**/*.txt") == ["d/a.txt", "d/alias/b.txt"]
+    assert files(f"{tmp_path}/**/[a-b].txt") == [f"{tmp_path}/d/a.txt", f"{tmp_path}/d/alias/b.txt"]
+    assert files("d/s*/**/*.txt") == ["d/sub/b.txt", "d/sub/up/a.txt"]
+    (tmp_path / "d/alias/c.jsonl").unlink()
+    assert files("d/**") == ["d/a.txt", "d/alias/b.txt"]
+    assert files("d") == ["d/a.txt", "d/alias/b.txt"]
+
+
+def test_names_with_spaces_around_them(tmp_path, monkeypatch):
+    for name in (" a.txt", "b.txt", "c d.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    for path in (" a.txt", "b.txt , c d.txt", " a.txt, b.txt"):
+        names = [document.text for document in documents(DataConfig(path=path))]
+        assert ",".join(names) == path.replace(" ,", ",").replace(", ", ",")
+        assert [d.text for d in documents(DataConfig(path=absolute_patterns(path)))] == names

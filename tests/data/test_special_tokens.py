@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 from dsv3_jax.data.special_tokens import SpecialTokens, check_stated, special_tokens, with_begin_added
 from dsv3_jax.data.tokenizer import train_tokenizer
@@ -52,6 +52,7 @@ def test_files_say_which_tokens_begin_and_end_a_text(tokenizer, files, begin, en
         ("generation_config", {"eos_token_id": [[1]]}, "generation_config.json: eos_token_id"),
         ("generation_config", {"bos_token_id": True}, "generation_config.json: bos_token_id=True"),
         ("tokenizer_config", {"bos_token": 3}, "tokenizer_config.json: bos_token=3 must be a token's text"),
+        ("special_tokens_map", {"eos_token": "\ud800"}, "eos_token='\\ud800' must be a token's text"),
     ],
 )
 def test_what_is_no_token_is_refused_by_name(tokenizer, file, fields, expected):
@@ -106,3 +107,10 @@ def test_other_programs_begin_a_text_as_its_documents_began(tokenizer, before, b
         assert told.encode("the sea").offsets[-1] == its.encode("the sea").offsets[-1]
     if before == "the right one" and begin is not None:
         assert told.to_str() == its.to_str()
+
+
+def test_a_tokenizer_without_latin_letters_begins_texts_too():
+    """One that knows no "a" and has nothing for what it does not know."""
+    its = Tokenizer(models.WordLevel({"<s>": 0, "海": 1}, unk_token="<unk>"))
+    assert with_begin_added(its, 0).encode("海").ids == [0, 1]
+    assert with_begin_added(its, None).to_str() == its.to_str()

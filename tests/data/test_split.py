@@ -122,6 +122,16 @@ def test_held_out_files_of_their_own(tmp_path, corpus_dir):
     assert before.tolist() != corpus.validation.tokens.tolist()
 
 
+def test_held_out_files_that_are_trained_on_are_said(tmp_path, corpus_dir):
+    """By whatever name: what is measured on them is no held-out loss."""
+    (tmp_path / "link.txt").symlink_to(sorted(corpus_dir.glob("*.txt"))[0])
+    for held_out, both in ((f"{tmp_path}/link.txt", ["1 of its files"]), (f"{tmp_path}/own.txt", [])):
+        (tmp_path / "own.txt").write_text("the sea")
+        said = []
+        list(split_documents(DataConfig(path=f"{corpus_dir}/*.txt", validation_path=held_out), said.append))
+        assert [line.partition(": ")[2].partition(" are in")[0] for line in said] == both
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -60,10 +60,13 @@ NORM = "model.layers.0.input_layernorm.weight"
         (with_other(NORM, np.ones(143, BF16)), f"tensor {NORM} has shape [143]; config.json implies [144]"),
         (with_other(NORM, np.ones(144, np.int8)), f"tensor {NORM} has dtype I8; use one of F32, BF16, F16, F64"),
         (with_other("lm_head.weight", np.ones((40, 144), "float8_e4m3fn")), "lm_head.weight is in 8 bits, and config.json"),
+        (with_other("lm_head.weight", np.ones((40, 144), np.float32)), "BF16, and lm_head.weight, which it repeats, F32"),
+        (lambda d: (d / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: it is not valid JSON"),
+        (lambda d: (d / "tokenizer.json").symlink_to("/dev/null"), "tokenizer.json links to /dev/null, outside"),
         (lambda d: (d / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n"), "config.json is a git-lfs"),
         (lambda d: (d / INDEX).write_text("version https://git-lfs.github.com/spec/v1\n"), INDEX + " is a git-lfs pointer"),
     ],
-    ids=["shard", "lfs", "index", "shape", "dtype", "fp8", "lfs config", "lfs index"],
+    ids=["shard", "lfs", "index", "shape", "dtype", "fp8", "copy", "companion", "tokenizer", "lfs config", "lfs index"],
 )  # fmt: skip
 def test_a_plan_refuses_what_an_import_does(change, expected, tmp_path):
     shards(tmp_path / "hf", bf16_tensors(), config_json())

@@ -11,6 +11,7 @@ from flax import nnx
 
 import dsv3_jax as dsv3
 from dsv3_jax.checkpoint.storage import read_metadata
+from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_config import hf_config, ignored_fields, model_config
@@ -297,3 +298,61 @@ def test_infinities_are_refused_but_in_a_balancing_bias(tmp_path):
     tensors["model.layers.1.mlp.gate.e_score_correction_bias"][1] = np.nan
     with pytest.raises(UserError, match=r"e_score_correction_bias holds NaN"):
         dsv3.load_hf(write(tmp_path / "bad", tensors, config_json()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_scaling": {"type": "default", "rope_type": "yarn", "factor": 4}}, "rope_type is 'default', and 'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, "'yarn' as type of rope_scaling"),
+        ({"rope_parameters": {"rope_theta": 10000.0}, "rope_theta": 50000.0}, "50000.0 as rope_theta of config.json"),
+    ],
+)  # fmt: skip
+def test_fields_of_rope_that_contradict_each_other_are_refused(fields, expected):
+    with pytest.raises(UserError, match=expected):
+        model_config({"rope_theta": None, "rope_scaling": None} | config_json() | {"rope_theta": None} | fields, "config.json")
+
+
+def test_fields_of_rope_may_stand_twice():
+    """As transformers 5 saves a file of 4: nothing is lost of either."""
+    yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
+    both = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4}, "rope_scaling": yarn, "rope_theta": 50000}
+    found = model_config(config_json() | both, "config.json").rope_parameters
+    assert (found.rope_type, found.rope_theta, found.factor, found.original_max_position_embeddings) == ("yarn", 5e4, 4.0, 64)
+
+
+def test_scales_with_which_weights_could_be_infinite_are_refused(tmp_path):
+    """By hand: 448 times 7.6e35 is 3.405e38, and float32 ends at 3.403e38."""
+    tensors = fp8_tensors("float")
+    name = min(name for name in tensors if name.endswith("_scale_inv"))
+    tensors[name][0, 0] = 7.5e35
+    open_hf(write(tmp_path / "hf", tensors, config_json(quantization_config=FP8_CONFIG))).files.read(name[:-10])
+    tensors[name][0, 0] = 7.6e35
+    found = open_hf(write(tmp_path / "hf", tensors, config_json(quantization_config=FP8_CONFIG)))
+    with pytest.raises(UserError, match=r"holds a scale of 7\.6\d*e\+35; scales are 0 to 7\.6"):
+        found.files.read(name[:-10])
+
+
+def test_scales_of_other_dtypes_are_refused_with_those_that_are_right(tmp_path):
+    tensors = fp8_tensors("float")
+    name = min(name for name in tensors if name.endswith("_scale_inv"))
+    tensors[name] = tensors[name].astype(BF16)
+    with pytest.raises(UserError, match=f"{name} has dtype BF16; use one of F32, F8_E8M0$"):
+        open_hf(write(tmp_path / "hf", tensors, config_json(quantization_config=FP8_CONFIG)))
+
+
+def test_directories_of_any_name_are_written(tmp_path):
+    """Through links, one that leads nowhere yet too; a run's default name is of the characters that runs' names have."""
+    write(tmp_path / "hf", bf16_tensors(), config_json())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there").symlink_to("empty")
+    (tmp_path / "not yet").symlink_to("V3.1 (copy)")
+    import_hf(tmp_path / "hf", tmp_path / "not yet")
+    assert load_config(tmp_path / "V3.1 (copy)/config.yaml").name == "V3.1-copy"
+    export(tmp_path / "V3.1 (copy)", tmp_path / "there", "hf-bf16")
+    assert (tmp_path / "empty/model.safetensors").is_file()
+    (tmp_path / "loop").symlink_to("loop")
+    for taken in ("loop", "none/.."):
+        with pytest.raises(UserError, match="exists already"):
+            export(tmp_path / "not yet", tmp_path / taken, "hf-bf16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["V3.1 (copy)", "empty", "hf", "loop", "not yet", "there"]

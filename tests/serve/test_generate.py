@@ -115,6 +115,9 @@ def test_a_text_is_begun_once_and_ends_at_any_end(model, monkeypatch):
     assert asked[-1] == ([3, 2, 4], ())
     with pytest.raises(UserError, match=r"--prompt='a \\udcff' holds bytes that are no UTF-8"):  # as the shell passes them
         module.continue_text(model, tokenizer, SpecialTokens(None, ()), "a \udcff", 3, 0.0, 1.0, 0)
+    tokenizer.model = models.WordLevel(words, unk_token="<none>")
+    with pytest.raises(UserError, match=r"--prompt='c' cannot be encoded: "):  # there is no token for it
+        module.continue_text(model, tokenizer, SpecialTokens(0, (1,)), "c", 3, 0.0, 1.0, 0)
 
 
 @pytest.mark.parametrize(
