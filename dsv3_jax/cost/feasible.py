@@ -22,7 +22,7 @@ _MOST_IMPORTANT_FIRST = ("tensor", "pipe", "expert", "fsdp", "data")  # the orde
 
 
 def _rows(config: Config) -> int:
-    """Of a microbatch, which `data`, `fsdp` and `expert` share."""
+    """Sequences of a microbatch, which `data`, `fsdp` and `expert` share."""
     return config.data.batch_size // config.train.grad_accum_steps
 
 

@@ -35,7 +35,7 @@ class CorpusIdentity:
 
     @property
     def digest(self) -> str:
-        """Of all contents, in hexadecimal."""
+        """SHA-256 of all contents, in hexadecimal."""
         contents = "".join(file.sha256 for file in self.files) + (f" {self.held_out}" if self.held_out else "")
         return hashlib.sha256(contents.encode()).hexdigest()
 
