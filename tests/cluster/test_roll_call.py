@@ -66,14 +66,19 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def test_all_are_there():
-    roll = Roll(3)
+def assert_all_join(roll: Roll) -> None:
+    """Processes 1 and 2 answer, and the roll call ends with all three."""
     others = [threading.Thread(target=roll.answer, args=(process,)) for process in (1, 2)]
     for thread in others:
         thread.start()
     assert roll.end() == roll.spec.coordinator
     for thread in others:
         thread.join()
+
+
+def test_all_are_there():
+    roll = Roll(3)
+    assert_all_join(roll)
 
 
 NONSENSE = [
@@ -118,12 +123,7 @@ def test_one_that_went_and_came_again_is_one():
     roll = Roll(3)
     reset(roll.send({"process": 1, "processes": 3, "host": "x"}))
     roll.send({"process": 1, "processes": 3, "host": "x"}).close()
-    others = [threading.Thread(target=roll.answer, args=(process,)) for process in (1, 2)]
-    for thread in others:
-        thread.start()
-    assert roll.end() == roll.spec.coordinator
-    for thread in others:
-        thread.join()
+    assert_all_join(roll)
 
 
 def test_two_of_one_number_hear_of_it():
