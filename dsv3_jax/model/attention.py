@@ -48,16 +48,19 @@ class Attention(nnx.Module):
             self.b_kv_a_X = constant(0.0, bias, kv_lora_rope=C + R)
             self.b_o_D = constant(0.0, bias, embed=D)
 
+    def query_latents(self, x_BLD: Array) -> Float[Array, "B L Q"]:
+        """Equation 6, normalised: what the queries' up-projection reads, where there is one."""
+        c_q_BLQ = self.linear(x_BLD, self.w_q_a_DQ[...], "embed", None)
+        if self.config.attention_bias:
+            c_q_BLQ += self.b_q_a_Q.astype(x_BLD.dtype)
+        return self.q_a_norm(checkpoint_name(c_q_BLQ, LATENTS))
+
     def queries(self, x_BLD: Array, rope: RopeTable) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H R"]]:
         """Equations 6-9: the part without and the part with position."""
         if self.config.q_lora_rank is None:
             q_BLHX = self.linear(x_BLD, self.w_q_DHX[...], "embed", "heads", None)
         else:
-            c_q_BLQ = self.linear(x_BLD, self.w_q_a_DQ[...], "embed", None)
-            if self.config.attention_bias:
-                c_q_BLQ += self.b_q_a_Q.astype(x_BLD.dtype)
-            c_q_BLQ = checkpoint_name(c_q_BLQ, LATENTS)
-            q_BLHX = self.linear(self.q_a_norm(c_q_BLQ), self.w_q_b_QHX[...], "latent", "heads", None)
+            q_BLHX = self.linear(self.query_latents(x_BLD), self.w_q_b_QHX[...], "latent", "heads", None)
         q_BLHX = self.layout.constrain(q_BLHX, "batch", None, "heads", None)
         q_nope_BLHN, q_rope_BLHR = jnp.split(q_BLHX, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope_BLHN, rotate(q_rope_BLHR, rope)
@@ -80,6 +83,10 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD: Float[Array, "B L D"], segment_BL: Int[Array, "B L"], rope: RopeTable) -> Float[Array, "B L D"]:
         """Attention of complete sequences, causal within each segment."""
         x_BLD = self.layout.constrain(x_BLD, "batch", None, None)
+        return self.layout.constrain(self.output(self.heads(x_BLD, segment_BL, rope)), "batch", "sequence", None)
+
+    def heads(self, x_BLD: Array, segment_BL: Array, rope: RopeTable) -> Float[Array, "B L H U"]:
+        """What each head gathers (equation 10): the input of the output projection."""
         q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         c_kv_BLC, k_rope_BLR = self.latents(x_BLD, rope)
         kv_BLHX = self.linear(c_kv_BLC, self.w_kv_b_CHX[...], "latent", "heads", None)
@@ -89,8 +96,7 @@ class Attention(nnx.Module):
         k_BLHX = jnp.concatenate([k_nope_BLHN, k_rope_BLHR], axis=-1)
         q_BLHX, k_BLHX, v_BLHU = (self.layout.constrain(a, "batch", None, "heads", None) for a in (q_BLHX, k_BLHX, v_BLHU))
         out_BLHU = self.layout.attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config), self.core)
-        out_BLHU = self.layout.constrain(out_BLHU, "batch", None, "heads", None)
-        return self.layout.constrain(self.output(out_BLHU), "batch", "sequence", None)
+        return self.layout.constrain(out_BLHU, "batch", None, "heads", None)
 
     def decode(
         self,

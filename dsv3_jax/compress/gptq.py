@@ -1,0 +1,124 @@
+"""GPTQ (arXiv 2210.17323): rounds a weight input by input, and lets the inputs that are left make up for each error.
+
+A linear layer y = x w with the inputs' second moments H = sum x^T x loses tr(dw^T H dw) by rounding. Rounding input j with an
+error e is best made up for by moving the weights of the inputs after it by -U[j, j+1:] e / U[j, j], where H^-1 = U^T U with U
+upper triangular. Inputs with the largest moments come first, while most others can still make up for them; scales are those of
+the original order, fixed before ("static"), so that no client has to know the order.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float16, Float32, UInt8
+
+from dsv3_jax.compress.grid import Grid, choose_grid, nearest_code
+from pallas_kernels.integer_weight import IntegerFormat
+from pallas_kernels.products import dot
+
+_BLOCK = 128  # inputs whose errors are collected before they are carried over to the inputs after the block
+
+
+class Rounded(NamedTuple):
+    """Codes of a weight [K, N], one each, and their grid. `sound`: the factorisation of H succeeded; without, they are void."""
+
+    codes_KN: UInt8[Array, "*lead K N"]
+    scale_GN: Float16[Array, "*lead G N"]
+    zero_GN: UInt8[Array, "*lead G N"]
+    sound: Bool[Array, "*lead"]
+
+
+def _inverse_factor(moments_KK: Float32[Array, "K K"], damping: Array) -> Float32[Array, "K K"]:
+    """U, upper triangular, with U^T U the inverse of the moments plus `damping` times their mean diagonal.
+
+    H = R R^T with R upper triangular is a Cholesky factorisation with rows and columns reversed; then U = R^-1.
+    """
+    K = moments_KK.shape[0]
+    mean = jnp.trace(moments_KK) / K
+    damped_KK = moments_KK + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(K, dtype=jnp.float32)
+    lower_KK = jnp.linalg.cholesky(damped_KK[::-1, ::-1])
+    return jax.scipy.linalg.solve_triangular(lower_KK[::-1, ::-1], jnp.eye(K, dtype=jnp.float32), lower=False)
+
+
+def _round_in_order(w_KN: Array, grid: Grid, u_KK: Array, format: IntegerFormat, order_K: Array) -> Float32[Array, "K N"]:
+    """Codes, in the original order, of a weight whose inputs are rounded in `order_K`, which is that of `u_KK`."""
+    K, N = w_KN.shape
+    block = max(b for b in range(1, min(K, _BLOCK) + 1) if K % b == 0)
+    scale_KN, zero_KN = (a[order_K] for a in grid.per_input(format.group))
+
+    def round_block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        w_KN, codes_KN = carry
+        begin = i * block
+        rows_BK = jax.lax.dynamic_slice_in_dim(u_KK, begin, block)
+        rows_BB = jax.lax.dynamic_slice_in_dim(rows_BK, begin, block, 1)
+        s_BN, z_BN = (jax.lax.dynamic_slice_in_dim(a, begin, block) for a in (scale_KN, zero_KN))
+
+        def round_input(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            w_BN, codes_BN, errors_BN = carry
+            code_N = nearest_code(w_BN[j], s_BN[j], z_BN[j], format.levels)
+            error_N = (w_BN[j] - s_BN[j] * (code_N - z_BN[j])) / rows_BB[j, j]
+            w_BN -= rows_BB[j][:, None] * error_N  # of those before j nothing: U is upper triangular
+            return w_BN, codes_BN.at[j].set(code_N), errors_BN.at[j].set(error_N)
+
+        w_BN = jax.lax.dynamic_slice_in_dim(w_KN, begin, block)
+        empty_BN = jnp.zeros((block, N), jnp.float32)
+        _, codes_BN, errors_BN = jax.lax.fori_loop(0, block, round_input, (w_BN, empty_BN, empty_BN))
+        w_KN -= dot(rows_BK.T, errors_BN)
+        return w_KN, jax.lax.dynamic_update_slice_in_dim(codes_KN, codes_BN, begin, 0)
+
+    carry = w_KN[order_K], jnp.zeros((K, N), jnp.float32)
+    _, codes_KN = jax.lax.fori_loop(0, K // block, round_block, carry)
+    return codes_KN[jnp.argsort(order_K)]
+
+
+def round_to_nearest(w_KN: Float32[Array, "K N"], format: IntegerFormat) -> Rounded:
+    """Every weight to the nearest number of its group's grid, without a look at inputs: what GPTQ is compared with."""
+    grid = choose_grid(w_KN, format)
+    codes_KN = nearest_code(w_KN, *grid.per_input(format.group), format.levels)
+    return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.bool_(True))
+
+
+def gptq(
+    w_KN: Float32[Array, "K N"], moments_KK: Float32[Array, "K K"], format: IntegerFormat, damping: float | Array
+) -> Rounded:
+    """The codes of a weight whose inputs have these second moments.
+
+    Args:
+        w_KN: f32[K, N], inputs first.
+        moments_KK: f32[K, K], the sum of x^T x over the inputs x of the calibration set.
+        format: Its group divides K.
+        damping: Is added to the diagonal, in units of its mean.
+    """
+    grid = choose_grid(w_KN, format)
+    order_K = jnp.argsort(-jnp.diagonal(moments_KK), stable=True)
+    u_KK = _inverse_factor(moments_KK[order_K][:, order_K], jnp.float32(damping))
+    codes_KN = _round_in_order(w_KN, grid, u_KK, format, order_K)
+    return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.isfinite(u_KK).all() & jnp.isfinite(codes_KN).all())
+
+
+def blended(moments_EKK: Float32[Array, "E K K"], tokens_E: Float32[Array, " E"]) -> Float32[Array, "E K K"]:
+    """Each expert's moments with those of K tokens of the layer's mean beside them.
+
+    An expert that few tokens reach has moments of low rank, and one that none reaches has none: the mean stands in for what it
+    did not see, and weighs less the more it saw.
+    """
+    K = moments_EKK.shape[-1]
+    mean_KK = moments_EKK.sum(0) / jnp.maximum(tokens_E.sum(), 1)
+    return moments_EKK + K * mean_KK
+
+
+@partial(jax.jit, static_argnames="format")
+def gptq_experts(w_EKN: Array, moments_EKK: Array, format: IntegerFormat, damping: Array) -> Rounded:
+    """`gptq` of all experts of a layer, in one program."""
+    return jax.vmap(lambda w, moments: gptq(w, moments, format, damping))(w_EKN, moments_EKK)
+
+
+def loss_of_rounding(w_KN: Array, dequantised_KN: Array, moments_KK: Array) -> Float32[Array, ""]:
+    """tr(dw^T H dw) / tr(w^T H w): how much of the layer's output, squared, rounding changed on the calibration set."""
+
+    def energy(a_KN: Array) -> Array:
+        return jnp.sum(a_KN * dot(moments_KK, a_KN))
+
+    return energy(dequantised_KN - w_KN) / jnp.maximum(energy(w_KN), math.ulp(0.0))
