@@ -105,9 +105,13 @@ class MTPModule(nnx.Module):
         self, hidden_BLD: Array, embedding_BLD: Array, segment_BL: Array, rope: RopeTable
     ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         """The hidden states of depth k, normalised for the head, from those of depth k-1 and the embeddings of t_{i+k}."""
-        joined_BLX = jnp.concatenate([self.embed_norm(embedding_BLD), self.hidden_norm(hidden_BLD)], axis=-1)
-        x_BLD, stats = self.block(linear(joined_BLX, self.w_XD[...]), segment_BL, rope)
+        x_BLD, stats = self.block(self.joined(hidden_BLD, embedding_BLD), segment_BL, rope)
         return self.norm(x_BLD), stats
+
+    def joined(self, hidden_BLD: Array, embedding_BLD: Array) -> Float[Array, "B L D"]:
+        """Equation 21: what enters the block."""
+        joined_BLX = jnp.concatenate([self.embed_norm(embedding_BLD), self.hidden_norm(hidden_BLD)], axis=-1)
+        return linear(joined_BLX, self.w_XD[...])
 
 
 def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
