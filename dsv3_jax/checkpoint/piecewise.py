@@ -40,7 +40,8 @@ class ChunkedArray:
     def zarr_json(self) -> str:
         """The array's metadata file (Zarr 3 core specification)."""
         return json.dumps({
-            "zarr_format": 3, "node_type": "array", "shape": self.shape, "data_type": self.dtype.name, "fill_value": 0.0,
+            "zarr_format": 3, "node_type": "array", "shape": self.shape, "data_type": self.dtype.name,
+            "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "codecs": [

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
+from dsv3_jax.checkpoint.integers import dequantized, integer_arrays, integer_templates
 from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, weights_from_arrays, weights_to_arrays
 from dsv3_jax.checks import is_text, require
 from dsv3_jax.errors import UserError
@@ -57,10 +58,16 @@ def load_arrays(directory: Path, templates: Arrays, partial: bool = False) -> Ar
         raise UserError(f"cannot load checkpoint {directory}: {reason(error)}") from error
 
 
-def load_weights(directory: Path, params: Any, router_bias: Any) -> tuple[Any, Any]:
-    """Only what a model needs of a verified checkpoint, in the shapes and shardings of the given templates."""
-    arrays = load_arrays(directory, weights_to_arrays(params, router_bias))
-    return weights_from_arrays(params, router_bias, arrays)
+def load_weights(directory: Path, params: Any, router_bias: Any, keep_integers: bool = False) -> tuple[Any, Any]:
+    """Only what a model needs of a verified checkpoint, in the shapes and shardings of the given templates.
+
+    Integer weights become the dense ones that they stand for, or stay as they are with `keep_integers`.
+    """
+    integers = integer_arrays(read_metadata(directory), str(directory))
+    templates = integer_templates(params, integers) if integers else params
+    arrays = load_arrays(directory, weights_to_arrays(templates, router_bias))
+    loaded, bias = weights_from_arrays(templates, router_bias, arrays)
+    return (dequantized(loaded, params) if integers and not keep_integers else loaded), bias
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:

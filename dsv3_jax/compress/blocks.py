@@ -4,6 +4,7 @@ A layer's weights fall into stages: those of a stage read inputs that depend on 
 GPTQ sees the inputs which the weights compressed before it will give.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -84,6 +85,11 @@ class BlockReader:
             found = found.astype(ml_dtypes.bfloat16)
         return found.astype(np.float32)
 
+    def size(self, place: Place) -> int:
+        """Bytes of a block's parameters in float32."""
+        shapes = [v.get_value().shape for name, v in self._variables.items() if name.startswith(place.prefix)]
+        return sum(4 * math.prod(shape[len(place.lead) :]) for shape in shapes)
+
     def block(self, place: Place) -> Block | MTPModule:
         """The block, or the MTP module with its block, with its parameters on the default device."""
         arguments = self.config, Layout(), _RECIPE, nnx.Rngs(0)
@@ -144,6 +150,6 @@ def attention_stages(config: ModelConfig) -> list[Stage]:
 
 
 def ffn_stages(moe: bool) -> list[Stage]:
-    """The stages of a dense feed-forward layer or of the shared experts, whose inputs are functions of what follows attention."""
+    """The stages of a dense feed-forward layer, or of shared experts: functions of the stream after attention."""
     ffn = "ffn/shared" if moe else "ffn"
     return [Stage((f"{ffn}/w_gate_up_D2F",), _ffn_normed), Stage((f"{ffn}/w_down_FD",), _ffn_hidden)]

@@ -7,7 +7,6 @@ the original order, fixed before ("static"), so that no client has to know the o
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -96,23 +95,6 @@ def gptq(
     u_KK = _inverse_factor(moments_KK[order_K][:, order_K], jnp.float32(damping))
     codes_KN = _round_in_order(w_KN, grid, u_KK, format, order_K)
     return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.isfinite(u_KK).all() & jnp.isfinite(codes_KN).all())
-
-
-def blended(moments_EKK: Float32[Array, "E K K"], tokens_E: Float32[Array, " E"]) -> Float32[Array, "E K K"]:
-    """Each expert's moments with those of K tokens of the layer's mean beside them.
-
-    An expert that few tokens reach has moments of low rank, and one that none reaches has none: the mean stands in for what it
-    did not see, and weighs less the more it saw.
-    """
-    K = moments_EKK.shape[-1]
-    mean_KK = moments_EKK.sum(0) / jnp.maximum(tokens_E.sum(), 1)
-    return moments_EKK + K * mean_KK
-
-
-@partial(jax.jit, static_argnames="format")
-def gptq_experts(w_EKN: Array, moments_EKK: Array, format: IntegerFormat, damping: Array) -> Rounded:
-    """`gptq` of all experts of a layer, in one program."""
-    return jax.vmap(lambda w, moments: gptq(w, moments, format, damping))(w_EKN, moments_EKK)
 
 
 def loss_of_rounding(w_KN: Array, dequantised_KN: Array, moments_KK: Array) -> Float32[Array, ""]:

@@ -48,6 +48,12 @@ class Source:
         return tuple(self.split[axis] for axis in self.order)
 
     @property
+    def inputs(self) -> int:
+        """How many of the region's axes, its first, are the inputs of a linear layer's matrix [outputs, inputs]."""
+        outputs = next(n for n in range(1, len(self.split) + 1) if math.prod(self.split[:n]) == self.shape[0])
+        return len(self.split) - outputs
+
+    @property
     def full_index(self) -> Index:
         """`index`, with an entry for every axis of the array."""
         given = sum(isinstance(i, slice) for i in self.index)

@@ -1,0 +1,117 @@
+"""Second moments of what each routed expert reads, and GPTQ of all experts of a layer, the experts spread over devices.
+
+A device computes everything about its experts by itself, in the order of the tokens: the result is the same for any number of
+devices, bit for bit.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int
+
+from dsv3_jax.compress.gptq import Rounded, gptq
+from dsv3_jax.model.layers import swiglu
+from pallas_kernels.grouped_swiglu.rows import rows_of_slots
+from pallas_kernels.integer_weight import IntegerFormat
+from pallas_kernels.products import dot
+
+_ROWS = 64  # tokens of one expert that are multiplied together
+_AXIS = "experts"
+
+
+class Moments(NamedTuple):
+    """Sums over the tokens of each expert, of what it reads."""
+
+    xx_EKK: Float32[Array, "E K K"]
+    tokens_E: Float32[Array, " E"]
+
+
+def expert_mesh(experts: int) -> Mesh:
+    """As many of the devices as share the experts equally."""
+    devices = jax.devices()
+    return Mesh(np.array(devices[: math.gcd(experts, len(devices))]), (_AXIS,))
+
+
+def sharded(mesh: Mesh, array: Array | np.ndarray) -> Array:
+    """An array with a leading axis of experts, each on the device that computes with it."""
+    return jax.device_put(array, NamedSharding(mesh, P(_AXIS)))
+
+
+def replicated(mesh: Mesh, array: Array) -> Array:
+    """An array that every device has."""
+    return jax.device_put(array, NamedSharding(mesh, P()))
+
+
+def no_moments(mesh: Mesh, experts: int, inputs: int) -> Moments:
+    """Moments of no tokens."""
+    return Moments(*(sharded(mesh, np.zeros(shape, np.float32)) for shape in ((experts, inputs, inputs), (experts,))))
+
+
+def _add_own(moments: Moments, x_TD: Array, expert_TK: Array, w_gate_up_EDX: Array | None) -> Moments:
+    """One device's experts: `moments` with those of x or, with weights, of swiglu(x w)."""
+    E = moments.tokens_E.shape[0]
+    own_TK = expert_TK - jax.lax.axis_index(_AXIS) * E
+    own_TK = jnp.where((own_TK >= 0) & (own_TK < E), own_TK, E)
+    rows = rows_of_slots(own_TK, E, (_ROWS,))
+    blocks = rows.blocks[0]
+
+    def add(b: Array, xx_EKK: Array) -> Array:
+        token_R = jax.lax.dynamic_slice_in_dim(rows.token_R, blocks.row_b[b], _ROWS)
+        x_RK = x_TD.at[token_R].get(mode="fill", fill_value=0)
+        if w_gate_up_EDX is not None:
+            x_RK = swiglu(dot(x_RK, w_gate_up_EDX[blocks.expert_b[b]]).reshape(_ROWS, 2, -1))
+        return xx_EKK.at[blocks.expert_b[b]].add(dot(x_RK.T, x_RK))
+
+    xx_EKK = jax.lax.fori_loop(0, blocks.count, add, moments.xx_EKK)
+    return Moments(xx_EKK, moments.tokens_E + jnp.bincount(own_TK.reshape(-1), length=E).astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def add_moments(
+    mesh: Mesh, moments: Moments, x_TD: Float[Array, "T D"], expert_TK: Int[Array, "T K"],
+    w_gate_up_ED2M: Float[Array, "E D 2 M"] | None = None,
+) -> Moments:  # fmt: skip
+    """`moments` with those of more tokens: of x, which gate and up projections read, or with their weights of what down reads.
+
+    An entry E of `expert_TK` counts for no expert.
+    """
+    by_expert = P(_AXIS)
+    weights = None if w_gate_up_ED2M is None else w_gate_up_ED2M.reshape(*w_gate_up_ED2M.shape[:2], -1)
+    own = jax.shard_map(
+        _add_own, mesh=mesh, in_specs=(by_expert, P(), P(), None if weights is None else by_expert), out_specs=by_expert,
+        check_vma=False,
+    )  # fmt: skip
+    return own(moments, x_TD, expert_TK, weights)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _gptq_experts(mesh: Mesh, w_EKN, moments: Moments, mean_KK, format: IntegerFormat, damping) -> Rounded:
+    def own(w_EKN, xx_EKK, mean_KK, damping):
+        K = xx_EKK.shape[-1]
+        return jax.vmap(lambda w, xx: gptq(w, xx + K * mean_KK, format, damping))(w_EKN, xx_EKK)
+
+    by_expert = P(_AXIS)
+    specs = by_expert, by_expert, P(), P()
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=by_expert, check_vma=False)(
+        w_EKN, moments.xx_EKK, mean_KK, damping
+    )
+
+
+def gptq_experts(
+    mesh: Mesh, w_EKN: Float32[Array, "E K N"], moments: Moments, format: IntegerFormat, damping: float
+) -> Rounded:
+    """`gptq` of all experts of a layer in one program, each by its own moments and K tokens of the layer's mean.
+
+    An expert that few tokens reach has moments of low rank, and one that none reaches has none: the mean stands in for what it
+    did not see, and weighs less the more it saw.
+    """
+    # on one device, whatever the mesh: sums in another order would give other codes
+    xx_EKK, tokens_E = (jax.device_put(a, jax.devices()[0]) for a in moments)
+    mean_KK = replicated(mesh, xx_EKK.sum(0) / jnp.maximum(tokens_E.sum(), 1))
+    return _gptq_experts(mesh, sharded(mesh, w_EKN), moments, mean_KK, format, jnp.float32(damping))
