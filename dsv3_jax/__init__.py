@@ -6,6 +6,7 @@
 >>> model = dsv3.load("runs/tiny")                      # or dsv3.load_hf("dir"): a flax.nnx module
 >>> logits = model(tokens)                              # i32[B, T] -> f32[B, T, V]
 >>> ids = dsv3.generate(model, prompt_ids)              # greedy unless a temperature is given; i32[B, T + N]
+>>> dsv3.compress("runs/tiny", "compressed/tiny", "w4")  # a checkpoint in few bits
 
 Names are imported on first use, so that importing the package is quick and touches no device.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv3_jax.checkpoint.load import load as load
+    from dsv3_jax.compression.compress import compress as compress
     from dsv3_jax.config import Config as Config
     from dsv3_jax.config import ModelConfig as ModelConfig
     from dsv3_jax.config import ParallelConfig as ParallelConfig
@@ -39,13 +41,14 @@ _HOME = {
     "import_hf": "interop.hf_import",
     "load_hf": "interop.hf_load",
     "save_hf": "interop.hf_export",
+    "compress": "compression.compress",
     "load": "checkpoint.load",
     "Transformer": "model.transformer",
     "generate": "serve.generate",
 }
 
 __all__ = [
-    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "evaluate", "generate", "import_hf", "load",
+    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "compress", "evaluate", "generate", "import_hf", "load",
     "load_config", "load_hf", "save_hf", "train",
 ]  # fmt: skip
 

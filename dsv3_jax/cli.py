@@ -227,6 +227,31 @@ def export(
     print(f"exported {run} as {write(run, out_dir, format, shard_gb * 1e9)}")
 
 
+def compress(
+    run: RunPath,
+    out_dir: Annotated[Path, tyro.conf.Positional],
+    overrides: Overrides = (),
+    profile: str = "w4",
+) -> None:
+    """Compress a run or checkpoint: linear layers in few bits, by GPTQ, one layer at a time.
+
+    The result is a checkpoint that eval, generate and export take. A call that was interrupted goes on when repeated.
+
+    Example: dsv3 compress runs/tiny compressed/tiny-w4 --profile w4
+
+    Example: dsv3 compress runs/tiny compressed/tiny-w2 --profile bits experts.group=32 calibration.tokens=8192
+
+    Args:
+        run: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
+        out_dir: The compressed checkpoint's directory, which appears once all of it is written.
+        overrides: key=value for the profile: linears.bits, experts.group, method, damping, calibration.tokens, ...
+        profile: Which numbers each part of the model gets: one of those in docs/compression.md.
+    """
+    from dsv3_jax.compression.compress import compress as write
+
+    print(f"compressed {run} as {write(run, out_dir, profile, overrides)}")
+
+
 def report(run: RunPath) -> None:
     """Print where a run's time went: steps that count, saving, and what each failure cost (detection, restart, restore,
     compiling, steps done again).
@@ -377,6 +402,7 @@ _VERBS = {
     "generate": generate,
     "import": import_,
     "export": export,
+    "compress": compress,
     "report": report,
     "describe": describe,
     "platforms": platforms,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float16, Float32, UInt8
 
-from dsv3_jax.compress.grid import Grid, choose_grid, nearest_code
+from dsv3_jax.compression.grid import Grid, choose_grid, nearest_code
 from pallas_kernels.integer_weight import IntegerFormat
 from pallas_kernels.products import dot
 

@@ -10,7 +10,7 @@ from dsv3_jax.checkpoint.direct import array_reader
 from dsv3_jax.checkpoint.integers import IntegerArray
 from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter, StoredArrays
-from dsv3_jax.compress.profile import Profile
+from dsv3_jax.compression.profile import Profile
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_formats import usual_dtype

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
-from dsv3_jax.compress.gptq import Rounded, gptq
+from dsv3_jax.compression.gptq import Rounded, gptq
 from dsv3_jax.model.layers import swiglu
 from pallas_kernels.grouped_swiglu.rows import rows_of_slots
 from pallas_kernels.integer_weight import IntegerFormat

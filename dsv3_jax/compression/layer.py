@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.compress.blocks import Inputs, Stage, attention_stages, ffn_stages
-from dsv3_jax.compress.experts import add_moments, expert_mesh, gptq_experts, no_moments, replicated, sharded
-from dsv3_jax.compress.gptq import Rounded, gptq, round_to_nearest
-from dsv3_jax.compress.profile import Profile
+from dsv3_jax.compression.blocks import Inputs, Stage, attention_stages, ffn_stages
+from dsv3_jax.compression.experts import add_moments, expert_mesh, gptq_experts, no_moments, replicated, sharded
+from dsv3_jax.compression.gptq import Rounded, gptq, round_to_nearest
+from dsv3_jax.compression.profile import Profile
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.moe import MoE

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.compress.blocks import Place
-from dsv3_jax.compress.layer import LayerResult
-from dsv3_jax.compress.profile import Profile
+from dsv3_jax.compression.blocks import Place
+from dsv3_jax.compression.layer import LayerResult
+from dsv3_jax.compression.profile import Profile
 from dsv3_jax.data.batch import Batch
 
 REPORT = "compress.json"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from dsv3_jax.checks import require, shortened
-from dsv3_jax.compress.calibration import CalibrationConfig
+from dsv3_jax.compression.calibration import CalibrationConfig
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_tensors import sources
@@ -62,7 +62,7 @@ class Profile:
 
 def known_profiles() -> dict[str, dict[str, Any]]:
     """What profiles.yaml has, by name."""
-    file = resources.files("dsv3_jax.compress") / "profiles.yaml"
+    file = resources.files("dsv3_jax.compression") / "profiles.yaml"
     return parse_yaml(file.read_text(), "profiles.yaml")  # type: ignore[return-value]
 
 

@@ -19,12 +19,12 @@ from dsv3_jax.checkpoint.integers import INTEGERS, integer_arrays
 from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
 from dsv3_jax.checkpoint.manifest import MANIFEST
 from dsv3_jax.checkpoint.storage import check_path, read_metadata
-from dsv3_jax.compress.blocks import BlockReader, Place, places
-from dsv3_jax.compress.calibration import batches, calibration_windows
-from dsv3_jax.compress.container import CompressedWriter, integer_arrays_of
-from dsv3_jax.compress.layer import LayerCompressor, Stream, run_block
-from dsv3_jax.compress.profile import Profile, load_profile
-from dsv3_jax.compress.report import LAYERS, REPORT, LayerLog, report_json
+from dsv3_jax.compression.blocks import BlockReader, Place, places
+from dsv3_jax.compression.calibration import batches, calibration_windows
+from dsv3_jax.compression.container import CompressedWriter, integer_arrays_of
+from dsv3_jax.compression.layer import LayerCompressor, Stream, run_block
+from dsv3_jax.compression.profile import Profile, load_profile
+from dsv3_jax.compression.report import LAYERS, REPORT, LayerLog, report_json
 from dsv3_jax.config import config_to_dict, config_to_yaml
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER
 from dsv3_jax.errors import UserError
@@ -43,7 +43,7 @@ def compress(
     Args:
         run_or_checkpoint: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
         directory: The new checkpoint, which exists only once it is complete. An interrupted call goes on when repeated.
-        profile: A name in compress/profiles.yaml, or a profile.
+        profile: A name in compression/profiles.yaml, or a profile.
         overrides: `key=value` for a named profile, e.g. `experts.bits=2`, `calibration.tokens=8192`.
 
     Returns:
