@@ -110,7 +110,7 @@ class PiecewiseWriter:
     def add_file(self, name: str, content: bytes) -> None:
         """Add a small file to the checkpoint, such as a tokenizer's."""
         path = self.path_of(name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(content)
 
     def path_of(self, name: str) -> Path:

@@ -14,15 +14,17 @@ from typing import Any
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import expand_home, parse_json, read_regular, write_atomically
 
-type Companions = Mapping[str, bytes]  # contents by file name
+type Companions = Mapping[str, bytes]  # contents by file name, with the folder's where it is in one
 
 DIRECTORY = "huggingface"
+_MORE_TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint that transformers reads text from
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # how text becomes tokens and what is generated, by patterns of lower-case names
 _TEXT = (
     GENERATION, "tokenizer*", "tokenization*", "tool_declaration*", "tiktoken*", "*.tiktoken", "sentencepiece*", "spiece*",
     "tekken*", "special_tokens*", "added_tokens*", "vocab.*", "merges.*", "chat_template*",
+    f"{_MORE_TEMPLATES}/*.jinja",
 )  # fmt: skip
 _RIGHTS = ("license*", "licence*", "copying*", "notice*", "*notices*", "use_policy*")
 _NEVER = (TOKENIZER, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.pkl")  # kept elsewhere, or no text
@@ -64,6 +66,12 @@ def read_companion(directory: Path, name: str) -> bytes:
     return content
 
 
+def _files_in(directory: Path, folder: str = "") -> list[str]:
+    """Names of all but the folders in a folder of a directory, with the folder's before them; none if it is not there."""
+    path = directory / folder
+    return sorted(folder + file.name for file in path.iterdir() if not file.is_dir()) if path.is_dir() else []
+
+
 def read_companions(directory: Path) -> Companions:
     """The companions in the directory of a Hugging Face checkpoint, of an imported one, or of a run.
 
@@ -71,9 +79,8 @@ def read_companions(directory: Path) -> Companions:
     """
     ours = (directory / DIRECTORY).is_dir() and (directory / "config.yaml").is_file()  # or it is anybody's folder of that name
     where = directory / DIRECTORY if ours else directory
-    names = sorted(path.name for path in where.iterdir() if not path.is_dir()) if where.is_dir() else []
     found: dict[str, bytes] = {}
-    for name in filter(_is_companion, names):
+    for name in filter(_is_companion, [*_files_in(where), *_files_in(where, f"{_MORE_TEMPLATES}/")]):
         found[name] = read_companion(where, name)
         if sum(map(len, found.values())) > _MOST_IN_ALL:
             raise UserError(f"{where}: the files beside the weights, up to {name}, have more than {_MOST_IN_ALL:,} bytes")
@@ -87,10 +94,10 @@ def beside(tokenizer: str) -> Companions:
 
 def write_companions(directory: Path, companions: Companions) -> None:
     """Put them into a checkpoint's or run's directory, where `read_companions` finds them. Raises `OSError`."""
-    if companions:
-        (directory / DIRECTORY).mkdir(exist_ok=True)
     for name, content in companions.items():
-        write_atomically(directory / DIRECTORY / name, content)
+        path = directory / DIRECTORY / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        write_atomically(path, content)
 
 
 def fields(companions: Companions, name: str) -> dict[str, Any]:

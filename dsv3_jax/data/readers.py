@@ -6,15 +6,17 @@ Files are streamed, packed ones too: what is in memory is one line, one row or a
 import codecs
 import contextlib
 import functools
+import gzip
 import io
 import itertools
 import json
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import pyarrow
 import pyarrow.compute
@@ -24,7 +26,11 @@ from dsv3_jax.data.document import Document
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import open_regular
 
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Arrow's own reader of .gz refuses zeros after the last stream, with which tapes and block devices are filled up.
+_COMPRESSIONS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".zst": lambda raw: io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")),  # type: ignore[arg-type]
+}
 _BLOCK = 2**20  # bytes of a .txt file that are decoded at once
 _MOST_LINE = 2**27  # bytes of a line: a small packed file may hold an endless one
 _MOST_NAMES = 20  # of fields that an error lists
@@ -45,12 +51,12 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked if it is packed. Raises `UserError` for what cannot be opened or read."""
     try:
         with open_regular(path) as raw:
-            codec = _COMPRESSIONS.get(path.suffix.lower())
-            yield raw if codec is None else io.BufferedReader(pyarrow.CompressedInputStream(raw, codec))  # type: ignore
+            unpacked = _COMPRESSIONS.get(path.suffix.lower())
+            yield unpacked(raw) if unpacked else raw  # type: ignore[misc]
     except UserError as error:
         message = str(error)
         raise error if message.startswith("data.path") else UserError(f"data.path: {message}") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise UserError(f"data.path: cannot read {path}: {' '.join(str(error).split())}") from None
 
 

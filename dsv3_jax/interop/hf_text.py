@@ -30,6 +30,7 @@ class TextFiles:
         """
         for name, content in self.companions.items():
             if name != CONFIG:
+                (directory / name).parent.mkdir(exist_ok=True)
                 (directory / name).write_bytes(content)
         ids = {} if self.tokenizer is None else self._write_tokenizer(self.tokenizer, directory, config.vocab_size)
         if GENERATION not in self.companions:

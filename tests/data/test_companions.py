@@ -12,12 +12,14 @@ TEXT = {
     "added_tokens.json": b"{}", "tokenizer.model": b"\x00\xff", "tokenizer.model.v3": b"x", "tiktoken.model": b"x",
     "qwen.tiktoken": b"x", "tekken.json": b"{}", "vocab.json": b"{}", "merges.txt": b"a b", "chat_template.jinja": b"{{ x }}",
     "chat_template.json": b"{}", "tokenization_kimi.py": b"import os", "tool_declaration_ts.py": b"import re",
+    "additional_chat_templates/tool_use.jinja": b"{{ y }}",
 }  # fmt: skip
 RIGHTS = dict.fromkeys(("LICENSE", "LICENSE-CODE", "LICENCE.txt", "NOTICE", "THIRD_PARTY_NOTICES.md", "USE_POLICY.md"), b"text")
 CONFIG = {"config.json": b'{"bos_token_id": 0, "pad_token_id": 1, "pretraining_tp": 1}'}
 OTHERS = (
     "tokenizer.json", "README.md", "model.safetensors", "tokenizer.bin", "tokenizer.pkl", "modeling_deepseek.py",
     "configuration_deepseek.py", ".gitattributes", "secret.pem", "train.py", "evaluation.model", "vocabulary of my thesis.md",
+    "additional_chat_templates/notes.md", "others/chat_template.jinja",
 )  # fmt: skip
 
 
@@ -26,8 +28,10 @@ def source(tmp_path):
     directory = tmp_path / "source"
     directory.mkdir()
     for name, content in (TEXT | RIGHTS | CONFIG | dict.fromkeys(OTHERS, b"other")).items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
     (directory / "tokenizer_files").mkdir()
+    (directory / "additional_chat_templates/folder.jinja").mkdir()
     return directory
 
 
@@ -79,13 +83,24 @@ def test_bad_companions_are_refused_by_name(source, tmp_path):
         read_companions(source)
 
 
+def test_a_folder_of_templates_elsewhere_is_refused(source, tmp_path):
+    """A link to the folder would lead out of the checkpoint as one to a file does."""
+    (source / "additional_chat_templates").rename(tmp_path / "private")
+    (source / "additional_chat_templates").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match=r"tool_use\.jinja links to .*private/tool_use\.jinja, outside of the checkpoint"):
+        read_companions(source)
+
+
 def test_links_within_the_hubs_cache_are_followed(tmp_path):
     snapshot = tmp_path / "models--a--b/snapshots/0123"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--a--b/blobs").mkdir()
     (tmp_path / "models--a--b/blobs/ffff").write_text("{{ x }}")
     (snapshot / "chat_template.jinja").symlink_to("../../blobs/ffff")
-    assert read_companions(snapshot) == {"chat_template.jinja": b"{{ x }}"}
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates/rag.jinja").symlink_to("../../../blobs/ffff")
+    found = {"chat_template.jinja": b"{{ x }}", "additional_chat_templates/rag.jinja": b"{{ x }}"}
+    assert read_companions(snapshot) == found
 
 
 def test_companions_are_no_more_than_memory_holds(source):

@@ -137,6 +137,17 @@ def packed(content: bytes, ending: str) -> bytes:
     return pack(content[:half]) + pack(content[half:])
 
 
+def test_zeros_after_a_packed_file_are_no_text(tmp_path):
+    """As for gzip(1): tapes and block devices fill up their last block. Anything else there is damage."""
+    packed = gzip.compress(b"first") + gzip.compress(b" second")
+    (tmp_path / "a.txt.gz").write_bytes(packed + bytes(2**20 + 3))
+    assert texts(tmp_path / "a.txt.gz") == ["first second"]
+    for name, damaged in (("b", packed + b"more"), ("c", packed[:-3]), ("d", packed[:12] + b"\xff" * 9 + packed[21:])):
+        (tmp_path / f"{name}.txt.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"data\.path: cannot read .*{name}\.txt\.gz: \w"):
+            texts(tmp_path / f"{name}.txt.gz")
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_packed_files(tmp_path, ending):
     pyarrow.parquet.write_table(table(["third", "fourth"]), tmp_path / "c.parquet")

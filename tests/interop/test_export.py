@@ -231,6 +231,7 @@ SOURCE_FILES = {
     "tiktoken.model": "a tiktoken model",
     "tokenization_moon.py": "class Tokenizer: ...",
     "LICENSE-MODEL": "may be used",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
 }
 SOURCE_FIELDS = {"pad_token_id": 1, "pretraining_tp": 1, "aux_loss_alpha": 0.001, "eos_token_id": [1, 5], "bos_token_id": 0}
 
@@ -240,6 +241,7 @@ def tuned(run_on_a_mesh, tmp_path_factory):
     """A run exported, given what a released model has, imported, and trained for a step: (import, run, overrides)."""
     root = tmp_path_factory.mktemp("tuned")
     export(run_on_a_mesh, root / "hf", "hf-f32")
+    (root / "hf/additional_chat_templates").mkdir()
     for name, content in SOURCE_FILES.items():
         (root / "hf" / name).write_text(content)
     for name in ("modeling_moon.py", "notes.txt", "weights.bin"):  # the model's code is ours, and the rest is nobody's
@@ -263,7 +265,7 @@ def test_fine_tuning_keeps_what_serving_needs(tuned, tmp_path):
         out = export(source, tmp_path / source.name, "hf-bf16")
         for name, content in SOURCE_FILES.items():
             assert (out / name).read_text() == content, name
-        assert {p.name for p in out.iterdir()} == {
+        assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {
             *SOURCE_FILES, "config.json", "model.safetensors", "README.md", "tokenizer.json",
         }  # fmt: skip
         config = json.loads((out / "config.json").read_text())
