@@ -21,6 +21,8 @@ QUANTIZATION_CONFIG = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE],
 }  # fmt: skip
 POWERS_OF_TWO = "ue8m0"  # quantization_config.scale_fmt where all scales are powers of two
+# The smallest value, 2^-9, times a scale below this is subnormal: several values become one weight, which does not say which.
+_SMALLEST_SCALE = np.finfo(np.float32).tiny * 2**9
 _OF_BYTE = np.arange(256, dtype=np.uint8).view(VALUES).astype(np.float32)
 
 
@@ -64,15 +66,36 @@ def _quantize_as_before(w_MN, scales, power_of_two):
     return jnp.where(spread(changed), new_values, values), jnp.where(changed, new_scales, scales)
 
 
-def quantize(w_MN: np.ndarray, before: np.ndarray | None = None, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def loses_values(scale_inv: np.ndarray) -> bool:
+    """Whether values times these scales may be weights that no longer say what the values were, as all are times 0."""
+    return bool((scale_inv.astype(np.float32) < _SMALLEST_SCALE).any())
+
+
+def _unchanged(w_MN: np.ndarray, values_MN: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
+    """bool[blocks]: where weights are still values * scale. By numpy: XLA takes subnormal numbers for zeros."""
+    (M, N), (rows, columns) = w_MN.shape, scale_inv.shape
+    same_MN = dequantize(values_MN, scale_inv).astype(w_MN.dtype) == w_MN
+    padded = np.pad(same_MN, ((0, -M % TILE), (0, -N % TILE)), constant_values=True)
+    return padded.reshape(rows, TILE, columns, TILE).all(axis=(1, 3))
+
+
+def quantize(
+    w_MN: np.ndarray, before: np.ndarray | None = None, power_of_two: bool = False, values_before: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(e4m3[M, N], f32 scales): every block's largest magnitude becomes 448 (arXiv 2412.19437, section 3.3.2).
 
     With scales that are powers of two, it becomes a number of (224, 448]. `before` are the scales that the weights were once
     read with: where a block is still exactly values times its scale, in the dtype of `w_MN`, it gets these back.
+    `values_before` are those values, needed where the scales `loses_values`.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # accelerators may be busy or full
         if before is None:
             found = _quantize(jnp.asarray(w_MN), power_of_two)
         else:
             found = _quantize_as_before(jnp.asarray(w_MN), jnp.asarray(before, jnp.float32), power_of_two)
-    return np.asarray(found[0]), np.ascontiguousarray(found[1])
+    values, scales = np.asarray(found[0]), np.ascontiguousarray(found[1])
+    if before is None or values_before is None:
+        return values, scales
+    unchanged = _unchanged(w_MN, values_before, before)
+    spread_MN = unchanged.repeat(TILE, axis=0).repeat(TILE, axis=1)[: w_MN.shape[0], : w_MN.shape[1]]
+    return np.where(spread_MN, values_before, values), np.where(unchanged, before.astype(np.float32), scales)

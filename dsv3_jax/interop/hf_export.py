@@ -84,8 +84,8 @@ def _check_layout(config: ModelConfig, arrays: Collection[str]) -> None:
         raise UserError(f"this model has no {absent[0]}, which Hugging Face's layout needs: it cannot be exported")
 
 
-def _kept_scales(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The scales of 8-bit weights that a checkpoint was imported with, by their names."""
+def _kept_tensors(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The scales of 8-bit weights that a checkpoint was imported with, and the values of some, by their names."""
     if not (checkpoint / SCALES).exists():
         return {}
     entries = read_header(checkpoint / SCALES)
@@ -116,5 +116,5 @@ def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, sh
     imported = "hf_config" in metadata
     text = TextFiles(found.tokenizer_file(), found.companions(), trained=not imported)
     origin = origin_of_checkpoint(found, imported, format)
-    before = Before(metadata.get("hf_layout"), _kept_scales(found.path))
+    before = Before(metadata.get("hf_layout"), _kept_tensors(found.path))
     return write_hf(directory, config, format, read, origin=origin, text=text, before=before, shard_bytes=shard_bytes)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
 
 FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
 _PLAIN = {"hf-f32": "F32", "hf-bf16": "BF16", "hf-fp8": "BF16"}  # dtypes of what is not in 8 bits, in safetensors' names
+_SCALES = "F32"
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -36,7 +38,14 @@ def describe_layout(config: ModelConfig, dtype_of: Callable[[str], str]) -> dict
         return None
     dtypes = {name: "F32" if dtype == "F64" else dtype for name, dtype in dtypes.items()}  # no format has more than 32 bits
     usual = usual_dtypes(config, format)
-    return {"format": format, "others": {name: dtype for name, dtype in dtypes.items() if dtype != usual[name]}}
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != usual[name]}
+    scales = {dtype_of(name + fp8.SUFFIX) for name, dtype in dtypes.items() if dtype == "F8_E4M3"}
+    return {"format": format, "others": others, "scales": _SCALES if _SCALES in scales else min(scales, default=_SCALES)}
+
+
+def scale_dtype_to_write(layout: Mapping[str, Any] | None) -> str:
+    """The dtype of new scales; `layout` as for `dtypes_to_write`, which in earlier versions' checkpoints does not say it."""
+    return (layout or {}).get("scales", _SCALES)
 
 
 def dtypes_to_write(config: ModelConfig, format: str, layout: Mapping[str, Any] | None) -> dict[str, str]:

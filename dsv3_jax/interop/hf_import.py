@@ -40,7 +40,8 @@ from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
 from dsv3_jax.progress import BytesProgress
 from dsv3_jax.runs.directory import with_absolute_paths
 
-SCALES = "scales.safetensors"  # in a checkpoint: the scales of the 8-bit weights that were imported
+# in a checkpoint: the scales of the 8-bit weights that were imported, and the values where weights do not say what they were
+SCALES = "scales.safetensors"
 THREADS = 4  # each reads, hashes and writes; more than cores, because some wait for the disk
 _IN_FLIGHT = 2 * THREADS  # tensors
 _SEQ_LEN = 4096  # data.seq_len of an imported config, where the context is as long
@@ -217,7 +218,9 @@ def _add_files(found: HFCheckpoint, companions: dict[str, bytes], config: Config
     writer.add_file("config.yaml", config_to_yaml(config).encode())  # to train with: train.init_from is the checkpoint
     for name, content in companions.items():
         writer.add_file(name, content)
-    scales = {s.tensor + fp8.SUFFIX: s.tensor for s in found.sources if found.is_fp8(s.tensor)}
-    if scales:  # what the weights alone do not say: an export gives unchanged blocks their own bytes back
-        tensors = {name: (DTYPES[found.files.entry(name).dtype], found.files.entry(name).shape) for name in scales}
+    in_8_bits = [s.tensor for s in found.sources if found.is_fp8(s.tensor)]
+    if in_8_bits:  # what the weights alone do not say: an export gives unchanged blocks their own bytes back
+        kept = [name + fp8.SUFFIX for name in in_8_bits]
+        kept += [name for name in in_8_bits if fp8.loses_values(found.files.raw(name + fp8.SUFFIX))]
+        tensors = {name: (DTYPES[found.files.entry(name).dtype], found.files.entry(name).shape) for name in kept}
         write_safetensors(writer.path_of(SCALES), tensors, found.files.raw)

@@ -24,7 +24,7 @@ from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_card import model_card
 from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_directory import INDEX, SINGLE
-from dsv3_jax.interop.hf_formats import FORMATS, dtypes_to_write
+from dsv3_jax.interop.hf_formats import FORMATS, dtypes_to_write, scale_dtype_to_write
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
 from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.safetensors_file import DTYPES, write_safetensors
@@ -39,10 +39,10 @@ type Read = Callable[[Source], np.ndarray]  # a source's tensor in Hugging Face'
 
 @dataclass(frozen=True)
 class Before:
-    """What an imported checkpoint keeps of the tensors that it came as."""
+    """What an imported checkpoint keeps of the tensors that it came as, and a run that began with it of their dtypes."""
 
     layout: Mapping[str, Any] | None  # see `describe_layout`
-    scales: Mapping[str, np.ndarray]  # of its 8-bit weights, by the names of the scales' tensors
+    tensors: Mapping[str, np.ndarray]  # scales of its 8-bit weights, and the values of those that would be lost, by name
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,17 @@ class _Output:
     name: str
     source: Source
     dtype: np.dtype
-    scales: np.ndarray | None  # that an imported weight in 8 bits had
+    scale_dtype: np.dtype
     power_of_two: bool  # new scales
-
-    @property
-    def _scale_dtype(self) -> np.dtype:
-        return _F32 if self.scales is None else self.scales.dtype
+    scales: np.ndarray | None  # that an imported weight in 8 bits had
+    values: np.ndarray | None  # likewise, where they are kept
 
     @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """(dtype, shape) by name in the file."""
         found = {self.name: (self.dtype, self.source.shape)}
         if self.dtype == fp8.VALUES:
-            found[self.name + fp8.SUFFIX] = self._scale_dtype, fp8.scale_shape(self.source.shape)
+            found[self.name + fp8.SUFFIX] = self.scale_dtype, fp8.scale_shape(self.source.shape)
         return found
 
     @property
@@ -75,8 +73,8 @@ class _Output:
     def encode(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
         if self.dtype != fp8.VALUES:
             return {self.name: tensor.astype(self.dtype, copy=False)}
-        values, scales = fp8.quantize(tensor, self.scales, self.power_of_two or self._scale_dtype != _F32)
-        return {self.name: values, self.name + fp8.SUFFIX: scales.astype(self._scale_dtype, copy=False)}
+        values, scales = fp8.quantize(tensor, self.scales, self.power_of_two or self.scale_dtype != _F32, self.values)
+        return {self.name: values, self.name + fp8.SUFFIX: scales.astype(self.scale_dtype, copy=False)}
 
 
 def _quantization(its_config: Mapping[str, Any], before: Before | None) -> dict[str, Any]:
@@ -90,15 +88,20 @@ def _quantization(its_config: Mapping[str, Any], before: Before | None) -> dict[
 
 
 def _outputs(config: ModelConfig, format: str, before: Before | None, power_of_two: bool) -> list[_Output]:
-    dtypes = dtypes_to_write(config, format, before.layout if before else None)
-    kept = before.scales if before else {}
+    layout = before.layout if before else None
+    dtypes, scale_dtype = dtypes_to_write(config, format, layout), DTYPES[scale_dtype_to_write(layout)]
+    kept = before.tensors if before else {}
     of_source = {s.tensor: s for s in sources(config)}
     for copy in copies(config):
         if not copy.tensor.startswith("lm_head"):  # transformers ties it by itself, and would call a copy unexpected
             of_source[copy.tensor] = of_source[copy.of]
-    return [
-        _Output(name, s, DTYPES[dtypes[name]], kept.get(name + fp8.SUFFIX), power_of_two) for name, s in of_source.items()
-    ]  # fmt: skip
+
+    def output(name: str, s: Source) -> _Output:
+        scales = kept.get(name + fp8.SUFFIX)
+        its_scale_dtype = scale_dtype if scales is None else scales.dtype
+        return _Output(name, s, DTYPES[dtypes[name]], its_scale_dtype, power_of_two, scales, kept.get(name))
+
+    return [output(name, s) for name, s in of_source.items()]
 
 
 def _shards(outputs: list[_Output], shard_bytes: float) -> list[list[_Output]]:

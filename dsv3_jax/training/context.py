@@ -68,6 +68,7 @@ class RunContext:
     directory: RunDirectory
     data: TrainingData
     corpus_record: dict[str, Any]  # what checkpoints keep about the corpus and the tokenizer (training/corpus.py)
+    hf_layout: dict[str, Any] | None  # of the import that it began with (interop/hf_formats.py), for its exports
     programs: Programs
     manager: CheckpointManager
     writer: MetricsWriter | None  # process 0 has one
@@ -107,6 +108,7 @@ class RunContext:
             "config": config_to_dict(self.resolved.config),
             "data": self.data.position.get_state(),
             "corpus": self.corpus_record,
+            "hf_layout": self.hf_layout,
             "held_out_loss": self.held_out_loss,
         }
         self.watchdog.slow()  # the save before this one may not be complete yet

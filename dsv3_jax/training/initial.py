@@ -3,12 +3,13 @@
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
-from dsv3_jax.checkpoint.storage import load_weights
+from dsv3_jax.checkpoint.storage import load_weights, read_metadata
 from dsv3_jax.config import Config
 from dsv3_jax.data.companions import Companions, about_text, about_weights, beside, merged
 from dsv3_jax.data.tokenizer import load_tokenizer
@@ -52,6 +53,11 @@ def initial_companions(config: Config, initial: Checkpoint | None) -> Companions
         if load_tokenizer(own, size).get_vocab() != load_tokenizer(file, size).get_vocab():
             its = about_weights(its)
     return its if file is None else merged(its, about_text(beside(str(file))))
+
+
+def initial_layout(initial: Checkpoint | None) -> dict[str, Any] | None:
+    """The dtypes that an import's tensors came in, which a run that begins with it keeps for its exports; None if unknown."""
+    return None if initial is None else read_metadata(initial.path).get("hf_layout")
 
 
 def with_initial_weights(config: Config, layout: Layout, state: TrainState, initial: Checkpoint) -> TrainState:

@@ -23,7 +23,7 @@ from dsv3_jax.state.train_state import TrainState, abstract_state, init_program
 from dsv3_jax.streams import say
 from dsv3_jax.training.context import RunContext, TrainingData
 from dsv3_jax.training.corpus import load_run_corpus
-from dsv3_jax.training.initial import initial_companions, open_initial, with_initial_weights
+from dsv3_jax.training.initial import initial_companions, initial_layout, open_initial, with_initial_weights
 from dsv3_jax.training.resolve import Resolved, program_store, resolve_for_devices
 from dsv3_jax.training.signals import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
@@ -80,6 +80,7 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     resolved = resolve_for_devices(asked, elastic, first_nonempty(_recipe(earlier)))
     initial = None if last else open_initial(asked)
     tokenizer = initial.tokenizer_file() if initial and asked.data.tokenizer is None else None
+    hf_layout = (earlier or {}).get("hf_layout") if last else initial_layout(initial)
     companions = run.companions() if last else initial_companions(asked, initial)
     with watchdog.paused():
         found = load_run_corpus(asked, run, earlier, tokenizer, companions, config.data.allow_changed)
@@ -103,7 +104,7 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     writer = MetricsWriter(run, done) if is_first() else None
     events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
     context = RunContext(
-        resolved, run, data, found.record, programs, manager, writer, events, progress, stop, watchdog
+        resolved, run, data, found.record, hf_layout, programs, manager, writer, events, progress, stop, watchdog
     )  # fmt: skip
     return context, state
 

@@ -17,10 +17,11 @@ from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_config import hf_config, ignored_fields, model_config
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
+from dsv3_jax.interop.hf_formats import describe_layout
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.interop.hf_tensors import copies, sources
 from dsv3_jax.interop.hf_text import TextFiles
-from dsv3_jax.interop.hf_writer import write_hf
+from dsv3_jax.interop.hf_writer import Before, write_hf
 from tests.interop.cases import BF16, F8, FP8_CONFIG, is_fp8, read_all, write
 
 # few shapes, each with a second block that ends early
@@ -90,13 +91,42 @@ def test_block_fp8_comes_back_from_bfloat16_too(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scales", "bfloat16"),
+    [(np.float32, [0.0, 1e-45, 2e-38], False), (np.float32, [0.0, 1e-45, 2e-38], True), (E8M0, [2.0**-127, 1.0, 1.0], False)],
+)
+def test_values_that_their_weights_do_not_say_come_back(dtype, scales, bfloat16, tmp_path):
+    """Times a scale of 0 all are 0, and times 1e-45 most."""
+    tensors = fp8_tensors("e8m0" if dtype == E8M0 else "float")
+    for name in filter(lambda name: name.endswith("_scale_inv"), tensors):
+        tensors[name].flat[: tensors[name].size - 1] = scales[: tensors[name].size - 1]
+    quantization = FP8_CONFIG | ({"scale_fmt": "ue8m0"} if dtype == E8M0 else {})
+    assert_bytes_come_back(tensors, config_json(quantization_config=quantization), "hf-fp8", tmp_path, bfloat16)
+
+
+def test_kept_values_are_those_of_blocks_that_did_not_change():
+    """A weight of a block that was all zeros is set: its block is rounded anew, the block beside keeps what it had."""
+    codes = np.full((130, 200), 5.0, np.float32).astype(F8)
+    scales = np.array([[0.0, 1e-45], [1.0, 0.0]], np.float32)
+    w = fp8.dequantize(codes, scales)
+    w[3, 4] = 7.0
+    values, found = fp8.quantize(w, scales, values_before=codes)
+    assert found[0, 0] == pytest.approx(7 / 448)
+    assert (values[3, 4], values[0, 0]) == (448, 0)
+    np.testing.assert_array_equal(found.ravel()[1:], scales.ravel()[1:])
+    np.testing.assert_array_equal(values[:, 128:].view(np.uint8), codes[:, 128:].view(np.uint8))
+    np.testing.assert_array_equal(values[128:].view(np.uint8), codes[128:].view(np.uint8))
+
+
 def test_what_a_format_usually_has_otherwise_comes_back(tmp_path):
     """A balancing bias in 16 bits and norms in 32; another format has what it usually has."""
     tensors = bf16_tensors()
     bias, norm = "model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.0.input_layernorm.weight"
     tensors[bias], tensors[norm] = tensors[bias].astype(BF16), np.full(144, 1 + 2**-20, np.float32)
     assert_bytes_come_back(tensors, config_json(), "hf-bf16", tmp_path)
-    assert read_metadata(tmp_path / "ckpt")["hf_layout"] == {"format": "hf-bf16", "others": {bias: "BF16", norm: "F32"}}
+    assert read_metadata(tmp_path / "ckpt")["hf_layout"] == {
+        "format": "hf-bf16", "others": {bias: "BF16", norm: "F32"}, "scales": "F32",
+    }  # fmt: skip
     export(tmp_path / "ckpt", tmp_path / "f32", "hf-f32")
     assert {t.dtype for t in read_all(tmp_path / "f32").values()} == {np.dtype(np.float32)}
 
@@ -119,7 +149,7 @@ def test_blocks_that_changed_have_new_scales_of_their_kind():
 
 
 def test_a_run_writes_the_kind_of_scales_that_it_began_with(tmp_path):
-    """Its config.json came along from an import; which tensors were in 8 bits there did not, and all that usually are are."""
+    """Its config.json came along from an import of an earlier version, which did not say what else was in 8 bits."""
     quantization = FP8_CONFIG | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}
     text = TextFiles(companions={"config.json": json.dumps(config_json(quantization_config=quantization)).encode()})
     tensors = {name: t.astype(np.float32) for name, t in bf16_tensors().items()}
@@ -130,6 +160,22 @@ def test_a_run_writes_the_kind_of_scales_that_it_began_with(tmp_path):
     assert all(t.dtype == np.float32 and (np.frexp(t)[0] == 0.5).all() for t in scales)
     found = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert found == FP8_CONFIG | {"scale_fmt": "ue8m0"}
+
+
+def test_a_run_writes_the_dtypes_that_it_began_with(tmp_path):
+    """Its checkpoints say which tensors an import had in another dtype; its weights are others, and so are its scales."""
+    config = config_json(quantization_config=FP8_CONFIG | {"scale_fmt": "ue8m0"})
+    kept, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    source = fp8_tensors("e8m0")
+    source |= {kept: np.ones(source[kept].shape, BF16), norm: np.ones(source[norm].shape, np.float32)}
+    del source[kept + "_scale_inv"]
+    layout = describe_layout(SMALL, lambda name: {BF16: "BF16", F8: "F8_E4M3", E8M0: "F8_E8M0"}.get(source[name].dtype, "F32"))
+    text = TextFiles(companions={"config.json": json.dumps(config).encode()})
+    tensors = bf16_tensors()
+    write_hf(
+        tmp_path / "out", SMALL, "hf-fp8", lambda s: tensors[s.tensor], origin={}, text=text, before=Before(layout, {})
+    )  # fmt: skip
+    assert {name: t.dtype for name, t in read_all(tmp_path / "out").items()} == {name: t.dtype for name, t in source.items()}
 
 
 def test_kimi_k2_is_a_deepseek_v3(tmp_path):

@@ -1,19 +1,23 @@
 """What a fresh run takes along from `train.init_from` and from its tokenizer."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
 import dsv3_jax as dsv3
-from dsv3_jax.checkpoint.load import Checkpoint
-from dsv3_jax.config import Config, DataConfig, TrainConfig
+from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
+from dsv3_jax.checkpoint.storage import read_metadata
+from dsv3_jax.config import Config, DataConfig, TrainConfig, load_config
 from dsv3_jax.data.companions import Companions
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_import import import_hf
 from dsv3_jax.training.initial import initial_companions, open_initial
-from tests.interop.cases import RAGGED, random_model
+from dsv3_jax.training.loop import train
+from tests.interop.cases import BF16, RAGGED, random_model, read_all, write
 
 MODEL = replace(RAGGED, vocab_size=300, hidden_size=16, num_hidden_layers=1, num_nextn_predict_layers=0, kv_lora_rank=16)
 GENERATION = b'{"eos_token_id": [7, 1]}'
@@ -88,3 +92,21 @@ def test_a_tokenizer_alone_brings_what_is_about_text(other):
     found = taken_along(config(tokenizer=other))
     assert set(found) == {"tokenizer_config.json", "config.json"}
     assert json.loads(found["config.json"]) == {"pad_token_id": 3}
+
+
+def test_a_run_keeps_the_dtypes_of_the_import_that_it_began_with(source, corpus_dir, tmp_path):
+    """Also once it was resumed: its exports have a norm in 16 bits, as the import's have."""
+    tensors, norm = dict(read_all(source)), "model.norm.weight"
+    tensors[norm] = tensors[norm].astype(BF16)
+    write(tmp_path / "hf", tensors, json.loads((source / "config.json").read_text()))
+    shutil.copy(source / "tokenizer.json", tmp_path / "hf")
+    ckpt = import_hf(tmp_path / "hf", tmp_path / "ckpt", ("data.seq_len=8",))
+    overrides = [
+        f"train.init_from={ckpt}", "name=run", "train.eval_every=1", "train.eval_batches=1", "data.batch_size=1",
+        f"data.path={corpus_dir}/*.txt", f"data.cache_dir={tmp_path}/cache",
+    ]  # fmt: skip
+    for steps in (1, 2):
+        run = train(load_config(ckpt / "config.yaml", [*overrides, f"train.steps={steps}"]), tmp_path).run.path
+        assert read_metadata(open_checkpoint(run).path)["hf_layout"]["others"] == {norm: "BF16"}
+    written = read_all(export(run, tmp_path / "out", "hf-f32"))
+    assert {name: tensor.dtype for name, tensor in written.items()} == {name: tensor.dtype for name, tensor in tensors.items()}
