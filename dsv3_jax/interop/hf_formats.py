@@ -7,8 +7,10 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop import fp8
 from dsv3_jax.interop.hf_tensors import Source, copies, sources
 
-FORMATS = ("hf-f32", "hf-bf16", "hf-fp8")
-_PLAIN = {"hf-f32": "F32", "hf-bf16": "BF16", "hf-fp8": "BF16"}  # dtypes of what is not in 8 bits, in safetensors' names
+INTEGER_FORMATS = ("hf-w4", "hf-gptq")  # of compressed checkpoints
+FORMATS = ("hf-f32", "hf-bf16", "hf-fp8", *INTEGER_FORMATS)
+# dtypes of what is neither in 8 bits nor in integers, in safetensors' names
+_PLAIN = {"hf-f32": "F32"} | dict.fromkeys(FORMATS[1:], "BF16")
 _SCALES = "F32"
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -32,7 +34,7 @@ def describe_layout(config: ModelConfig, dtype_of: Callable[[str], str]) -> dict
     None for a checkpoint in no format that can be written, such as one in float16.
     """
     dtypes = {s.tensor: dtype_of(s.tensor) for s in sources(config)}
-    plain = {dtype: format for format, dtype in _PLAIN.items() if format != "hf-fp8"}
+    plain = {"F32": "hf-f32", "BF16": "hf-bf16"}
     format = "hf-fp8" if "F8_E4M3" in dtypes.values() else plain.get(dtypes[_EMBEDDING])
     if format is None:
         return None
