@@ -26,7 +26,7 @@ ROOMS = [
 ]  # fmt: skip
 # modules of the package that every room may import
 BELOW_ROOMS = {"checks", "errors", "config", "files", "progress", "records", "streams", "yaml_reader"}
-ABOVE_ROOMS = {"__init__", "cli", "describe"}  # and those that no room may import
+ABOVE_ROOMS = {"__init__", "__main__", "cli", "describe"}  # and those that no room may import
 
 
 def module_name(path: Path) -> str:

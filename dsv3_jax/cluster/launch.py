@@ -38,7 +38,7 @@ def launch(command: list[str], processes: int, devices: int) -> int:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
-    program = [sys.executable, "-m", "dsv3_jax.cli", *command]
+    program = [sys.executable, "-m", "dsv3_jax", *command]
     running = [
         subprocess.Popen(
             program, env=shared | {"DSV3_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL if i else subprocess.PIPE, text=True,
