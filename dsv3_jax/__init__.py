@@ -48,8 +48,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "compress", "evaluate", "generate", "import_hf", "load",
-    "load_config", "load_hf", "save_hf", "train",
+    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "compress", "evaluate", "generate", "import_hf",
+    "load", "load_config", "load_hf", "save_hf", "train",
 ]  # fmt: skip
 
 

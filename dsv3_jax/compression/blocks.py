@@ -92,10 +92,9 @@ class BlockReader:
 
     def block(self, place: Place) -> Block | MTPModule:
         """The block, or the MTP module with its block, with its parameters on the default device."""
-        arguments = self.config, Layout(), _RECIPE, nnx.Rngs(0)
-
         def make() -> Block | MTPModule:
-            return MTPModule(*arguments) if place.stack == "mtp" else Block(arguments[0], place.moe, *arguments[1:])
+            last = Layout(), _RECIPE, nnx.Rngs(0)
+            return MTPModule(self.config, *last) if place.stack == "mtp" else Block(self.config, place.moe, *last)
 
         graph, state = nnx.split(nnx.eval_shape(make))
         for name, variable in variables_by_name(state).items():
