@@ -15,6 +15,7 @@ from dsv3_jax.data.cache import cache_root, cached
 from dsv3_jax.data.companions import Companions, beside
 from dsv3_jax.data.corpus import documents, fingerprint
 from dsv3_jax.data.document import Document
+from dsv3_jax.data.dropped import DroppedCharacters
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
 from dsv3_jax.data.split import split_documents, validation_fingerprint
 from dsv3_jax.data.tokenizer import (
@@ -122,8 +123,11 @@ def _read_store(directory: Path) -> TokenStore:
     return TokenStore(_map(directory / "tokens.bin", np.int32), offsets, names, text_bytes)
 
 
-def _write_encoded(found: Iterable[tuple[_StoreWriter, Document]], encoder: Tokenizer) -> None:
+def _write_encoded(
+    found: Iterable[tuple[_StoreWriter, Document]], encoder: Tokenizer, report: Callable[[str], None]
+) -> None:  # fmt: skip
     """Encode documents, and write each into its store, framed by begin and end of text."""
+    dropped = DroppedCharacters(encoder)
     batch: list[tuple[_StoreWriter, Document, str, int]] = []
 
     def flush() -> None:
@@ -142,7 +146,10 @@ def _write_encoded(found: Iterable[tuple[_StoreWriter, Document]], encoder: Toke
                 total = 0
             batch.append((writer, document, piece, size))
             total += size
+            dropped.look_at(piece, document.id)
     flush()
+    if dropped.line:
+        report(dropped.line)
 
 
 def _tokenizer_for(config: DataConfig, vocab_size: int, corpus_key: str) -> Tokenizer:
@@ -189,7 +196,7 @@ def load_corpus(
         report("corpus: tokenising")
         with _StoreWriter(directory / "train", special) as train, _StoreWriter(directory / "validation", special) as rest:
             found = ((rest if held_out else train, document) for held_out, document in split_documents(config, report))
-            _write_encoded(found, text_encoder(tokenizer, special, config.special_tokens))
+            _write_encoded(found, text_encoder(tokenizer, special, config.special_tokens), report)
         _check_not_empty(config, {split: len(_read_store(directory / split)) for split in ("train", "validation")})
 
     parts = (corpus_key, validation_fingerprint(config), tokenizer_hash(tokenizer), repr(special), str(config.special_tokens))
@@ -233,7 +240,7 @@ def read_documents(
         directory = Path(scratch) / "all"
         with _StoreWriter(directory, special) as writer:
             found = ((writer, document) for document in documents(config, report))
-            _write_encoded(found, text_encoder(tokenizer, special, config.special_tokens))
+            _write_encoded(found, text_encoder(tokenizer, special, config.special_tokens), report)
         store = _read_store(directory)  # mapped files stay when their names are gone
     if not len(store):
         raise UserError(f"data.path: {config.path} holds no text")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from dsv3_jax.errors import UserError
@@ -29,6 +30,8 @@ from dsv3_jax.interop.hf_import import THREADS, files_to_keep
 from dsv3_jax.interop.hf_tensors import Copy, Source, copies
 from dsv3_jax.interop.safetensors_file import DTYPES
 from dsv3_jax.progress import human
+
+_ANY_WIDTH = 10_000  # columns
 
 
 @dataclass(frozen=True)
@@ -124,19 +127,25 @@ def plan_import(path: str | Path) -> ImportPlan:
     return ImportPlan(mapped, left, missing, arrays, written, THREADS * largest, notes, absent)
 
 
+def _show_mapped(kinds: dict[tuple[str, str], list[Mapped]], console: Console) -> None:
+    """A table, or where its rows do not fit a line each, two lines for a row."""
+    table = Table("tensor", "how many", "shape", "dtype", "bytes", "goes to", title="import")
+    for (tensor, goes_to), found in kinds.items():
+        size = human(sum(m.bytes for m in found), "B")
+        table.add_row(tensor, f"{len(found):,}", " x ".join(map(str, found[0].shape)), found[0].dtype, size, goes_to)
+    if Measurement.get(console, console.options.update(width=_ANY_WIDTH), table).maximum <= console.width:
+        console.print(table)
+        return
+    for tensor, count, shape, dtype, size, goes_to in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(f"{tensor}\n    {count} of {shape} in {dtype}, {size}, to {goes_to}", soft_wrap=True)
+
+
 def show_plan(plan: ImportPlan, console: Console) -> None:
     """A row for each kind of tensor, and the totals. Raises `UserError` at the end if something is left over or missing."""
     kinds: dict[tuple[str, str], list[Mapped]] = collections.defaultdict(list)
     for m in plan.mapped:
         kinds[re.sub(r"\.\d+\b", ".N", m.tensor), re.sub(r"(?<=[\[/. ])\d+\b", "N", m.goes_to)].append(m)
-    table = Table("tensor", "how many", "shape", "dtype", "bytes", "goes to", title="import")
-    for (tensor, goes_to), found in kinds.items():
-        size = sum(m.bytes for m in found)
-        shape = " x ".join(map(str, found[0].shape))
-        table.add_row(tensor, f"{len(found):,}", shape, found[0].dtype, human(size, "B"), goes_to)
-    for column in table.columns:
-        column.no_wrap = True
-    console.print(table)
+    _show_mapped(kinds, console)
     filled = len(plan.arrays) - len(plan.arrays_left)
     console.print(f"tensors: {len(plan.mapped):,} of {len(plan.mapped) + len(plan.tensors_left):,} have a place")
     console.print(f"arrays:  {filled} of {len(plan.arrays)} are filled")

@@ -37,9 +37,12 @@ _LARGEST_PLAN = 2**28  # bytes of plan.json
 
 def list_topologies(console: Console) -> None:
     """Print the kinds of devices that can be planned for, with examples and their main figures."""
-    table = Table("kind", "examples", "bf16, 10^12/s", "GiB", "links, GB/s one way", title="topologies; figures per device")
+    columns = "kind", "examples", "bf16,\n10^12/s", "GiB", "links, GB/s\none way"
+    table = Table(*columns, title="topologies; figures per device")
+    for column in table.columns[2:]:
+        column.no_wrap = True  # the examples are what 80 columns have no room for
     for kind, facts in HARDWARE.items():
-        links = ", ".join(f"{name} {link['gb_s']:g}" for name, link in facts["links"].items())
+        links = ",\n".join(f"{name} {link['gb_s']:g}" for name, link in facts["links"].items())
         table.add_row(kind, " ".join(facts["topologies"]), f"{facts['tera_ops']['bf16']:g}", f"{facts['memory_gib']:g}", links)
     console.print(table)
     console.print(

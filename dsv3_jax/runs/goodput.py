@@ -5,9 +5,9 @@ All of it is computed from events.jsonl and metrics.jsonl.
 
 import bisect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.records import Record, Records, last_records, number
@@ -17,7 +17,8 @@ from dsv3_jax.runs.metrics import is_row
 # The class of an interval between two events, by the event that ends it. Training ends by "failure", "ended" or "done".
 _PHASES = {"launch": "restart", "started": "restart", "restored": "restore", "compiled": "compile"}
 _UNFINISHED = ("started", "restored", "compiled")
-CLASSES = ("steps", "saving", "detection", "restart", "restore", "compile", "recompute", "rest")
+CLASSES = ("steps", "saving", "start", "detection", "restart", "restore", "compile", "recompute", "rest")
+_LATEST = 2.0**33  # seconds since 1970, in the year 2242: times after it are damage, and so are steps that take so long
 
 
 @dataclass
@@ -65,7 +66,7 @@ class RunningAccount:
         if steps_s is None:  # an earlier version's events, or damaged ones
             past = account(run)
         else:
-            past = _account(events, [number(row, "time") for row in last_records(run.metrics_file, is_row)], steps_s)
+            past = _account(events, [_seconds(row, "time") for row in last_records(run.metrics_file, is_row)], steps_s)
         self._wall, self.steps_s, self._since = past.wall, past.seconds["steps"], time.time()
         self.costs: dict[str, float] = {}  # seconds lost since the last row, by class
         if past.failures and past.failures[-1].time > past.ended:
@@ -84,7 +85,7 @@ def _steps_until(events: list[Record], step: int) -> float | None:
     for event in reversed(events):
         if event["event"] == "saved" and event.get("step") == step:
             seconds = number(event, "steps_s", -1.0)
-            return seconds if seconds >= 0 else None
+            return seconds if 0 <= seconds <= _LATEST else None
     return None
 
 
@@ -99,14 +100,24 @@ class _Dropped(NamedTuple):
 def _dropped(event: Record) -> _Dropped | None:
     found = event.get("dropped")
     return (
-        _Dropped(int(number(found, "steps")), number(found, "seconds"), number(found, "last"))
+        _Dropped(int(number(found, "steps")), _seconds(found, "seconds"), _seconds(found, "last"))
         if isinstance(found, dict) and found
         else None
     )
 
 
 def _is_event(record: Record) -> bool:
-    return isinstance(record.get("event"), str) and number(record, "time", -1.0) >= 0
+    return isinstance(record.get("event"), str) and 0 <= number(record, "time", -1.0) <= _LATEST
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> float:
+    """A record's number of seconds; 0 for what no run can have taken."""
+    found = number(record, key)
+    return found if 0 <= found <= _LATEST else 0.0
+
+
+def _is_possible_row(record: Record) -> bool:
+    return is_row(record) and max(number(record, "time"), number(record, "step_time_s")) <= _LATEST
 
 
 def _sound_events(run: RunDirectory) -> tuple[list[Record], int]:
@@ -128,10 +139,10 @@ def read_events(run: RunDirectory) -> list[Record]:
 def account(run: RunDirectory) -> Account:
     """Where the time of a run went. Raises `UserError` for a directory without events."""
     events, damaged = _sound_events(run)
-    rows, ended, steps_s = Records(run.metrics_file, is_row), [], 0.0
+    rows, ended, steps_s = Records(run.metrics_file, _is_possible_row), [], 0.0
     for row in rows:
-        ended.append(number(row, "time"))
-        steps_s += number(row, "step_time_s")
+        ended.append(_seconds(row, "time"))
+        steps_s += _seconds(row, "step_time_s")
     skipped = {run.metrics_file.name: rows.skipped, run.events_file.name: damaged}
     return _account(events, ended, steps_s, {name: count for name, count in skipped.items() if count})
 
@@ -149,6 +160,8 @@ def _account(events: list[Record], rows: list[float], steps_s: float, skipped: d
             continue
         wall += spent
         phase = _PHASES.get(event["event"])
+        if phase == "restore" and event.get("step") == 0 and not failures:  # a state was made, and none read
+            phase = "start"
         if event["event"] == "failure":
             phase, spent = "detection", event["time"] - _last_step(ended, begin["time"], event["time"])
             failures.append(Failure(event["time"], str(event.get("cause", "unknown"))))
@@ -162,7 +175,7 @@ def _account(events: list[Record], rows: list[float], steps_s: float, skipped: d
         if failures and (again := _dropped(event)):
             failures[-1].again, failures[-1].seconds["recompute"] = again.steps, again.seconds
     seconds["steps"] = steps_s
-    seconds["saving"] = sum(number(e, "stall_s") for e in events if e["event"] == "saved")
+    seconds["saving"] = sum(_seconds(e, "stall_s") for e in events if e["event"] == "saved")
     seconds["recompute"] = sum(d.seconds for d in dropped)
     seconds["rest"] = max(0.0, wall - sum(seconds.values()))
     good_ends = [e["time"] for e in events if e["event"] in ("ended", "done")]

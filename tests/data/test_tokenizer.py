@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from dsv3_jax.config import DataConfig
 from dsv3_jax.data.special_tokens import BOS, EOS, special_tokens
+from dsv3_jax.data.store import read_documents
 from dsv3_jax.data.tokenizer import (
     load_tokenizer,
     text_encoder,
@@ -95,3 +97,28 @@ def test_names_of_control_tokens_in_a_text_are_text(trained):
     assert as_tokens == tokenizer.encode(text, add_special_tokens=False).ids
     assert control <= set(as_tokens)
     assert not tokenizer.encode_special_tokens  # the tokenizer itself is as it was: prompts hold control tokens
+
+
+def plain_bpe(**options) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    names = [EOS, *options.values()]
+    tokenizer.train_from_iterator(["abc ab"], trainers.BpeTrainer(special_tokens=names, show_progress=False))
+    return tokenizer
+
+
+def test_characters_without_a_token_are_said(tmp_path):
+    """They were left out silently. A token for the unknown, or bytes, leave out nothing; white space is left out on purpose."""
+    for name, text in (("a", "abc \n"), ("b", "ab\x1b cäb ä")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    for tokenizer, expected in (
+        (
+            plain_bpe(),
+            [f"it has no token for 3 characters of the text, such as '\\x1b' in {tmp_path}/b.txt, and leaves them out"],
+        ),
+        (plain_bpe(unk_token="<unk>"), []),
+        (train_tokenizer(["abc"], 258), []),
+    ):
+        lines: list[str] = []
+        read_documents(DataConfig(path=str(tmp_path)), tokenizer, lines.append)
+        assert [line.removeprefix("data.tokenizer: ") for line in lines if "no token" in line] == expected

@@ -140,3 +140,15 @@ def test_of_files_that_are_there(tmp_path):
     with pytest.raises(UserError, match="neither"):
         plan_import(tmp_path)
     assert dsv3.load_hf(directory).config.n_routed_experts == 4
+
+
+def test_what_goes_where_is_readable_in_80_columns(capsys):
+    """Names are not cut: a table where its rows fit, and two lines for each where they do not."""
+    plan = plan_import(FIXTURES / "v3_tiny")
+    for width in (80, 160):
+        show_plan(plan, Console(width=width))
+        out = capsys.readouterr().out
+        assert "model.layers.N.self_attn.kv_a_proj_with_mqa.weight" in out
+        assert "moe_blocks/attention/w_kv_b_CHX[N, :, :, :]" in out
+        assert "…" not in out
+        assert ("┃ how many ┃" in out) == (width == 160)

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dsv3_jax.cli import main
 from dsv3_jax.config import load_config
 from dsv3_jax.cost.topologies import parse_topology
 from dsv3_jax.plan import compile as compiling
+from dsv3_jax.plan.command import list_topologies
 from dsv3_jax.plan.compile import Limits, compile_step
 from dsv3_jax.plan.imbalance import read_imbalance
 from dsv3_jax.precision.platforms import HARDWARE, platforms
@@ -246,3 +248,16 @@ def test_prices_that_are_none(price, failed):
 def test_hostile_compiler_options_are_one_line(value, failed, monkeypatch):
     monkeypatch.setattr(compiling, "compilers", lambda: "python")
     assert "is not valid YAML" in failed(str(TINY), "--topology", "v5p:2x2x1", "--xla", f"a={value}")
+
+
+def test_the_list_fits_80_columns(capsys):
+    list_topologies(Console(width=80))
+    out = capsys.readouterr().out
+    rows = [line.split("│") for line in out.splitlines() if line.startswith("│")]
+    assert {row[5].strip().rstrip(",") for row in rows} >= {
+        "ici 90",
+        "network 6.25",
+        "nvlink 450",
+    }  # no figure without its link
+    assert "tpu7x:2x2x1 tpu7x:4x4x4" in out
+    assert "…" not in out

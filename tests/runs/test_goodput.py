@@ -50,7 +50,8 @@ def test_every_second_has_its_place(tmp_path):
         "saving": 0.25,
         "detection": 0.5,
         "restart": 2.0 + 0.5 + 1.0,
-        "restore": 3.0 + 0.5,
+        "start": 3.0,
+        "restore": 0.5,
         "compile": 9.0 + 0.3,
         "recompute": 1.0,
     }
@@ -170,6 +171,27 @@ def test_damaged_lines_are_left_out_of_a_report_and_counted(tmp_path):
     run.events_file.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="each of its 1 lines is damaged"):
         account(run)
+
+
+def test_times_that_cannot_be_are_left_out_and_counted(tmp_path):
+    """1e308 is a finite number, and was printed with all its digits, beside shares of inf%."""
+    far = [(1e308, "failure", {}), (1e300, "done", {})]
+    run = run_of(
+        tmp_path / "r", [*EVENTS, (125.0, "saved", {"stall_s": 1e308}), *far], [*ROWS, (7, 1e308, 1.0), (8, 125.0, 1e308)]
+    )
+    out = io.StringIO()
+    show(run, make_console(out))
+    assert f"{run.events_file}: 2 damaged lines are left out" in out.getvalue()
+    assert f"{run.metrics_file}: 2 damaged lines are left out" in out.getvalue()
+    assert account(run).seconds == account(run_of(tmp_path / "sound", EVENTS, ROWS)).seconds
+
+
+def test_a_start_after_a_failure_is_the_failures_cost(tmp_path):
+    """Also from step 0, where no checkpoint was there yet: the second making of the state is none of a fresh run."""
+    events = [(t, e, m | {"step": 0} if e == "restored" else m) for t, e, m in EVENTS]
+    total = account(run_of(tmp_path / "r", events, ROWS))
+    assert (total.seconds["start"], total.seconds["restore"]) == pytest.approx((3.0, 0.5))
+    assert total.failures[0].seconds["restore"] == pytest.approx(0.5)
 
 
 def test_events_with_fields_of_other_kinds_are_reported_all_the_same(tmp_path):
