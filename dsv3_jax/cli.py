@@ -106,9 +106,7 @@ def resume(run: RunPath, overrides: Overrides = ()) -> None:
     from dsv3_jax.runs.directory import RunDirectory
 
     directory = RunDirectory(run.resolve())
-    if not directory.config_file.is_file():
-        raise UserError(f"{run} is no run: it has no config.yaml")
-    checked = load_config(directory.config_file, overrides)
+    checked = directory.config(overrides)
     with contextlib.suppress(UserError):  # a copy that somebody gave a name that none can be keeps the old one
         checked = replace(checked, name=directory.path.name)
     use_huge_pages()

@@ -1,16 +1,12 @@
 """The configuration: one typed, frozen tree.
 
-Precedence: dataclass default, YAML preset, `key=value` overrides. `load_config` merges raw values, pydantic checks names
-and types against the dataclasses, and each section's `__post_init__` checks the fields it owns. Model keys carry the names
-of Hugging Face's `DeepseekV3Config`. Nothing here imports JAX.
+Precedence: dataclass default, YAML preset, `key=value` overrides (read and checked by config_input.py); each section checks
+the fields it owns. Model keys carry the names of Hugging Face's `DeepseekV3Config`. Nothing here imports JAX.
 """
 
 import dataclasses
-import difflib
-import json
 import re
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +14,11 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
-from dsv3_jax.checks import choices, in_range, is_text, not_negative, positive, require, shortened
+from dsv3_jax.checks import choices, in_range, not_negative, positive, require
+from dsv3_jax.config_input import checked, merge_overrides, read_sections
 from dsv3_jax.errors import UserError
-from dsv3_jax.yaml_reader import LARGEST_TEXT, parse_yaml
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
-_DEEPEST = 8  # sections inside each other in an override
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_MTP = 2**14, 2**16, 16  # what is done for each of them stays bounded
 LARGEST_SEED = 2**32 - 1  # JAX takes no more bits
 
@@ -369,109 +364,12 @@ class Config:
         )
 
 
-def _merge(base: dict, key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
-    if len(sections) > _DEEPEST:
-        raise UserError(f"unknown key {shortened(key)}: no section lies so deep")
-    for section in sections:
-        base = base.setdefault(section, {})
-        if not isinstance(base, dict):
-            raise UserError(f"{_named(key)}: {section} is a value, not a section")
-    base[leaf] = value
-
-
-def _texts(raw: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """(key, value) of the strings in nested sections; each key's name, too, which is text that somebody gave."""
-    for key, value in raw.items():
-        name = f"{prefix}{key}"
-        yield name, name
-        if isinstance(value, str):
-            yield name, value
-        elif isinstance(value, dict) and depth < _DEEPEST:
-            yield from _texts(value, f"{name}.", depth + 1)
-
-
-def _named(key: str) -> str:
-    """A key in an error."""
-    return key if len(key) <= 80 else shortened(key)
-
-
-def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for f in dataclasses.fields(cls):
-        nested = isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
-        keys += _leaf_keys(f.type, f"{prefix}{f.name}.") if nested else [f"{prefix}{f.name}"]  # type: ignore[arg-type]
-    return keys
-
-
-def _explain(error: pydantic.ValidationError, source: str) -> str:
-    """One line for the first problem: key, value, what is accepted; for an unknown key the nearest valid name."""
-    first = error.errors(include_url=False)[0]
-    key = _named(".".join(str(part) for part in first["loc"]))
-    if first["type"] == "unexpected_keyword_argument":
-        valid = _leaf_keys(Config)
-        # compare whole keys and last parts, so that both a typo and a misplaced key find their match
-        by_leaf = {k.rsplit(".", 1)[-1]: k for k in valid}
-        near = difflib.get_close_matches(key, valid, 1, 0.5)
-        near_leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, 1, 0.8)
-        best = by_leaf[near_leaf[0]] if near_leaf else (near[0] if near else None)
-        hint = f"did you mean {best}?" if best else "valid sections: " + ", ".join(f.name for f in dataclasses.fields(Config))
-        return f"{source}: unknown key {key}; {hint}"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{source}: {key}={shortened(first['input'])}: {message}"
-
-
 def config_from_dict(raw: dict, source: str = "config") -> Config:
     """Check a nested dict against the tree. Raises `UserError` naming the key, the value and what would be valid."""
-    for key, value in _texts(raw):
-        require(is_text(value), f"{source}: {_named(key)}={shortened(value)} holds bytes or characters that are no UTF-8")
     parallel = raw.get("parallel")
-    if isinstance(parallel, dict) and parallel.get("compress") is True:  # which pydantic would take for 1 bit
+    if isinstance(parallel, dict) and parallel.get("compress") is True:  # pydantic would take it for 1 bit
         raise UserError(f"{source}: parallel.compress=true: use 1, 2, 4 or 8 bits, auto, or 0 for none")
-    try:
-        text = json.dumps(raw, default=str)
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # keys that are not text, endless integers, or sections in themselves
-        raise UserError(f"{source}: {error}") from None
-    try:
-        # JSON mode: strict about leaf types ("four" is no int), while sections may still be plain mappings
-        return pydantic.TypeAdapter(Config).validate_json(text)
-    except pydantic.ValidationError as error:
-        raise UserError(_explain(error, source)) from None
-
-
-def _text_keys(cls: type, prefix: str = "") -> set[str]:
-    """The keys whose values are text, such as names and paths."""
-    kinds = typing.get_type_hints(cls)
-    found = {f"{prefix}{key}" for key, kind in kinds.items() if kind is str or kind == str | None}
-    sections = {key: kind for key, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
-    return found.union(*(_text_keys(kind, f"{prefix}{key}.") for key, kind in sections.items()))
-
-
-def _override_value(key: str, value: str, override: str) -> Any:
-    """What a value means as YAML; where the key takes text, whatever YAML does not read as text or null stands for itself."""
-    if key not in _text_keys(Config):
-        return parse_yaml(value, override)
-    try:
-        parsed = parse_yaml(value, override)
-    except UserError:  # such as *.txt
-        return value
-    return parsed if parsed is None or isinstance(parsed, str) else value
-
-
-def merge_overrides(raw: dict, overrides: Iterable[str]) -> None:
-    """Set `key=value`s in a nested dict; values are YAML, and text as it stands where the key takes text (name=007).
-
-    Raises `UserError` for one that is not of this form.
-    """
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {shortened(override)} is not key=value, e.g. train.steps=100")
-        _merge(raw, key, _override_value(key, value, override))
+    return checked(Config, raw, source)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -487,15 +385,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         UserError: The file cannot be read, or a key or value is wrong; the message names it and what would be valid.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LARGEST_TEXT + 1)  # and not more, of what never ends
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read config {path}: {error}") from None
-    raw = parse_yaml(text, Path(path)) or {}
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections such as `model:`, found {type(raw).__name__}")
-    merge_overrides(raw, overrides)
+    raw = read_sections(path)
+    merge_overrides(raw, overrides, Config)
     return config_from_dict(raw, str(path))
 
 

@@ -58,6 +58,11 @@ BAD = [
     ("model=3", "model=3"),
     ("model.hidden_size.x=3", "model.hidden_size"),
     ("train.steps", "not key=value"),
+    ("=3", "override '=3' is not key=value"),
+    (".steps=3", "override '.steps=3' is not key=value, e.g. train.steps=100"),
+    ("train.=3", "override 'train.=3' is not key=value, e.g. train.steps=100"),
+    ('train={"": 3}', "tiny.yaml: key 'train.' lacks a name; write it out, e.g. train.steps"),
+    ('train={" ": 3}', "unknown key 'train. '"),
     ("model.n_group=5", "does not divide model.n_routed_experts=16; use one of [1, 2, 4, 8, 16]"),
     ("model.n_group=16", "use at most 8 groups"),
     ("model.topk_group=9", "use 1 to 4"),
@@ -125,7 +130,7 @@ def test_unusual_values_are_taken(override):
     load_config(CONFIGS / "tiny.yaml", ["optim.lr=1e-3", override])
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [", "train: {steps: 1, steps: 2}\n"])
+@pytest.mark.parametrize("text", ["- 1\n", "a: [", "train: {steps: 1, steps: 2}\n", "'': 1\n", "'': {a: 1}\n"])
 def test_bad_yaml_is_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):

@@ -127,6 +127,16 @@ def _listed(name: str, entry: Any) -> tuple[int, str]:
     return size, digest
 
 
+def is_as_listed(directory: Path, name: str) -> bool:
+    """Whether one file of a checkpoint matches its manifest."""
+    try:
+        manifest = read_json(directory / MANIFEST, _LARGEST)
+        size, digest = _listed(name, (manifest["files"] if _format_of(manifest) else manifest)[name])
+        return (directory / name).stat().st_size == size and _digest(directory / name) == digest
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def local_digests(directory: Path) -> dict[str, str]:
     """The sha256 of the index of each process's copy on its host, by process; none if the manifest is damaged."""
     try:

@@ -10,9 +10,10 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from dsv3_jax.checkpoint.manifest import MANIFEST, check_format
-from dsv3_jax.checkpoint.storage import stored_step
+from dsv3_jax.checkpoint.manifest import MANIFEST, check_format, is_as_listed
+from dsv3_jax.checkpoint.storage import METADATA, stored_metadata, stored_step
 from dsv3_jax.config import CheckpointConfig
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
@@ -46,6 +47,19 @@ def newest(directory: Path) -> tuple[int, Path] | None:
         return None
     step, _, path = max(found)
     return step, path
+
+
+def latest_metadata(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Path and metadata of the latest complete checkpoint under `directory` whose metadata are undamaged; None: none.
+
+    Their file is read without Orbax, which would take this process's devices.
+    """
+    for path, _ in sorted(_complete(directory).items(), key=lambda found: found[1], reverse=True):
+        if is_as_listed(path, METADATA):
+            metadata = stored_metadata(path)
+            if "config" in metadata:
+                return path, metadata
+    return None
 
 
 def check_latest_format(directory: Path) -> None:

@@ -14,7 +14,7 @@ from dsv3_jax.checkpoint.names import OPTIMIZER, Arrays, weights_from_arrays, we
 from dsv3_jax.checks import is_text, require
 from dsv3_jax.errors import UserError
 
-_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file with the metadata that are given to it
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's file with the metadata that are given to it
 _CHUNK_BYTES = 64 * 2**20  # at most, along layers first: so that a layer is read without the others
 # An array that several devices hold is written in slices, one by each; of small ones each slice would cost more, a compiled
 # program of its own in a process's first save, than it spares.
@@ -78,25 +78,34 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     return metadata
 
 
+def stored_metadata(directory: Path) -> dict[str, Any]:
+    """What a checkpoint's file of metadata holds, read without Orbax and whoever wrote it; {} if it is damaged or missing."""
+    try:
+        metadata = json.loads((directory / METADATA).read_bytes())["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def stored_step(directory: Path) -> int | None:
     """The step that a checkpoint's metadata say it is of; None if they do not, or cannot be read (`verify` says why).
 
     Only their file is read, and only once, since all of a run's checkpoints are listed for every save.
     """
     try:
-        stat = (directory / _METADATA).stat()
+        stat = (directory / METADATA).stat()
     except OSError:
         return None
-    return _stored_step(directory / _METADATA, stat.st_ino, stat.st_mtime_ns)
+    return _stored_step(directory, stat.st_ino, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
-def _stored_step(file: Path, _inode: int, _mtime_ns: int) -> int | None:
-    try:
-        metadata = json.loads(file.read_bytes())["custom_metadata"]
-        step = metadata.get("step", metadata["data"].get("next_index"))  # earlier versions kept the batches that were read
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+def _stored_step(directory: Path, _inode: int, _mtime_ns: int) -> int | None:
+    metadata = stored_metadata(directory)
+    data = metadata.get("data")
+    if not isinstance(data, dict):
         return None
+    step = metadata.get("step", data.get("next_index"))  # earlier versions kept the batches that were read
     return step if type(step) is int and 0 <= step < 2**63 else None
 
 

@@ -92,6 +92,7 @@ class BlockReader:
 
     def block(self, place: Place) -> Block | MTPModule:
         """The block, or the MTP module with its block, with its parameters on the default device."""
+
         def make() -> Block | MTPModule:
             last = Layout(), _RECIPE, nnx.Rngs(0)
             return MTPModule(self.config, *last) if place.stack == "mtp" else Block(self.config, place.moe, *last)

@@ -10,6 +10,7 @@ from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_coun
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
+from dsv3_jax.runs.compatible import check_compatible
 from dsv3_jax.runs.directory import SUPERVISOR_LOCK, run_directory
 
 MOST_DEVICES = 2**10  # of a worker
@@ -51,7 +52,7 @@ def job_for(config: Config, args: list[str], workers: str | None, devices: int |
             f"data.batch_size={config.data.batch_size}; numbers that do: {', '.join(map(str, feasible)) or 'none'}"
         )
     run = run_directory(config)
-    run.check_belongs_to(config)
+    check_compatible(run, config)
     heartbeat, join = seconds_from("DSV3_HEARTBEAT_S", _HEARTBEAT_S), seconds_from("DSV3_JOIN_TIMEOUT_S", _JOIN_S)
     return Job(config, [*args, "--workers", f"{least}:{most}"], run, least, most, devices, heartbeat, join, rehearse)
 

@@ -26,7 +26,8 @@ from dsv3_jax.checkpoint.piecewise import ChunkedArray, PiecewiseWriter
 from dsv3_jax.checkpoint.scratch import resolved, scratch_of
 from dsv3_jax.checkpoint.storage import check_path
 from dsv3_jax.cluster.processes import is_first, on_first
-from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml, merge_overrides
+from dsv3_jax.config import Config, config_from_dict, config_to_dict, config_to_yaml
+from dsv3_jax.config_input import merge_overrides
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER, read_companion, read_companions
 from dsv3_jax.data.special_tokens import check_stated
 from dsv3_jax.errors import UserError
@@ -61,7 +62,7 @@ def imported_config(found: HFCheckpoint, name: str, overrides: tuple[str, ...]) 
     name = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", name).strip("-") or "imported"
     context = found.config.max_position_embeddings
     raw: dict[str, Any] = {"name": name, "data": {"seq_len": min(context, _SEQ_LEN)}, **copy.deepcopy(_FINE_TUNING)}
-    merge_overrides(raw, overrides)
+    merge_overrides(raw, overrides, Config)
     if "model" in raw:
         raise UserError("model.* comes from config.json and cannot be overridden")
     raw["model"] = config_to_dict(found.config)

@@ -1,46 +1,28 @@
-"""The directory of a run, runs/NAME: its files, its lock, and what may change when the run goes on."""
+"""The directory of a run, runs/NAME: its files and its lock."""
 
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TextIO
 
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import Config, config_to_dict, config_to_yaml, load_config
+from dsv3_jax.config import Config, config_from_dict, config_to_yaml
+from dsv3_jax.config_input import merge_overrides, read_sections
 from dsv3_jax.data import companions
 from dsv3_jax.data.companions import Companions
 from dsv3_jax.data.corpus import absolute_patterns
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import expand_home, write_atomically
 
-# Keys that may change when a run goes on: they decide how long, how often and where, never what a step computes.
-# What stands at a path is compared by its content (training/corpus.py), and a run may be copied or renamed.
-_MAY_CHANGE = {
-    "name",
-    "train.steps", "train.eval_every", "train.eval_batches", "train.grad_accum_steps", "train.init_from",
-    "train.stuck_after_s", "train.slow_after_s",
-    "data.path", "data.validation_path", "data.allow_changed", "data.cache_dir",
-}  # fmt: skip
-# Values for what a run decided when it began, and keeps: its recipe, and its tokenizer
-_AS_IT_BEGAN = {"precision.recipe": "auto", "data.tokenizer": None}
-_SECTIONS_THAT_MAY_CHANGE = ("checkpoint.", "parallel.", "remat.")
-
 SUPERVISOR_LOCK = "lock.supervisor"  # beside "lock", which each attempt's process 0 holds
-# what is written before config.yaml, by the beginnings of the names
-_BEFORE_CONFIG = ("events.jsonl", "logs", "lock", "tokenizer.json", companions.DIRECTORY, "config.yaml.")
+HOW_TO_MEND = (  # a config.yaml that is not complete
+    "put it back from a copy, or remove it and call dsv3 train with the run's own configuration, which writes it again"
+)
 _POLL_S = 0.1
-
-
-def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
-    found = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
 
 
 @dataclass(frozen=True)
@@ -74,6 +56,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def events_file(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -87,26 +73,19 @@ class RunDirectory:
         """The output of a supervised run's workers, one file each."""
         return self.path / "logs"
 
-    def check_belongs_to(self, config: Config) -> None:
-        """Raise `UserError` if the directory holds a run of another configuration, or something else.
+    def config(self, overrides: Iterable[str] = ()) -> Config:
+        """The configuration in config.yaml, which has every section, with `key=value` overrides.
 
-        Both are compared as they were asked for, before it was decided what `auto` means here.
+        Raises `UserError` if the file is missing, empty or cut off, or as `load_config`.
         """
-        if not self.path.exists():
-            return
         if not self.config_file.exists():
-            if self.path.is_dir() and all(p.name.startswith(_BEFORE_CONFIG) for p in self.path.iterdir()):
-                return  # a run that stopped before it wrote its configuration
-            raise UserError(f"{self.path} exists and is no run (no config.yaml); choose another name=...")
-        old = _leaves(config_to_dict(with_absolute_paths(load_config(self.config_file))))
-        for key, value in _leaves(config_to_dict(with_absolute_paths(config))).items():
-            free = key in _MAY_CHANGE or (key.startswith(_SECTIONS_THAT_MAY_CHANGE) and not key.startswith("parallel.compress"))
-            free = free or (key in _AS_IT_BEGAN and value == _AS_IT_BEGAN[key])
-            if old.get(key) != value and not free:
-                raise UserError(
-                    f"{self.path} belongs to another config: {key} was {old.get(key)!r}, now {value!r}; "
-                    f"choose another name=..., or go on with its own config: dsv3 resume {self.path}"
-                )
+            raise UserError(f"{self.path} is no run: it has no config.yaml")
+        raw = read_sections(self.config_file)
+        if missing := [section.name for section in fields(Config) if raw.get(section.name) is None]:
+            what = f"incomplete: it has no {', '.join(missing)}" if raw else "empty"
+            raise UserError(f"{self.config_file} is {what}; {HOW_TO_MEND}")
+        merge_overrides(raw, overrides, Config)
+        return config_from_dict(raw, str(self.config_file))
 
     @contextlib.contextmanager
     def claimed(self, patience_s: float = 0.0, lock_name: str = "lock") -> Iterator[None]:

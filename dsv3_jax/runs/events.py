@@ -6,6 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.records import Record, number
+
+LATEST = 2.0**33  # seconds since 1970, in the year 2242: times after it are damage, and so are steps that take so long
+
+
+def is_event(record: Record) -> bool:
+    """Whether a record is an event: all of them have a name and a possible time."""
+    return isinstance(record.get("event"), str) and 0 <= number(record, "time", -1.0) <= LATEST
+
 
 class EventLog:
     """Appends one JSON object per line: `time` (seconds since 1970), `event`, and that event's fields.

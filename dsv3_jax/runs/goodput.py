@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from dsv3_jax.errors import UserError
 from dsv3_jax.records import Record, Records, last_records, number
 from dsv3_jax.runs.directory import RunDirectory
+from dsv3_jax.runs.events import LATEST, is_event
 from dsv3_jax.runs.metrics import is_row
 
 # The class of an interval between two events, by the event that ends it. Training ends by "failure", "ended" or "done".
 _PHASES = {"launch": "restart", "started": "restart", "restored": "restore", "compiled": "compile"}
 _UNFINISHED = ("started", "restored", "compiled")
 CLASSES = ("steps", "saving", "start", "detection", "restart", "restore", "compile", "recompute", "rest")
-_LATEST = 2.0**33  # seconds since 1970, in the year 2242: times after it are damage, and so are steps that take so long
 
 
 @dataclass
@@ -85,7 +85,7 @@ def _steps_until(events: list[Record], step: int) -> float | None:
     for event in reversed(events):
         if event["event"] == "saved" and event.get("step") == step:
             seconds = number(event, "steps_s", -1.0)
-            return seconds if 0 <= seconds <= _LATEST else None
+            return seconds if 0 <= seconds <= LATEST else None
     return None
 
 
@@ -106,23 +106,19 @@ def _dropped(event: Record) -> _Dropped | None:
     )
 
 
-def _is_event(record: Record) -> bool:
-    return isinstance(record.get("event"), str) and 0 <= number(record, "time", -1.0) <= _LATEST
-
-
 def _seconds(record: Mapping[str, Any], key: str) -> float:
     """A record's number of seconds; 0 for what no run can have taken."""
     found = number(record, key)
-    return found if 0 <= found <= _LATEST else 0.0
+    return found if 0 <= found <= LATEST else 0.0
 
 
 def _is_possible_row(record: Record) -> bool:
-    return is_row(record) and max(number(record, "time"), number(record, "step_time_s")) <= _LATEST
+    return is_row(record) and max(number(record, "time"), number(record, "step_time_s")) <= LATEST
 
 
 def _sound_events(run: RunDirectory) -> tuple[list[Record], int]:
     """A run's events by time, and how many lines are damaged. Raises `UserError` if it has no sound one."""
-    found = Records(run.events_file, _is_event)
+    found = Records(run.events_file, is_event)
     events = sorted(found, key=lambda e: e["time"])
     if not events and found.skipped:
         raise UserError(f"{run.events_file}: each of its {found.skipped} lines is damaged")

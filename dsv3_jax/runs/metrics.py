@@ -68,7 +68,7 @@ class MetricsWriter:
         self.dropped = {"steps": len(again), "seconds": seconds, "last": last or None} if again else None
         self._decisions, _ = reopen(run.decisions_file, is_row, is_late)
         self._routing, _ = reopen(run.routing_file, is_row, is_late)
-        self._board = _board(run.path / "tensorboard", purge_step=resumed_step + 1 if resumed_step else None)
+        self._board = _board(run.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, row: dict[str, float]) -> None:
         """Append a step's row; all of its values but `step` go to TensorBoard too."""

@@ -9,12 +9,12 @@ import jax
 
 from dsv3_jax.checkpoint.load import Checkpoint
 from dsv3_jax.checkpoint.manager import CheckpointManager
-from dsv3_jax.checkpoint.retention import check_latest_format, complete_steps, newest
-from dsv3_jax.checkpoint.storage import read_metadata
+from dsv3_jax.checkpoint.retention import latest_metadata
 from dsv3_jax.cluster.processes import broadcast_from_first, first_nonempty, is_first, on_first
 from dsv3_jax.config import Config
 from dsv3_jax.errors import UserError
 from dsv3_jax.progress import ProgressReporter
+from dsv3_jax.runs.compatible import check_compatible
 from dsv3_jax.runs.directory import RunDirectory, with_absolute_paths
 from dsv3_jax.runs.events import EventLog
 from dsv3_jax.runs.metrics import MetricsWriter
@@ -33,23 +33,10 @@ _LOCK_PATIENCE_S = 60.0  # a supervised run's processes of the attempt before ma
 
 def _last_step(run: RunDirectory, config: Config) -> int:
     """The step of the last checkpoint, 0 at a fresh start, of a run that may go on by this configuration; changes nothing."""
-    run.check_belongs_to(config)
-    check_latest_format(run.checkpoints)
-    latest = newest(run.checkpoints)
-    step = latest[0] if latest else 0
+    step = check_compatible(run, config)
     if config.train.steps < step:
         raise UserError(f"train.steps={config.train.steps}: {run.path} has done {step} already; nothing is changed")
     return step
-
-
-def _metadata(run: RunDirectory) -> dict[str, Any]:
-    """What the last checkpoint whose metadata can be read says about its run; {} if there is none."""
-    latest = newest(run.checkpoints)
-    older = [run.checkpoints / str(step) for step in reversed(complete_steps(run.checkpoints))]
-    for path in [latest[1], *older] if latest else older:
-        with contextlib.suppress(Exception):  # a damaged one is found out before it is restored; Orbax raises what it likes
-            return read_metadata(path)
-    return {}
 
 
 def _initial_state(
@@ -76,7 +63,7 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     # a changed corpus is accepted for this start only, and what is kept does not say so
     asked = with_absolute_paths(replace(config, data=replace(config.data, allow_changed=False)))
     last = broadcast_from_first(lambda: _last_step(run, asked))
-    earlier = (on_first(lambda: _metadata(run)) or {}) if last else None
+    _, earlier = (on_first(lambda: latest_metadata(run.checkpoints)) or (None, {})) if last else (None, None)
     resolved = resolve_for_devices(asked, elastic, first_nonempty(_recipe(earlier)))
     initial = None if last else open_initial(asked)
     tokenizer = initial.tokenizer_file() if initial and asked.data.tokenizer is None else None
@@ -99,21 +86,29 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     done = int(state.step)
     progress = until_end.enter_context(ProgressReporter(config.train.steps, done, quiet=not is_first()))
     stop = until_end.enter_context(StopRequest())
-    for line in (*resolved.notes, *_how_it_begins(run, config, done, found.changed)):
-        progress.say(line)
     writer = MetricsWriter(run, done) if is_first() else None
-    events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
+    dropped = writer.dropped if writer else None
+    for line in (*resolved.notes, *_how_it_begins(run, config, done, found.changed, dropped)):
+        progress.say(line)
+    events.write("restored", step=done, dropped=dropped, local=round(manager.read_locally, 3))
     context = RunContext(
         resolved, run, data, found.record, hf_layout, programs, manager, writer, events, progress, stop, watchdog
     )  # fmt: skip
     return context, state
 
 
-def _how_it_begins(run: RunDirectory, config: Config, done: int, changed: str) -> Iterator[str]:
+def _how_it_begins(
+    run: RunDirectory, config: Config, done: int, changed: str, dropped: dict[str, Any] | None
+) -> Iterator[str]:  # fmt: skip
     if changed:
         yield f"the corpus has changed, as data.allow_changed allows: {changed}"
     if done:
         yield f"resuming {run.path} at step {done}"
+    elif dropped:
+        yield (
+            f"{run.metrics_file} has {dropped['steps']} steps but there is no checkpoint: the run ended before its first one "
+            "was complete; beginning at step 0 again"
+        )
     if done >= config.train.steps:
         yield f"nothing is left to train: train.steps={config.train.steps}"
 

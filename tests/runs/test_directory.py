@@ -1,52 +1,14 @@
-"""Whose a run's folder is: which keys may change when a run goes on."""
-
-from pathlib import Path
+"""The folder of a run: paths that it keeps, and its config.yaml."""
 
 import pytest
 
-from dsv3_jax.config import config_to_yaml, load_config
+from dsv3_jax.config import load_config
 from dsv3_jax.errors import UserError
+from dsv3_jax.runs.compatible import check_compatible
 from dsv3_jax.runs.directory import RunDirectory, with_absolute_paths
 from tests.conftest import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    (tmp_path / "config.yaml").write_text(config_to_yaml(load_config(TINY)))
-    return RunDirectory(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["train.steps=9", "train.eval_every=7", "train.grad_accum_steps=2", "parallel.fsdp=2", "remat.policy=full",
-     "checkpoint.every_steps=3", "data.cache_dir=elsewhere", "name=copied", "data.path=elsewhere/*.txt",
-     "precision.recipe=auto"],
-)  # fmt: skip
-def test_how_long_where_and_how_often_may_change(run, override):
-    run.check_belongs_to(load_config(TINY, [override]))
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["train.seed=1", "model.hidden_size=256", "data.batch_size=4", "data.seq_len=64", "optim.lr=0.1", "precision.recipe=bf16",
-     "parallel.compress=2", "parallel.compress=auto", "data.tokenizer=other.json",
-     "parallel.compress_after=3", "train.mtp_switch_step=1"],
-)  # fmt: skip
-def test_what_a_step_computes_may_not(run, override):
-    with pytest.raises(UserError, match=f"belongs to another config: {override.split('=')[0]} was"):
-        run.check_belongs_to(load_config(TINY, [override]))
-
-
-def test_what_auto_means_is_not_compared(tmp_path):
-    """A run that asked for it goes on by asking for it, whatever it is on other devices."""
-    asked = load_config(TINY, ["parallel.compress=auto", "precision.recipe=auto"])
-    run = RunDirectory(tmp_path / "run")
-    run.create(asked, None, {})
-    run.check_belongs_to(asked)
-    with pytest.raises(UserError, match=r"parallel\.compress was 'auto', now 0"):
-        run.check_belongs_to(load_config(TINY, ["precision.recipe=auto"]))
 
 
 def test_paths_are_kept_so_that_other_working_directories_find_them(tmp_path, monkeypatch):
@@ -61,4 +23,37 @@ def test_paths_are_kept_so_that_other_working_directories_find_them(tmp_path, mo
     assert with_absolute_paths(nothing) == nothing
     run = RunDirectory(tmp_path / "run")
     run.create(load_config(TINY, ["data.tokenizer=t.json"]), None, {})  # as the version before kept it
-    run.check_belongs_to(load_config(TINY, [f"data.tokenizer={tmp_path}/t.json"]))
+    check_compatible(run, load_config(TINY, [f"data.tokenizer={tmp_path}/t.json"]))
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        (lambda text: "", "is empty; put it back from a copy, or remove it"),
+        (lambda text: text[: text.index("data:")], "is incomplete: it has no data, optim, train, parallel, precision, remat"),
+        (lambda text: text[: text.index("checkpoint:") + 11], "is incomplete: it has no checkpoint; put it back"),
+    ],
+    ids=["empty", "after the model", "in the last section"],
+)
+def test_a_configuration_that_was_cut_off_is_refused(tmp_path, cut, expected):
+    """Whether the run is named or asked for by its configuration; what is missing has no default."""
+    run = RunDirectory(tmp_path / "run")
+    run.create(load_config(TINY), None, {})
+    assert run.config(["train.steps=7"]) == load_config(TINY, ["train.steps=7"])
+    run.config_file.write_text(cut(run.config_file.read_text()))
+    for read in (run.config, lambda: check_compatible(run, load_config(TINY))):
+        with pytest.raises(UserError) as error:
+            read()
+        assert f"{run.config_file} {expected}" in str(error.value)
+    run.config_file.unlink()
+    with pytest.raises(UserError, match="is no run: it has no config"):
+        run.config()
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "tensorboard", "logs"])
+def test_a_file_in_a_folder_s_place_is_named(tmp_path, folder):
+    run = RunDirectory(tmp_path / "run")
+    run.create(load_config(TINY), None, {})
+    (run.path / folder).write_text("mine")
+    with pytest.raises(UserError, match=f"{folder} is not a directory, in which the run would write: move it away"):
+        check_compatible(run, load_config(TINY))

@@ -187,6 +187,41 @@ def test_an_evaluation_reads_the_runs_tokenizer(finished_run, tmp_path, monkeypa
             read()
 
 
+def test_what_was_edited_or_removed_is_refused_in_one_line(finished_run, tmp_path):
+    """By `resume` as by `train`; nothing is changed. A checkpoint that is read by itself has its own configuration."""
+    file = finished_run / "config.yaml"
+    text = file.read_text()
+    for content, expected in (
+        ("", "config.yaml is empty"),
+        (text.replace("lr: 0.003", "lr: 0.5"), "optim.lr is 0.5 in the file"),
+    ):
+        file.write_text(content)
+        done = dsv3_command("resume", str(finished_run), cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert expected in done.stderr
+        with pytest.raises(UserError, match=expected):
+            train(load_config(TINY, ["name=a"]), tmp_path)
+        assert file.read_text() == content
+    assert open_checkpoint(finished_run).config.optim.lr == 0.003
+    dsv3.load(finished_run)
+    file.write_text(text)
+    rows = (finished_run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(finished_run / "checkpoints")
+    done = dsv3_command("resume", str(finished_run), cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "metrics.jsonl has 2 steps but there is no checkpoint" in done.stderr
+    assert (finished_run / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_run_without_its_first_checkpoint_says_that_it_begins_anew(trained_once, finished_run, tmp_path, capsys):
+    """As one that was killed before it: what was done again had rows."""
+    shutil.rmtree(finished_run / "checkpoints")
+    (finished_run / "events.jsonl").unlink()
+    assert int(train(load_config(TINY, trained_once[1]), tmp_path).state.step) == 2
+    assert "metrics.jsonl has 2 steps but there is no checkpoint: the run ended before" in capsys.readouterr().out
+    assert [row["step"] for row in rows_of(finished_run)] == [1, 2]
+
+
 def test_a_run_that_asked_for_auto_goes_on_as_it_began(finished_run, tmp_path, capsys):
     config = load_config(finished_run / "config.yaml", ["parallel.compress=auto", "precision.recipe=auto"])
     (finished_run / "config.yaml").write_text(config_to_yaml(config))
