@@ -205,20 +205,23 @@ def import_(
 def export(
     run: RunPath,
     out_dir: Annotated[Path, tyro.conf.Positional],
-    format: Literal["hf-f32", "hf-bf16", "hf-fp8"] = "hf-bf16",
+    format: Literal["hf-f32", "hf-bf16", "hf-fp8", "hf-w4", "hf-gptq", "gguf", "gguf-f32", "gguf-f16", "gguf-q8_0"] = "hf-bf16",
     shard_gb: float = 5.0,
 ) -> None:
-    """Export a run or checkpoint as a Hugging Face checkpoint that transformers, vLLM and SGLang load.
+    """Export a run or checkpoint as a Hugging Face checkpoint that transformers, vLLM and SGLang load, or for llama.cpp.
 
     Weights are read from disk one tensor at a time: it needs no device and little memory, whatever mesh wrote them.
 
     Example: dsv3 export runs/tiny exported/tiny --format hf-fp8
 
+    Example: dsv3 export compressed/tiny-w4 exported/tiny-gguf --format gguf
+
     Args:
         run: A run (its latest checkpoint) or a checkpoint directory.
         out_dir: The export's directory, which appears once all of it is written.
-        format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8).
-        shard_gb: Largest size of a safetensors file, in 10^9 bytes; inf makes one file.
+        format: hf-f32, hf-bf16, or hf-fp8 (DeepSeek's block-FP8); of a compressed checkpoint, with its integers, hf-w4
+            (compressed-tensors), hf-gptq (gptqmodel, vLLM) or gguf (llama.cpp); of any, gguf-f32, gguf-f16 or gguf-q8_0.
+        shard_gb: Largest size of a safetensors file, in 10^9 bytes; inf makes one file. GGUF is always one file.
     """
     from dsv3_jax.interop.hf_export import export as write
 

@@ -14,7 +14,7 @@ from dsv3_jax.compression.profile import Profile
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_formats import usual_dtype
-from dsv3_jax.interop.hf_tensors import Index, Source, sources
+from dsv3_jax.interop.hf_tensors import Source, sources
 from dsv3_jax.interop.safetensors_file import DTYPES
 from pallas_kernels.integer_weight import IntegerWeight
 
@@ -38,11 +38,6 @@ def _merged(s: Source, per_axis: tuple[Any, ...], inputs: Any) -> tuple[Any, ...
     """Something for every axis of a source's array, with one entry, `inputs`, for all axes of inputs."""
     first = next(axis for axis, i in enumerate(s.full_index) if isinstance(i, slice))
     return (*per_axis[:first], inputs, *per_axis[first + s.inputs :])
-
-
-def integer_index(s: Source) -> Index:
-    """Where a source's tensor lies in the arrays of its integer weight."""
-    return _merged(s, s.full_index, slice(None))
 
 
 class CompressedWriter:
@@ -80,7 +75,7 @@ class CompressedWriter:
         return [f"{self._name(s.array)}/{field}" for field in fields]
 
     def _chunk_index(self, s: Source) -> tuple[int, ...]:
-        index = s.full_index if s.array not in self._integers else integer_index(s)
+        index = s.full_index if s.array not in self._integers else s.integer_index
         return tuple(0 if isinstance(i, slice) else i for i in index)
 
     def done(self, prefix: str, lead: tuple[int, ...]) -> bool:
@@ -108,7 +103,7 @@ class CompressedWriter:
             return
         for stored in self._chunks(s):
             part = np.asarray(getattr(value, stored.rsplit("/", 1)[1]))
-            self._writer.write(stored, self._chunk_index(s), array_reader(part[integer_index(s)[lead:]]))
+            self._writer.write(stored, self._chunk_index(s), array_reader(part[s.integer_index[lead:]]))
 
     def read(self, array: str, lead: tuple[int, ...]) -> IntegerWeight:
         """An integer weight, or what `lead` picks of it, as an earlier writer left it."""

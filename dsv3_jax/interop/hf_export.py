@@ -1,9 +1,10 @@
-"""`dsv3 export` and `save_hf`: a model as a Hugging Face checkpoint for PyTorch clients (transformers, vLLM, SGLang).
+"""`dsv3 export` and `save_hf`: a model as a Hugging Face checkpoint for PyTorch clients (transformers, vLLM, SGLang), or GGUF.
 
-Formats: `hf-f32`, `hf-bf16`, and `hf-fp8`, DeepSeek's block-FP8 with bfloat16 for what it leaves in 16 bits.
+Formats: `hf-f32`, `hf-bf16`, and `hf-fp8`, DeepSeek's block-FP8 with bfloat16 for what it leaves in 16 bits; of compressed
+checkpoints `hf-w4` (compressed_tensors.py), `hf-gptq` (gptq_layout.py) and `gguf` (gguf_file.py).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.checkpoint.integers import IntegerArray, integer_arrays
 from dsv3_jax.checkpoint.load import open_checkpoint
 from dsv3_jax.checkpoint.names import weight_name
 from dsv3_jax.checkpoint.piecewise import StoredArrays
@@ -19,16 +21,19 @@ from dsv3_jax.checkpoint.storage import read_metadata
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.companions import about_text, beside
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop import gguf_file
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_card import origin_of_checkpoint
 from dsv3_jax.interop.hf_import import SCALES
 from dsv3_jax.interop.hf_tensors import Source, sources
 from dsv3_jax.interop.hf_text import TextFiles
-from dsv3_jax.interop.hf_writer import SHARD_BYTES, Before, write_hf
+from dsv3_jax.interop.hf_writer import SHARD_BYTES, Before, Read, write_hf
+from dsv3_jax.interop.quantized import Tensor, from_region
 from dsv3_jax.interop.safetensors_file import MappedFile, read_header
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.runs.directory import RunDirectory
+from pallas_kernels.integer_weight import IntegerWeight
 
 
 def save_hf(
@@ -93,28 +98,54 @@ def _kept_tensors(checkpoint: Path) -> dict[str, np.ndarray]:
     return {name: mapped.view(name) for name in entries}
 
 
-def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: float = SHARD_BYTES) -> Path:
-    """Write a run's latest checkpoint, or the one at the path, as a Hugging Face checkpoint; see `save_hf`.
+def _reader(checkpoint: Path, config: ModelConfig, integers: Mapping[str, IntegerArray]) -> Read:
+    """Reads a tensor from a checkpoint's arrays on disk."""
+    stored, variables = StoredArrays(checkpoint), abstract_variables(config)
+    opened: dict[str, Any] = {}
 
+    def array(s: Source, field: str = "") -> Any:
+        name = weight_name(s.array, variables[s.array]) + field
+        if name not in opened:
+            opened[name] = stored[name]
+        return opened[name]
+
+    def read(s: Source) -> Tensor:
+        if integer := integers.get(s.array):
+            fields = ("codes", "scale") if integer.format.symmetric else ("codes", "scale", "zero")
+            parts = [array(s, f"/{field}")[s.integer_index].read() for field in fields]
+            codes, scale, *zero = (part.result() for part in parts)
+            outputs = len(s.region) - s.inputs
+            weight = IntegerWeight(codes, scale, zero[0] if zero else None, integer.format, s.region[: s.inputs], outputs)
+            return from_region(s, weight)
+        # in the order of the tensor's axes, which is that of an imported chunk's bytes
+        region = array(s)[s.full_index].transpose(tuple(np.argsort(s.order)))
+        return s.from_split(region.read().result())
+
+    return read
+
+
+def export(run_or_checkpoint: str | Path, directory: str | Path, format: str, shard_bytes: float = SHARD_BYTES) -> Path:
+    """Write a run's latest checkpoint, or the one at the path, as a Hugging Face checkpoint (see `save_hf`) or as GGUF.
+
+    Formats besides those of `save_hf`: of a compressed checkpoint, with its integers, hf-w4 (compressed-tensors), hf-gptq and
+    gguf; of any, gguf-f32, gguf-f16 and gguf-q8_0. A compressed checkpoint in a format without integers has their numbers.
     Weights are read from disk a tensor at a time, so that no device and little memory is needed, whatever mesh wrote them.
-    Raises `UserError` as `write_hf` and `open_checkpoint`.
+    Raises `UserError` as `write_hf`, `write_gguf` and `open_checkpoint`.
     """
     found = open_checkpoint(run_or_checkpoint)
     config = found.config.model
-    stored, variables = StoredArrays(found.path), abstract_variables(config)
-    _check_layout(config, variables)
-    arrays: dict[str, Any] = {}
-
-    def read(s: Source) -> np.ndarray:
-        if s.array not in arrays:
-            arrays[s.array] = stored[weight_name(s.array, variables[s.array])]
-        # in the order of the tensor's axes, which is that of an imported chunk's bytes
-        region = arrays[s.array][s.full_index].transpose(tuple(np.argsort(s.order)))
-        return s.from_split(region.read().result())
-
+    _check_layout(config, abstract_variables(config))
     metadata = read_metadata(found.path)
+    integers = integer_arrays(metadata, str(found.path))
+    formats = {s.tensor: integers[s.array].format for s in sources(config) if s.array in integers}
+    read = _reader(found.path, config, integers)
     imported = "hf_config" in metadata
     text = TextFiles(found.tokenizer_file(), found.companions(), trained=not imported)
     origin = origin_of_checkpoint(found, imported, format)
+    if format in gguf_file.FORMATS:
+        name = found.config.name
+        return gguf_file.write_gguf(directory, config, format, read, origin=origin, text=text, formats=formats, name=name)
     before = Before(metadata.get("hf_layout"), _kept_tensors(found.path))
-    return write_hf(directory, config, format, read, origin=origin, text=text, before=before, shard_bytes=shard_bytes)
+    return write_hf(
+        directory, config, format, read, origin=origin, text=text, before=before, formats=formats, shard_bytes=shard_bytes
+    )

@@ -60,6 +60,12 @@ class Source:
         return (*self.index, *[_ALL] * (len(self.order) - given))
 
     @property
+    def integer_index(self) -> Index:
+        """`full_index` in the arrays of an `IntegerWeight`, which have one axis for all inputs."""
+        first = next(axis for axis, i in enumerate(self.full_index) if isinstance(i, slice))
+        return (*self.full_index[: first + 1], *self.full_index[first + self.inputs :])
+
+    @property
     def chunk(self) -> tuple[int, ...]:
         """The region's shape with all axes of the array."""
         sizes = iter(self.region)

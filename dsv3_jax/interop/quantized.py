@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dsv3_jax.interop.hf_tensors import Index, Source, pairs
+from dsv3_jax.interop.hf_tensors import Source, pairs
 from pallas_kernels.integer_weight import IntegerFormat, IntegerWeight, unpacked
 
 
@@ -48,19 +48,8 @@ def as_dense(tensor: Tensor) -> np.ndarray:
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
-def number_of_inputs(s: Source) -> int:
-    """How many axes of a matrix's region are inputs; they come first, and in the tensor last."""
-    return len(s.split) - s.order[0]
-
-
-def stored_index(s: Source) -> Index:
-    """Where a matrix's region is in the arrays of an `IntegerWeight`, which have one axis for all inputs."""
-    first = next(axis for axis, i in enumerate(s.full_index) if isinstance(i, slice))
-    return (*s.full_index[: first + 1], *s.full_index[first + number_of_inputs(s) :])
-
-
 def from_region(s: Source, w: IntegerWeight) -> QuantizedTensor:
-    """A matrix's codes, scales and zeros from the region of our array that holds it: `stored_index` of codes, scale and zero.
+    """A matrix's codes, scales and zeros from its region of our array: `integer_index` of the integer weight's arrays.
 
     Outputs come first, heads and what each has as one axis, rotated ones as the pairs that released checkpoints have.
     """

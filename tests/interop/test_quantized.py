@@ -18,7 +18,7 @@ from dsv3_jax.interop.gguf_file import write_gguf
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.hf_writer import write_hf
-from dsv3_jax.interop.quantized import QuantizedTensor, from_region, nibbles, stored_index
+from dsv3_jax.interop.quantized import QuantizedTensor, from_region, nibbles
 from pallas_kernels.integer_weight import IntegerFormat, IntegerWeight, dequantize, pack
 from tests.interop.cases import read_all
 
@@ -91,7 +91,7 @@ def test_regions_become_tensors(suffix, format):
     scale = jnp.asarray(rng.uniform(0.1, 1, groups), jnp.float16)
     axis = -1 - len(spread)
     whole = IntegerWeight(pack(jnp.asarray(codes), format.bits, axis), scale, zero, format, inputs, len(spread))
-    at = stored_index(s)
+    at = s.integer_index
     region = IntegerWeight(
         whole.codes[at], scale[at], None if zero is None else zero[at], format, inputs, len(outputs)
     )  # fmt: skip
