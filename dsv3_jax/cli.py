@@ -335,8 +335,16 @@ def plan(
         devices: Devices per worker, for --workers.
     """
     checked = None if config is None else load_config(config, overrides)  # before anything heavy is imported
-    from dsv3_jax.elastic.command import check_devices, parse_workers
-    from dsv3_jax.plan.command import Request, list_topologies, list_worker_counts, run_plan, run_search
+    if checked is not None and workers is not None:
+        from dsv3_jax.cost.division import check_divisible
+        from dsv3_jax.elastic.options import check_devices, parse_workers
+
+        least, most = parse_workers(workers)
+        check_divisible(checked, range(least, most + 1), check_devices(devices))
+        from dsv3_jax.plan.command import list_worker_counts
+
+        return list_worker_counts(checked, range(least, most + 1), devices, make_console())
+    from dsv3_jax.plan.command import Request, list_topologies, run_plan, run_search
     from dsv3_jax.plan.compile import Limits
     from dsv3_jax.plan.figures import Assumptions
     from dsv3_jax.plan.imbalance import read_imbalance
@@ -344,10 +352,6 @@ def plan(
     console = make_console()
     if list_:
         return list_topologies(console)
-    if checked is not None and workers is not None:
-        least, most = parse_workers(workers)
-        list_worker_counts(checked, range(least, most + 1), check_devices(devices), console)
-        return
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")
     assume, limits = Assumptions(read_imbalance(imbalance), price), Limits(memory_gb, timeout_s)

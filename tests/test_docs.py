@@ -9,7 +9,7 @@ import dsv3_jax as dsv3
 from dsv3_jax.cli import _VERBS
 from dsv3_jax.config import load_config
 from dsv3_jax.cost.topologies import parse_topology
-from dsv3_jax.elastic.command import parse_workers
+from dsv3_jax.elastic.options import parse_workers
 from tests.conftest import ROOT, load_script
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -21,11 +21,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dsv3_jax.checks import shortened
+from dsv3_jax.cluster.limits import MOST_PROCESSES
 from dsv3_jax.cluster.roll_call import ClusterSpec, answer_roll, take_roll
 from dsv3_jax.errors import FailedElsewhere, UserError
 
 _PORT = 8476  # JAX's own choice for TPU pods
-MOST_PROCESSES = 2**16  # of a run
 _MESSAGE_BYTES = 512
 _LONGEST_S = 1e6  # twice as much is the longest that a socket waits
 _DEVICES_S = 30.0  # a host's devices start within this

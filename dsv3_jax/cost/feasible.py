@@ -7,42 +7,17 @@ the closest to the configuration is taken: `tensor` stays if it can, then `pipe`
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
-from dsv3_jax.checks import divisors
 from dsv3_jax.config import Config
+from dsv3_jax.cost.division import meshes_that_divide, rows_of
 from dsv3_jax.cost.memory import state_bytes_per_device
 from dsv3_jax.errors import UserError
-from dsv3_jax.parallel.mesh import AXES, axis_sizes
+from dsv3_jax.parallel.mesh import axis_sizes
 from dsv3_jax.parallel.rules import check
 
 _MOST_MESHES = 100_000  # that are tried for a list of numbers of workers
 _MOST_IMPORTANT_FIRST = ("tensor", "pipe", "expert", "fsdp", "data")  # the order in which axes keep their size
-
-
-def _rows(config: Config) -> int:
-    """Sequences of a microbatch, which `data`, `fsdp` and `expert` share."""
-    return config.data.batch_size // config.train.grad_accum_steps
-
-
-def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    """The meshes over `devices` devices that divide rows, heads, experts and width, in the order of `parallel.mesh.meshes`.
-
-    All other meshes fail `parallel.rules.check`, and of most numbers of devices this leaves none.
-    """
-    rows, heads, experts = _rows(config), config.model.num_attention_heads, config.model.n_routed_experts
-    if rows * heads % devices:
-        return
-    for data in divisors(math.gcd(devices, rows)):
-        if config.model.hidden_size % (devices // data):
-            continue
-        for pipe in divisors(math.gcd(devices // data, heads)):
-            for tensor in divisors(math.gcd(devices // data // pipe, heads // pipe)):
-                left = devices // data // pipe // tensor
-                if rows // data % left == 0:
-                    for expert in divisors(math.gcd(left, experts)):
-                        yield dict(zip(AXES, (data, pipe, left // expert, expert, tensor), strict=True))
 
 
 def _is_feasible(config: Config, sizes: dict[str, int]) -> bool:
@@ -73,7 +48,9 @@ def mesh_for_devices(config: Config, devices: int) -> dict[str, int] | None:
     def change(sizes: dict[str, int]) -> tuple[float, ...]:
         return tuple(abs(math.log(sizes[axis] / size)) for axis, size in wanted.items())
 
-    return min((sizes for sizes in _meshes(config, devices) if _is_feasible(config, sizes)), key=change, default=None)
+    return min(
+        (sizes for sizes in meshes_that_divide(config, devices) if _is_feasible(config, sizes)), key=change, default=None
+    )
 
 
 def feasible_worker_counts(config: Config, devices_per_worker: int, counts: range) -> dict[int, dict[str, int]]:
@@ -81,9 +58,9 @@ def feasible_worker_counts(config: Config, devices_per_worker: int, counts: rang
 
     Raises `UserError` if there are more meshes to try than in seconds.
     """
-    largest = _rows(config) * config.model.num_attention_heads // devices_per_worker  # every mesh divides that product
+    largest = rows_of(config) * config.model.num_attention_heads // devices_per_worker  # every mesh divides that product
     within = range(counts.start, min(counts.stop, largest + 1))
-    meshes = itertools.chain.from_iterable(_meshes(config, count * devices_per_worker) for count in within)
+    meshes = itertools.chain.from_iterable(meshes_that_divide(config, count * devices_per_worker) for count in within)
     if sum(1 for _ in itertools.islice(meshes, _MOST_MESHES + 1)) > _MOST_MESHES:
         raise UserError(
             f"{counts.start} to {counts.stop - 1} workers of {devices_per_worker} devices have more than {_MOST_MESHES:,} "

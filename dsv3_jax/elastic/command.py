@@ -2,40 +2,20 @@
 
 import contextlib
 import os
-import re
 
-from dsv3_jax.cluster.processes import MOST_PROCESSES, cluster_spec, seconds_from
+from dsv3_jax.cluster.processes import cluster_spec, seconds_from
 from dsv3_jax.config import Config
 from dsv3_jax.cost.feasible import feasible_worker_counts, largest_feasible_count
 from dsv3_jax.elastic.hosts import Engine, LocalEngine
+from dsv3_jax.elastic.options import check_devices, parse_workers
 from dsv3_jax.elastic.supervisor import Job, Supervisor
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.compatible import check_compatible
 from dsv3_jax.runs.directory import SUPERVISOR_LOCK, run_directory
 
-MOST_DEVICES = 2**10  # of a worker
 _HEARTBEAT_S = 15.0
 _LOCK_PATIENCE_S = 60.0  # with workers of a supervisor that was killed
 _JOIN_S = 60.0  # hosts have just answered, so that their workers join within seconds unless one is lost
-
-
-def parse_workers(workers: str | None) -> tuple[int, int]:
-    """(MIN, MAX) of MIN:MAX, or of one number for both. Raises `UserError` for anything else."""
-    match = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}))?", workers or "")
-    if match is None:
-        raise UserError(f"--workers {(workers or '(missing)')[:40]}: use MIN:MAX, e.g. --workers 2:4")
-    least, most = int(match[1]), int(match[2] or match[1])
-    if not 1 <= least <= most <= MOST_PROCESSES:
-        raise UserError(f"--workers {workers}: MIN must be 1 or more, MAX not less, and at most {MOST_PROCESSES:,}")
-    return least, most
-
-
-def check_devices(devices: int | None) -> int:
-    """The number of devices of --devices. Raises `UserError` if it is missing or none that a worker can have."""
-    if devices is None or not 1 <= devices <= MOST_DEVICES:
-        given = "(missing)" if devices is None else devices
-        raise UserError(f"--devices {given}: give the number of devices of each worker, 1 to {MOST_DEVICES:,}")
-    return devices
 
 
 def job_for(config: Config, args: list[str], workers: str | None, devices: int | None, rehearse: bool = False) -> Job:

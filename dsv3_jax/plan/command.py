@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.config import Config, load_config
+from dsv3_jax.cost.division import no_mesh
 from dsv3_jax.cost.estimate import Candidate
 from dsv3_jax.cost.feasible import feasible_worker_counts
 from dsv3_jax.cost.memory import state_bytes_per_device
@@ -55,10 +56,7 @@ def list_worker_counts(config: Config, workers: range, devices: int, console: Co
     """Print which numbers of `workers`, with `devices` each, a run can use, and their meshes. Raises `UserError` if none."""
     feasible = feasible_worker_counts(config, devices, workers)
     if not feasible:
-        raise UserError(
-            f"--workers {workers[0]}:{workers[-1]}: no mesh over so many workers of {devices} devices divides the model and "
-            f"data.batch_size={config.data.batch_size}"
-        )
+        raise no_mesh(config, workers, devices)
     columns = "workers", "devices", "mesh", "training state, GiB per device", "rows per device"
     table = Table(*columns, title="feasible numbers of workers")
     for count, sizes in reversed(feasible.items()):

@@ -1,6 +1,8 @@
 """Which numbers of devices are feasible, and which mesh is taken: against trying every mesh."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -116,3 +118,24 @@ def test_what_cannot_be_is_said_with_what_can():
 @given(st.integers(1, 5000))
 def test_divisors(n):
     assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["data.batch_size=2147483647", "--workers", "2:4"], "no mesh over so many workers of 8 devices"),
+        (["--workers", "2:400000000000"], "at most 65,536"),
+        (["--workers", "2:4", "--devices", "0"], "--devices 0"),
+    ],
+)
+def test_bad_numbers_of_workers_are_refused_before_jax_is_loaded(options, text):
+    program = (
+        "import sys; from dsv3_jax.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print('jax' in sys.modules)"
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", str(TINY), *options], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout.strip()) == (2, "False"), done.stderr
+    assert text in done.stderr

@@ -1,0 +1,3 @@
+"""How large a run can be."""
+
+MOST_PROCESSES = 2**16
