@@ -66,7 +66,7 @@ class Comparison:
     original_accepted: np.ndarray
 
     def figures(self) -> dict[str, Any]:
-        """Means, as JSON takes them; changes are against the original, each {value, ci95}, null where there is nothing to say."""
+        """Means, as JSON takes them; changes are against the original, each {value, ci95}, null where there is none."""
 
         def paired(over: np.ndarray, under: np.ndarray, less: float = 0.0) -> dict[str, float | None]:
             value, ci95 = (None if math.isnan(a) else a for a in ratio_of_sums(over, under))

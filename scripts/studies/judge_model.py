@@ -17,19 +17,12 @@ import random
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
-from flax import nnx
+from compare_compression_profiles import measure
 
-from dsv3_jax.checkpoint.load import load_with_config
-from dsv3_jax.compression.measure import compare, measuring_batches
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.corpus import stdlib_files
-from dsv3_jax.data.store import read_documents
 from dsv3_jax.errors import EXIT_STOPPED
 from dsv3_jax.files import write_atomically
-from dsv3_jax.model.names import variables_by_name
-from dsv3_jax.model.parameters import ROUTED_EXPERTS, kind_of
-from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training.loop import train
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -74,25 +67,6 @@ def judge_config(texts: Path, seed: int, steps: int) -> Config:
     return load_config(_ROOT / "configs" / "tiny.yaml", [*_MODEL, *_TRAINING, *schedule, *halves, *length])
 
 
-def without_experts(model: Transformer) -> Transformer:
-    """A copy whose routed experts all give zero, those of MTP modules, too."""
-    copy = nnx.clone(model)
-    for name, variable in variables_by_name(nnx.state(copy, nnx.Param)).items():
-        if kind_of(variable) == ROUTED_EXPERTS and name.endswith("w_down_EMD"):
-            variable.set_value(jnp.zeros_like(variable.get_value()))
-    return copy
-
-
-def control(run: Path, heldout: Path) -> dict:
-    """What the run's model says of the held-out half once its routed experts are zeroed; `Comparison.figures`."""
-    loaded = load_with_config(run)
-    config = loaded.config
-    store = read_documents(load_config(run / "config.yaml", [f"data.path={heldout}"]).data, loaded.tokenizer())
-    batches = measuring_batches(store, config.data.seq_len, len(loaded.model.mtp), config.data.batch_size)
-    models = {"original": loaded.model, "zeroed": without_experts(loaded.model)}
-    return {name: found.figures() for name, found in compare(loaded.model, models, batches).items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,7 +78,7 @@ def main() -> None:
     write_halves(texts, args.seed)
     if train(judge_config(texts, args.seed, args.steps), args.root).interrupted:
         sys.exit(EXIT_STOPPED)
-    found = control(run, texts / "heldout.txt")
+    found = measure(str(run), str(texts / "heldout.txt"), {})
     (run / "judge.json").write_text(json.dumps(found, indent=1) + "\n")
     kept = found["zeroed"]["top1_kept"]
     print(json.dumps({name: {k: row[k] for k in ("loss", "accuracy", "mtp_acceptance")} for name, row in found.items()}))
