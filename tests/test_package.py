@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 # From low to high: a room imports only its own modules, rooms before it and the modules that stand beside the rooms.
 ROOMS = [
     "cluster", "data", "precision", "model", "optim", "parallel", "exchange", "state", "checkpoint", "runs", "cost", "serve",
-    "training", "interop", "plan", "elastic",
+    "training", "interop", "compression", "plan", "elastic",
 ]  # fmt: skip
 # modules of the package that every room may import
 BELOW_ROOMS = {"checks", "errors", "config", "config_input", "files", "progress", "records", "streams", "yaml_reader"}

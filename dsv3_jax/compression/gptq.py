@@ -29,6 +29,18 @@ class Rounded(NamedTuple):
     sound: Bool[Array, "*lead"]
 
 
+def add_products(xx_KK: Float32[Array, "K K"], x_TK: Float32[Array, "T K"]) -> Float32[Array, "K K"]:
+    """Moments with x^T x, summed over few rows at a time, in order.
+
+    One product over all rows would be cut along them into as many partial sums as a CPU has threads, and other bits of a sum
+    here and there give another code.
+    """
+    T, K = x_TK.shape
+    rows = max(128, K // 4)
+    x_bRK = jnp.pad(x_TK, ((0, -T % rows), (0, 0))).reshape(-1, rows, K)
+    return jax.lax.scan(lambda xx_KK, x_RK: (xx_KK + dot(x_RK.T, x_RK), None), xx_KK, x_bRK)[0]
+
+
 def _inverse_factor(moments_KK: Float32[Array, "K K"], damping: Array) -> Float32[Array, "K K"]:
     """U, upper triangular, with U^T U the inverse of the moments plus `damping` times their mean diagonal.
 

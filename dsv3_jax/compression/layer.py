@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.compression.blocks import Inputs, Stage, attention_stages, ffn_stages
 from dsv3_jax.compression.experts import add_moments, expert_mesh, gptq_experts, no_moments, replicated, sharded
-from dsv3_jax.compression.gptq import Rounded, gptq, round_to_nearest
+from dsv3_jax.compression.gptq import Rounded, add_products, gptq, round_to_nearest
 from dsv3_jax.compression.profile import Profile
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
@@ -21,7 +21,6 @@ from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.rope import rope_table
 from dsv3_jax.model.transformer import Block, positions
 from pallas_kernels.integer_weight import IntegerFormat, IntegerWeight, dequantize, pack
-from pallas_kernels.products import dot
 
 GATE_UP, DOWN = "ffn/w_gate_up_ED2M", "ffn/w_down_EMD"  # of the routed experts
 _DAMPINGS = (1.0, 10.0, 100.0)  # times the profile's: what is tried after a factorisation that failed
@@ -53,8 +52,7 @@ def _add_inputs(inputs: Inputs, graph: nnx.GraphDef, state: nnx.State, xx_KK, x_
     """Second moments with those of what a stage reads of a batch; padding does not count."""
     block = nnx.merge(graph, state)
     read = inputs(block, x_BLD, segment_BL, _rope(block, segment_BL))
-    x_TK = jnp.where((segment_BL >= 0).reshape(-1, 1), read.reshape(segment_BL.size, -1), 0)
-    return xx_KK + dot(x_TK.T, x_TK)
+    return add_products(xx_KK, jnp.where((segment_BL >= 0).reshape(-1, 1), read.reshape(segment_BL.size, -1), 0))
 
 
 def _rope(block: Block, segment_BL: Array):
