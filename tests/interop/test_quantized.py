@@ -149,8 +149,10 @@ def test_every_module_has_one_scheme(tmp_path):
         if w.ndim != 2 if isinstance(w, np.ndarray) else False:
             continue
         module = name.removesuffix(".weight")
-        bits = [g["weights"]["num_bits"] for g in its["config_groups"].values() if matched(g["targets"], module)]
         ignored = matched(its["ignore"], module) or "embed_tokens" in module
+        groups = its["config_groups"].values()
+        named = [g for g in groups if matched(g["targets"], module)] or [g for g in groups if g["targets"] == ["Linear"]]
+        bits = [] if ignored else [g["weights"]["num_bits"] for g in named]
         assert (bits, ignored) == (([], True) if isinstance(w, np.ndarray) else ([w.format.bits], False)), name
         of_gptq = [v for k, v in its_gptq["dynamic"].items() if matched([k[2:]], module)]
         if not isinstance(w, np.ndarray):
@@ -256,6 +258,7 @@ BAD = [
     ("hf-w4", W2, W8, {}, "2 bits in groups of 32, asymmetric; hf-w4 takes 4 or 8 bits"),
     ("hf-w4", IntegerFormat(4, 16), W8, {}, "groups of 16; hf-w4 takes groups of 32, 64, 128"),
     ("hf-w4", IntegerFormat(4, 32, False), W8, {}, "symmetric experts only"),
+    ("hf-w4", IntegerFormat(4, 128), W8, {}, "groups of 64, and model.layers.1.mlp.experts.0.down_proj.weight has 4 bits in"),
     ("hf-gptq", IntegerFormat(4, 16), W8, {}, "groups of 16; hf-gptq takes groups of 32, 64, 128"),
     ("gguf", W4, IntegerFormat(8, 32, False), {}, "no type of 8 bits with zero points"),
     ("gguf", IntegerFormat(4, 16), W8, {}, "multiples of 32"),
