@@ -92,15 +92,20 @@ class BlockReader:
 
     def block(self, place: Place) -> Block | MTPModule:
         """The block, or the MTP module with its block, with its parameters on the default device."""
+        return make_block(self.config, place, lambda name: self.array(name, place.lead))
 
-        def make() -> Block | MTPModule:
-            last = Layout(), _RECIPE, nnx.Rngs(0)
-            return MTPModule(self.config, *last) if place.stack == "mtp" else Block(self.config, place.moe, *last)
 
-        graph, state = nnx.split(nnx.eval_shape(make))
-        for name, variable in variables_by_name(state).items():
-            variable.set_value(jnp.asarray(self.array(place.prefix + name, place.lead)))
-        return nnx.merge(graph, state)
+def make_block(config: ModelConfig, place: Place, read: Callable[[str], np.ndarray]) -> Block | MTPModule:
+    """A block, or an MTP module with its block, of what `read` gives for the names of its arrays in the model."""
+
+    def make() -> Block | MTPModule:
+        last = Layout(), _RECIPE, nnx.Rngs(0)
+        return MTPModule(config, *last) if place.stack == "mtp" else Block(config, place.moe, *last)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    for name, variable in variables_by_name(state).items():
+        variable.set_value(jnp.asarray(read(place.prefix + name)))
+    return nnx.merge(graph, state)
 
 
 # (block, the residual stream that enters it or, for a feed-forward layer, the one after attention, segments, rope) -> inputs

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ from dsv3_jax.checkpoint.integers import INTEGERS, integer_arrays
 from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
 from dsv3_jax.checkpoint.manifest import MANIFEST
 from dsv3_jax.checkpoint.storage import check_path, read_metadata
-from dsv3_jax.compression.blocks import BlockReader, Place, places
+from dsv3_jax.compression.blocks import BlockReader, Place, make_block, places
 from dsv3_jax.compression.calibration import batches, calibration_windows
 from dsv3_jax.compression.container import CompressedWriter, integer_arrays_of
-from dsv3_jax.compression.layer import LayerCompressor, Stream, run_block
+from dsv3_jax.compression.layer import LayerCompressor, Stream, run_attention, run_ffn
 from dsv3_jax.compression.profile import Profile, load_profile
+from dsv3_jax.compression.prune import kept_experts, prune_layer, pruned_config
 from dsv3_jax.compression.report import LAYERS, REPORT, LayerLog, report_json
 from dsv3_jax.config import config_to_dict, config_to_yaml
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.names import variables_by_name
-from dsv3_jax.model.transformer import MTPModule
+from dsv3_jax.model.transformer import Block, MTPModule
 from dsv3_jax.progress import BytesProgress
-from pallas_kernels.integer_weight import dequantize
 
 
 def compress(
@@ -67,93 +68,112 @@ def compress(
 
 
 class _Compression:
-    """One model on its way through a profile."""
+    """One model on its way through a profile, with the original beside it if experts are dropped."""
 
     def __init__(self, source: Checkpoint, metadata: dict[str, Any], target: Path, profile: Profile):
-        self._source, self._config, self._profile, self._target = source, source.config.model, profile, target
+        self._source, self._profile, self._target = source, profile, target
+        original = source.config.model
+        self._experts = kept_experts(original, profile.prune.fraction)
+        self._prunes = self._experts < original.n_routed_experts
+        self._config = replace(source.config, model=pruned_config(original, self._experts))
         self._reader = BlockReader(source)
         self._windows = calibration_windows(source, profile.calibration)
-        self._integers = integer_arrays_of(self._config, profile)
+        self._integers = integer_arrays_of(self._config.model, profile)
         kept = {key: metadata[key] for key in ("corpus", "hf_config") if key in metadata}
-        self._metadata = kept | {
-            "config": config_to_dict(source.config),
+        described = kept | {
+            "config": config_to_dict(self._config),
             INTEGERS: {name: array.to_json() for name, array in self._integers.items()},
-            "compression": {"profile": dataclasses.asdict(profile), "source": self._source_digest()},
+            "compression": {"profile": dataclasses.asdict(profile), "source": _digest(source)},
         }
-        identity = hashlib.sha256(json.dumps(self._metadata, sort_keys=True).encode())
+        identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         identity.update(np.ascontiguousarray(self._windows.tokens).tobytes())
-        self._writer = CompressedWriter(target, identity.hexdigest(), self._config, self._integers, self._metadata)
-        self._compress = LayerCompressor(self._config, profile)
+        self._writer = CompressedWriter(target, identity.hexdigest(), self._config.model, self._integers, described)
+        self._compress = LayerCompressor(self._config.model, profile)
         self._log = LayerLog(self._writer.path_of(LAYERS))
 
-    def _source_digest(self) -> str:
-        return hashlib.sha256((self._source.path / MANIFEST).read_bytes()).hexdigest()
-
     def run(self) -> Path:
-        depth = self._config.num_nextn_predict_layers
-        inputs = self._windows.inputs(depth)
+        inputs = self._windows.inputs(self._config.model.num_nextn_predict_layers)
         parts = batches(self._windows, self._profile.calibration.batch)
         embed_VD = self._reader.array("embed_VD")
-        if not self._writer.done("embed_VD", ()):
-            self._writer.write("embed_VD", (), {"": embed_VD})
+        self._write_dense("embed_VD", embed_VD)
         segments = [jnp.asarray(inputs.segments[part]) for part in parts]
-        stream = Stream([jnp.asarray(embed_VD[inputs.tokens[part]]) for part in parts], segments)
-        hidden: list[jax.Array] | None = None
+        stream = original = Stream([jnp.asarray(embed_VD[inputs.tokens[part]]) for part in parts], segments)
+        norm = RMSNorm(self._config.model.hidden_size, self._config.model.rms_norm_eps)
+        norm.scale.set_value(jnp.asarray(self._reader.array("norm/scale")))
         report: list[dict[str, Any]] = []
-        sizes = {place: self._reader.size(place) for place in places(self._config)}
+        sizes = {place: self._reader.size(place) for place in places(self._source.config.model)}
         with BytesProgress("compress", sum(sizes.values())) as progress:
             for place, size in sizes.items():
                 module = self._reader.block(place)
-                if place.stack == "mtp":
-                    hidden = self._final(stream) if hidden is None else hidden
-                    stream = self._mtp_stream(module, place.layer, hidden, embed_VD, segments, parts)
-                stream, said = self._pass(place, module, stream)
-                report.append(said)
                 if isinstance(module, MTPModule):
-                    hidden = [module.norm(x_BLD) for x_BLD in stream.x]
+                    embedded = self._embedded_ahead(place.layer + 1, embed_VD, parts)
+                    stream, original = (_joined(module, norm, s, embedded) for s in (stream, original))
+                stream, original, said = self._pass(place, module, stream, original)
+                report.append(said)
+                norm = module.norm if isinstance(module, MTPModule) else norm
                 progress.advance(size)
-        for name in ("norm/scale", *(() if self._config.tie_word_embeddings else ("head_DV",))):
-            if not self._writer.done(name, ()):
-                self._writer.write(name, (), {"": self._reader.array(name)})
+        for name in ("norm/scale", *(() if self._config.model.tie_word_embeddings else ("head_DV",))):
+            self._write_dense(name, self._reader.array(name))
         self._add_files(report)
         self._writer.commit()
         return self._target
 
-    def _final(self, stream: Stream) -> list[jax.Array]:
-        """What the head reads."""
-        norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps)
-        norm.scale.set_value(jnp.asarray(self._reader.array("norm/scale")))
-        return [norm(x_BLD) for x_BLD in stream.x]
+    def _write_dense(self, name: str, array: np.ndarray) -> None:
+        """An array that belongs to no block."""
+        if not self._writer.done(name, ()):
+            self._writer.write(name, (), {"": array})
 
-    def _mtp_stream(
-        self, module: Any, k: int, hidden: list, embed_VD: np.ndarray, segments: list, parts: list[slice]
-    ) -> Stream:
-        """What enters the block of MTP module k, from the hidden states of the module before it, or of the model."""
-        ahead = self._windows.tokens_ahead(k + 1, self._config.num_nextn_predict_layers)
-        joined = [module.joined(h, jnp.asarray(embed_VD[ahead[part]])) for h, part in zip(hidden, parts, strict=True)]
-        return Stream(joined, segments)
+    def _embedded_ahead(self, k: int, embed_VD: np.ndarray, parts: list[slice]) -> list[np.ndarray]:
+        """Embeddings of the tokens k places on, for each batch."""
+        ahead = self._windows.tokens_ahead(k, self._config.model.num_nextn_predict_layers)
+        return [embed_VD[ahead[part]] for part in parts]
 
-    def _pass(self, place: Place, module: Any, stream: Stream) -> tuple[Stream, dict[str, Any]]:
-        """Compress a block, or take what an earlier process made of it; returns the stream after it, and its report."""
+    def _pass(
+        self, place: Place, module: Block | MTPModule, stream: Stream, original: Stream
+    ) -> tuple[Stream, Stream, dict[str, Any]]:
+        """Compress a block, or take what an earlier process made of it; returns both streams after it, and its report."""
         block = module.block if isinstance(module, MTPModule) else module
         inner = "block/" if isinstance(module, MTPModule) else ""
+        original_middle = run_attention(block, original) if self._prunes else original
+        original = run_ffn(block, original_middle) if self._prunes else original
         if self._writer.done(place.prefix, place.lead) and (said := self._log.said_of(place)):
-            for name, variable in variables_by_name(nnx.state(block)).items():
-                if (array := f"{place.prefix}{inner}{name}") in self._integers:
-                    variable.set_value(dequantize(jax.tree.map(jnp.asarray, self._writer.read(array, place.lead))))
-            return run_block(block, stream), said
-        result, after = self._compress(block, stream, place.name)
-        said = self._log.say(place, result)
+            done = make_block(self._config.model, place, lambda name: self._writer.read(name, place.lead))
+            block = done.block if isinstance(done, MTPModule) else done
+            return run_ffn(block, run_attention(block, stream)), original, said
+        pruning: dict[str, Any] = {}
+
+        def pruned(block: Block, middle: Stream) -> Block:
+            if not self._prunes or not place.moe:
+                return block
+            streams = original_middle.tokens(), middle.tokens(), middle.real()
+            found = prune_layer(block, self._experts, self._profile.prune, *streams)
+            pruning.update(found.report)
+            return found.block
+
+        result, after = self._compress(block, stream, place.name, pruned)
+        said = self._log.say(place, result, pruning)
         values = {name: variable.get_value() for name, variable in variables_by_name(nnx.state(module)).items()}
-        values |= {f"{inner}{name}": jax.device_get(weight) for name, weight in result.weights.items()}
-        self._writer.write(place.prefix, place.lead, values)
-        return after, said
+        for name, variable in variables_by_name(nnx.state(result.block)).items():
+            values[inner + name] = result.weights.get(name, variable.get_value())
+        self._writer.write(place.prefix, place.lead, jax.device_get(values))
+        return after, original, said
 
     def _add_files(self, layers: list[dict[str, Any]]) -> None:
         self._log.remove()
         self._writer.add_file(REPORT, report_json(self._profile, self._windows, layers))
-        self._writer.add_file("config.yaml", config_to_yaml(self._source.config).encode())
+        self._writer.add_file("config.yaml", config_to_yaml(self._config).encode())
         for name, content in self._source.companions().items():
             self._writer.add_file(f"{DIRECTORY}/{name}", content)
         if tokenizer := self._source.tokenizer_file():
             self._writer.add_file(TOKENIZER, tokenizer.read_bytes())
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Of everything in it."""
+    return hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest()
+
+
+def _joined(module: MTPModule, norm: RMSNorm, stream: Stream, embedded: list[np.ndarray]) -> Stream:
+    """What enters the block of an MTP module: the normalised state of the model, or of the module before, and embeddings."""
+    x = [module.joined(norm(x_BLD), jnp.asarray(ahead)) for x_BLD, ahead in zip(stream.x, embedded, strict=True)]
+    return Stream(x, stream.segments)

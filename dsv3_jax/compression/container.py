@@ -1,9 +1,12 @@
 """A compressed checkpoint: an ordinary one whose linear layers are integers, written a layer at a time."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.checkpoint.direct import array_reader
@@ -16,7 +19,7 @@ from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.interop.hf_formats import usual_dtype
 from dsv3_jax.interop.hf_tensors import Source, sources
 from dsv3_jax.interop.safetensors_file import DTYPES
-from pallas_kernels.integer_weight import IntegerWeight
+from pallas_kernels.integer_weight import IntegerWeight, dequantize
 
 FIELDS = ("codes", "scale", "zero")
 
@@ -105,16 +108,18 @@ class CompressedWriter:
             part = np.asarray(getattr(value, stored.rsplit("/", 1)[1]))
             self._writer.write(stored, self._chunk_index(s), array_reader(part[s.integer_index[lead:]]))
 
-    def read(self, array: str, lead: tuple[int, ...]) -> IntegerWeight:
-        """An integer weight, or what `lead` picks of it, as an earlier writer left it."""
-        stored = StoredArrays(self._writer.path_of(""))
-        integer, shape = self._integers[array], self._variables[array].get_value().shape
-        fields = FIELDS[:2] if integer.format.symmetric else FIELDS
-        parts = {field: stored[f"{self._name(array)}/{field}"][lead].read().result() for field in fields}
-        template = integer.weight(shape)
-        return IntegerWeight(
-            parts["codes"], parts["scale"], parts.get("zero"), template.format, template.inputs, template.outputs
-        )
+    def read(self, array: str, lead: tuple[int, ...]) -> np.ndarray:
+        """f32 of an array, or of what `lead` picks of it, as an earlier writer left it; integers as what they stand for."""
+        stored, name = StoredArrays(self._writer.path_of("")), self._name(array)
+
+        def part(name: str) -> np.ndarray:
+            return stored[name][lead].read().result()
+
+        if array not in self._integers:
+            return part(name).astype(np.float32)
+        whole = self._integers[array].weight(self._variables[array].get_value().shape)
+        fields = {field: part(f"{name}/{field}") for field in FIELDS if getattr(whole, field) is not None}
+        return np.asarray(dequantize(replace(whole, **jax.tree.map(jnp.asarray, fields))))
 
     def path_of(self, name: str) -> Path:
         """Where a further file of the checkpoint is written."""

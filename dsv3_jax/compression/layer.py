@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.compression.blocks import Inputs, Stage, attention_stages, ffn_stages
 from dsv3_jax.compression.experts import add_moments, expert_mesh, gptq_experts, no_moments, replicated, sharded
@@ -33,15 +34,24 @@ class Stream:
     x: list[Float[Array, "B L D"]]
     segments: list[Int[Array, "B L"]]
 
-    def map(self, f: Callable[..., Array], *others: list) -> list:
-        """f(x, segments, ...) of every batch."""
-        return [f(*arrays) for arrays in zip(self.x, self.segments, *others, strict=True)]
+    def map(self, f: Callable[..., Any]) -> list:
+        """f(x, segments) of every batch."""
+        return [f(*arrays) for arrays in zip(self.x, self.segments, strict=True)]
+
+    def tokens(self) -> Float[Array, "T D"]:
+        """The residual stream of all tokens."""
+        return jnp.concatenate([x_BLD.reshape(-1, x_BLD.shape[-1]) for x_BLD in self.x])
+
+    def real(self) -> Bool[Array, " T"]:
+        """Which tokens are no padding."""
+        return jnp.concatenate([segment_BL.reshape(-1) >= 0 for segment_BL in self.segments])
 
 
 @dataclass
 class LayerResult:
     """What compressing a block gave: its integer weights by name, tokens of each routed expert, and what had to be retried."""
 
+    block: Block  # with the weights that the integers stand for
     weights: dict[str, IntegerWeight] = field(default_factory=dict)
     tokens_E: np.ndarray | None = None
     retries: list[str] = field(default_factory=list)
@@ -87,11 +97,14 @@ def _after(graph: nnx.GraphDef, state: nnx.State, middle_BLD, segment_BL):
     return middle_BLD + block.ffn(normed_BLD)
 
 
-def run_block(block: Block, stream: Stream) -> Stream:
-    """The stream after a block, whose weights are dense."""
-    graph, state = nnx.split(block)
-    middle = stream.map(partial(_middle, graph, state))
-    return Stream(Stream(middle, stream.segments).map(partial(_after, graph, state)), stream.segments)
+def run_attention(block: Block, stream: Stream) -> Stream:
+    """The stream between attention and feed-forward of a block with dense weights."""
+    return Stream(stream.map(partial(_middle, *nnx.split(block))), stream.segments)
+
+
+def run_ffn(block: Block, middle: Stream) -> Stream:
+    """The stream after a block, from that between attention and feed-forward."""
+    return Stream(middle.map(partial(_after, *nnx.split(block))), middle.segments)
 
 
 _round_one = jax.jit(gptq, static_argnums=2)
@@ -105,23 +118,32 @@ class LayerCompressor:
     def __init__(self, config: ModelConfig, profile: Profile):
         self._config, self._profile = config, profile
 
-    def __call__(self, block: Block, stream: Stream, where: str) -> tuple[LayerResult, Stream]:
-        """Compress a block, whose weights become those that the codes stand for. `where` is its name in errors.
+    def __call__(
+        self, block: Block, stream: Stream, where: str, before_ffn: Callable[[Block, Stream], Block] = lambda block, _: block
+    ) -> tuple[LayerResult, Stream]:
+        """Compress a block, whose weights become those that the codes stand for.
 
-        Returns its integer weights and the stream after it.
+        Args:
+            block: With dense weights.
+            stream: What enters it.
+            where: Its name in errors.
+            before_ffn: Gives the block whose feed-forward part is compressed, from the one whose attention is, and the stream
+                between the two.
+
+        Returns:
+            The block with its integer weights, and the stream after it.
         """
-        result = LayerResult()
+        result = LayerResult(block)
         for stage in attention_stages(self._config):
             self._stage(block, stage, stream, result, where)
-        graph, state = nnx.split(block)
-        middle = Stream(stream.map(partial(_middle, graph, state)), stream.segments)
+        middle = run_attention(block, stream)
+        block = result.block = before_ffn(block, middle)
         moe = isinstance(block.ffn, MoE)
         for stage in ffn_stages(moe):
             self._stage(block, stage, middle, result, where)
         if moe:
             self._experts(block, middle, result, where)
-        graph, state = nnx.split(block)
-        return result, Stream(middle.map(partial(_after, graph, state)), stream.segments)
+        return result, run_ffn(block, middle)
 
     def _stage(self, block: Block, stage: Stage, stream: Stream, result: LayerResult, where: str) -> None:
         format = self._profile.linears
@@ -146,7 +168,7 @@ class LayerCompressor:
         format = self._profile.experts
         graph, state = nnx.split(block)
         reads = middle.map(partial(_routed, graph, state))
-        mesh = expert_mesh(self._config.n_routed_experts)
+        mesh = expert_mesh(variables_by_name(nnx.state(block))[DOWN].get_value().shape[0])
         variables = variables_by_name(nnx.state(block))
         for name in (GATE_UP, DOWN):
             w = variables[name].get_value()

@@ -11,6 +11,7 @@ import pydantic
 
 from dsv3_jax.checks import require, shortened
 from dsv3_jax.compression.calibration import CalibrationConfig
+from dsv3_jax.compression.prune import PruneConfig, kept_experts
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_tensors import sources
@@ -31,6 +32,7 @@ class Profile:
     experts: IntegerFormat | None = None  # routed experts; null: as they are
     method: Literal["gptq", "round"] = "gptq"  # round: each weight to the nearest number, without a look at inputs
     damping: float = 0.01  # added to the diagonal of the inputs' moments, in units of its mean
+    prune: PruneConfig = field(default_factory=PruneConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
@@ -43,7 +45,8 @@ class Profile:
             require(getattr(self.calibration, key) > 0, f"calibration.{key}={getattr(self.calibration, key)} must be positive")
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raise `UserError` for a group that does not divide the inputs of a linear layer that it is for."""
+        """Raise `UserError` for a group that does not divide a linear layer's inputs, and experts that cannot be dropped."""
+        kept_experts(config, self.prune.fraction)
         for s in sources(config):
             format = self.format_of(s.array) if s.is_fp8 else None
             if format is None or s.shape[1] % format.of(s.shape[1]).group == 0:

@@ -32,9 +32,9 @@ class LayerLog:
         """What an earlier process said of a block."""
         return self._said.get(place.name)
 
-    def say(self, place: Place, result: LayerResult) -> dict[str, Any]:
+    def say(self, place: Place, result: LayerResult, pruning: dict[str, Any]) -> dict[str, Any]:
         """Keep and return a block's line, before its arrays are written."""
-        said = _layer(place, result)
+        said = _layer(place, result) | ({"pruning": pruning} if pruning else {})
         with self._path.open("a") as file:
             file.write("\n" + json.dumps(said) + "\n")
         return said

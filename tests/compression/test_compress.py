@@ -30,7 +30,7 @@ from tests.interop.cases import random_model
 MODEL = dsv3.ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    n_routed_experts=8, max_position_embeddings=64,
+    n_routed_experts=16, max_position_embeddings=64,
 )  # fmt: skip
 TEXT = " ".join(f"the {word} of {n} seas" for n, word in enumerate(["ship", "line", "port", "wind"] * 200))
 
@@ -74,10 +74,10 @@ def values(model) -> dict[str, np.ndarray]:
 
 
 def test_weights_are_what_the_formula_says(source, w4):
-    """scale * (code - 8), the codes two to a byte along the inputs, low bits first; w_o's inputs are heads and what each has."""
+    """scale * (code - 8), the codes two to a byte along the inputs, low bits first; w_o has inputs of two axes."""
     found, original = values(dsv3.load(w4)), values(dsv3.load(source))
     codes, scale = (stored(w4, f"moe_blocks/ffn/w_down_EMD/value/{field}") for field in ("codes", "scale"))
-    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (np.uint8, (2, 8, 8, 32), np.float16, (2, 8, 1, 32))
+    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (np.uint8, (2, 16, 8, 32), np.float16, (2, 16, 1, 32))
     w = found["moe_blocks/ffn/w_down_EMD"]
     for layer_, expert, i, o in ((0, 0, 0, 0), (1, 7, 15, 31), (1, 3, 6, 9)):
         code = codes[layer_, expert, i // 2, o] >> 4 * (i % 2) & 15
@@ -114,7 +114,7 @@ def test_integers_can_be_loaded_as_they_are(w4):
     params, _ = load_weights(w4, state.params, state.router_bias, keep_integers=True)
     weight = variables_by_name(params)["moe_blocks/ffn/w_gate_up_ED2M"].get_value()
     assert isinstance(weight, IntegerWeight)
-    assert weight.shape == (2, 8, 32, 2, 16)
+    assert weight.shape == (2, 16, 32, 2, 16)
     dense = values(dsv3.load(w4))["moe_blocks/ffn/w_gate_up_ED2M"]
     np.testing.assert_array_equal(weight.astype(np.float32), dense)
 
@@ -143,28 +143,34 @@ def all_bytes(checkpoint: Path) -> dict[str, bytes]:
     return {str(p.relative_to(checkpoint)): p.read_bytes() for p in sorted(checkpoint.glob("weights/**/*")) if p.is_file()}
 
 
-def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(source, options, w4, tmp_path, monkeypatch):
-    target, seen = tmp_path / "w4", []
-    compress_block = LayerCompressor.__call__
+def compress_with_an_interruption(source, target, profile, options, monkeypatch) -> list[str]:
+    """Interrupt it in the third block, and go on; returns the blocks that were begun."""
+    seen, compress_block = [], LayerCompressor.__call__
 
-    def stops_at_the_third(self, block, stream, where):
+    def stops_at_the_third(self, block, stream, where, *rest):
         seen.append(where)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return compress_block(self, block, stream, where)
+        return compress_block(self, block, stream, where, *rest)
 
     monkeypatch.setattr(LayerCompressor, "__call__", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        dsv3.compress(source, target, "w4", options)
+        dsv3.compress(source, target, profile, options)
     assert not target.exists()
-    dsv3.compress(source, target, "w4", options)
+    dsv3.compress(source, target, profile, options)
+    return seen
+
+
+def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(source, options, w4, tmp_path, monkeypatch):
+    target = tmp_path / "w4"
+    seen = compress_with_an_interruption(source, target, "w4", options, monkeypatch)
     assert seen == ["dense layer 0", "moe layer 0", "moe layer 1", "moe layer 1", "MTP module 0"]
     assert all_bytes(target) == all_bytes(w4)
     assert json.loads((target / "compress.json").read_text()) == json.loads((w4 / "compress.json").read_text())
 
 
 def test_other_options_do_not_go_on_with_what_lies_there(source, options, tmp_path, monkeypatch):
-    def stops(self, block, stream, where):
+    def stops(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -177,7 +183,7 @@ def test_other_options_do_not_go_on_with_what_lies_there(source, options, tmp_pa
 
 def test_any_number_of_devices_gives_the_same_bytes(source, options, w4, tmp_path, monkeypatch):
     """The module's checkpoint was made on 8 devices."""
-    assert layer.expert_mesh(8).size == 8
+    assert layer.expert_mesh(16).size == 8
     monkeypatch.setattr(layer, "expert_mesh", lambda count: experts.Mesh(np.array(jax.devices()[:1]), ("experts",)))
     dsv3.compress(source, tmp_path / "one", "w4", options)
     assert all_bytes(tmp_path / "one") == all_bytes(w4)
@@ -196,6 +202,27 @@ def test_parts_have_the_formats_of_the_profile(source, options, profile, tmp_pat
     assert zero.exists() == (profile == "bits")
     original, w = values(dsv3.load(source))["moe_blocks/ffn/w_down_EMD"], values(dsv3.load(found))["moe_blocks/ffn/w_down_EMD"]
     assert np.linalg.norm(w - original) / np.linalg.norm(original) < {2: 0.6, 4: 0.15}[expected]
+
+
+def test_experts_are_dropped_before_the_rest_is_rounded(source, options, tmp_path, monkeypatch):
+    """3 of 4 in each group; their router's columns and bias are the original's, and an interruption changes nothing."""
+    found = dsv3.compress(source, tmp_path / "pruned", "pruned", options)
+    config = open_checkpoint(found).config.model
+    assert config == replace(MODEL, n_routed_experts=12)
+    original, w = values(dsv3.load(source)), values(dsv3.load(found))
+    lines = json.loads((found / "compress.json").read_text())["layers"]
+    for stack, index, line in (("moe_blocks", 1, lines[2]), ("mtp/0/block", ..., lines[3])):
+        kept = np.array(line["pruning"]["kept"])
+        assert (np.bincount(kept // 4) == 3).all()
+        assert line["pruning"]["lacking"][1] < line["pruning"]["lacking"][0]
+        np.testing.assert_array_equal(
+            w[f"{stack}/ffn/router/bias_E"][index], original[f"{stack}/ffn/router/bias_E"][index][kept]
+        )
+        router, before = w[f"{stack}/ffn/router/w_DE"][index], original[f"{stack}/ffn/router/w_DE"][index][:, kept]
+        np.testing.assert_array_equal(router, before.astype(jax.numpy.bfloat16).astype(np.float32))
+        assert len(line["tokens_per_expert"]) == 12
+    compress_with_an_interruption(source, tmp_path / "again", "pruned", options, monkeypatch)
+    assert all_bytes(tmp_path / "again") == all_bytes(found)
 
 
 def test_a_failed_factorisation_is_tried_again_by_name_and_never_rounded(source, options, tmp_path, monkeypatch):
