@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import dsv3_jax as dsv3
+from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.hf_config import hf_config
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.interop.safetensors_file import DTYPES, MappedFile, read_header, write_safetensors
@@ -32,6 +33,17 @@ def random_model(config: dsv3.ModelConfig, seed: int = 0) -> dsv3.Transformer:
     graph, shapes = nnx.split(nnx.eval_shape(lambda: dsv3.Transformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     return nnx.merge(graph, jax.tree.map(lambda a: jnp.asarray(rng.normal(a.ndim == 2, 0.1, a.shape), jnp.float32), shapes))
+
+
+def compressed_checkpoint(root: Path, config: dsv3.ModelConfig, profile: str, *overrides: str) -> Path:
+    """Random weights with a tokenizer, each to the nearest number of a profile."""
+    text = " ".join(f"the {word} of {n} seas" for n, word in enumerate(["ship", "line", "port", "wind"] * 200))
+    (root / "text.txt").write_text(text)
+    directory = dsv3.save_hf(random_model(config), root / "hf", "hf-f32")
+    train_tokenizer([text], config.vocab_size).save(str(directory / "tokenizer.json"))
+    source = dsv3.import_hf(directory, root / "ckpt", ("data.seq_len=16",))
+    options = (f"calibration.path={root / 'text.txt'}", "calibration.tokens=64", "method=round", *overrides)
+    return dsv3.compress(source, root / "compressed", profile, options)
 
 
 def noise_checkpoint(directory: Path, experts: int) -> Path:

@@ -10,17 +10,19 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import dsv3_jax as dsv3
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop import gguf_blocks
 from dsv3_jax.interop.gguf_file import write_gguf
+from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.interop.hf_text import TextFiles
 from dsv3_jax.interop.hf_writer import write_hf
 from dsv3_jax.interop.quantized import QuantizedTensor, from_region, nibbles
 from pallas_kernels.integer_weight import IntegerFormat, IntegerWeight, dequantize, pack
-from tests.interop.cases import read_all
+from tests.interop.cases import compressed_checkpoint, read_all
 
 CONFIG = dsv3.ModelConfig(
     vocab_size=70, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
@@ -274,6 +276,35 @@ def test_what_a_client_does_not_take_is_refused(format, experts, rest, changes, 
     with pytest.raises(UserError, match=reason.replace("(", r"\(")):
         write(tmp_path / "out", format, experts, rest, replace(CONFIG, **changes))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    config = replace(CONFIG, vocab_size=300)
+    return compressed_checkpoint(tmp_path_factory.mktemp("mixed"), config, "mixed", "experts.group=32", "linears.group=32")
+
+
+def test_a_compressed_checkpoint_is_exported(compressed, tmp_path):
+    """Its integers, and the same numbers where a format has none; the tokenizer is in each."""
+    dense = read_all(export(compressed, tmp_path / "f32", "hf-f32"))
+    packed = read_all(export(compressed, tmp_path / "w4", "hf-w4"))
+    assert (tmp_path / "w4/tokenizer.json").is_file()
+    integer = [name for name in dense if name + "_packed" in packed]
+    assert set(integer) == {s.tensor for s in sources(replace(CONFIG, vocab_size=300)) if s.is_fp8}
+    for name in integer:
+        bits = 4 if ".experts." in name else 8
+        codes = unpacked(packed[name + "_packed"], bits)
+        w = QuantizedTensor(codes, packed[name + "_scale"], None, IntegerFormat(bits, 32))
+        np.testing.assert_array_equal(meant(w), dense[name], err_msg=name)
+    file = export(compressed, tmp_path / "gguf", "gguf") / "model-mtp.gguf"
+    np.testing.assert_array_equal(
+        gguf_tensors(file)["blk.3.attn_q_a.weight"][1], dense["model.layers.3.self_attn.q_a_proj.weight"]
+    )
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "w4/tokenizer.json"))
+    assert fields["tokenizer.ggml.tokens"][:290] == [tokenizer.id_to_token(i) for i in range(290)]
+    assert fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]] == "<|end_of_text|>"
 
 
 def test_dense_models_are_to_be_compressed_first(tmp_path):
