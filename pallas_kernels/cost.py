@@ -71,6 +71,12 @@ def mean_of_codes(inputs: list, mean: Any, levels: int, uneven: bool) -> pl.Cost
     return pl.CostEstimate(flops=(4 + of_level) * replicas * mean.size, transcendentals=0, bytes_accessed=nbytes(*inputs, mean))
 
 
+def integer_product(x_SRK: Any, matrix: list, out: Any) -> pl.CostEstimate:
+    """A product for each slot, with an expert's `matrix`: its codes, scales and zero points."""
+    moved = nbytes(x_SRK, out) + x_SRK.shape[0] * nbytes(*matrix)
+    return pl.CostEstimate(flops=2 * out.size * x_SRK.shape[2], transcendentals=0, bytes_accessed=moved)
+
+
 def causal_attention(inputs: list, outputs: list, pairs: int, columns: int) -> pl.CostEstimate:
     """Products of `columns` multiplications for each of `pairs` of a query and a key, which has one exponential.
 

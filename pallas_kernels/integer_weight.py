@@ -78,18 +78,19 @@ class IntegerWeight:
     format: IntegerFormat = field(metadata={"static": True})
     inputs: tuple[int, ...] = field(metadata={"static": True})
     outputs: int = field(metadata={"static": True})  # number of output axes
+    merged: tuple[int, ...] | None = field(default=None, metadata={"static": True})  # outputs that are one axis in the arrays
 
     @property
     def axis(self) -> int:
         """The inputs' axis in all arrays, counted from the end."""
-        return -1 - self.outputs
+        return -1 - (self.outputs if self.merged is None else 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that this stands for."""
         stored = self.codes.shape
         cut = len(stored) + self.axis
-        return (*stored[:cut], *self.inputs, *stored[cut + 1 :])
+        return (*stored[:cut], *self.inputs, *(stored[cut + 1 :] if self.merged is None else self.merged))
 
     @property
     def ndim(self) -> int:
@@ -104,6 +105,17 @@ class IntegerWeight:
         """Bytes of all its arrays."""
         return sum(a.nbytes for a in (self.codes, self.scale, self.zero) if a is not None)
 
+    def side_by_side(self) -> "IntegerWeight":
+        """The same weight with its outputs as one axis of the arrays.
+
+        Where memory is tiled, as on TPUs, a kernel would need a copy to see several axes as one, and at every call.
+        """
+        if self.outputs == 1 or self.merged is not None:
+            return self
+        cut = self.codes.ndim + self.axis + 1
+        outputs = self.codes.shape[cut:]
+        return replace(jax.tree.map(lambda a: a.reshape(*a.shape[:cut], math.prod(outputs)), self), merged=outputs)
+
     def __getitem__(self, index: Any) -> "IntegerWeight":
         """Itself for `...`; otherwise what the index leaves of the leading axes."""
         return self if index is Ellipsis else jax.tree.map(lambda a: a[index], self)
@@ -114,8 +126,8 @@ class IntegerWeight:
         if math.prod(shape) != self.size or shape[0] != K:
             raise ValueError(f"an integer weight of shape {self.shape} can only merge its inputs, not take the shape {shape}")
         outputs = shape[1:]
-        merged = jax.tree.map(lambda a: a.reshape(a.shape[0], *outputs), self)
-        return replace(merged, inputs=(K,), outputs=len(outputs))
+        reshaped = jax.tree.map(lambda a: a.reshape(a.shape[0], *outputs), self)
+        return replace(reshaped, inputs=(K,), outputs=len(outputs), merged=None)
 
     def astype(self, dtype: Any) -> Array:
         """The dense weight in a dtype."""

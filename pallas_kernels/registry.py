@@ -4,8 +4,10 @@
 * `xla`: plain JAX, which runs on every platform and which XLA partitions over a mesh;
 * `tpu`, `hopper`: kernels for TPUs (Mosaic) and for NVIDIA GPUs of compute capability 9.x (Mosaic GPU). They take one device's
   arrays, so on a mesh they are called inside `shard_map`;
+* `cpu`: a kernel in C++, built when it is first used;
 * another name: what a plug-in registered under it;
-* `auto`: on a TPU `tpu` and on a Hopper GPU `hopper`, where the operation has it and it takes these arguments, else `xla`.
+* `auto`: on a TPU `tpu`, on a Hopper GPU `hopper` and on a CPU `cpu`, where the operation has it and it takes these arguments,
+  else `xla`; of a kernel that cannot be built it warns, once.
   The platform is the one that the program is lowered for, so that a program compiled on a machine without an accelerator is
   right; which GPU it is, the mesh in context says, or the process's own device.
 
@@ -13,6 +15,8 @@ Only `auto` falls back. Whoever names an implementation gets it, or an error: `U
 itself refuses to lower a kernel for a platform that it is not for.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +24,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import devices
-from pallas_kernels.errors import Unavailable
+from pallas_kernels.errors import NotBuilt, Unavailable
 
 # what a platform's plug-in brings: products in 8 bits, attention and the head in 16, routed experts in 16 or 32
 EIGHT_BIT = (
@@ -30,7 +34,8 @@ EIGHT_BIT = (
 CORE = ("causal_attention", "logit_statistics")
 EXPERTS = ("grouped_swiglu",)
 GRADIENTS = ("pack_codes", "mean_of_codes")
-OPERATIONS = (*EIGHT_BIT, *CORE, *EXPERTS, *GRADIENTS)
+INTEGER = ("integer_linear", "integer_experts")
+OPERATIONS = (*EIGHT_BIT, *CORE, *EXPERTS, *GRADIENTS, *INTEGER)
 PLAIN = ("reference", "xla")  # plain JAX, which XLA partitions
 
 # operation -> name -> function with the arguments of the operation's api, without `implementation`
@@ -96,6 +101,12 @@ def split_arrays(arguments: tuple) -> tuple[list, Callable]:
     return [leaves[i] for i in at], fill
 
 
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once in a process."""
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
+
+
 def auto(operation: str, call: Callable, arguments: tuple) -> Any:
     """call(name, *arguments) with the name that `auto` takes: among kernels, those that are registered for `operation`."""
     arrays, fill = split_arrays(arguments)
@@ -105,6 +116,9 @@ def auto(operation: str, call: Callable, arguments: tuple) -> Any:
             filled = fill(arrays)
             try:
                 return call(name, *filled)
+            except NotBuilt as reason:
+                _warn(str(reason))
+                return call("xla", *filled)
             except Unavailable:
                 return call("xla", *filled)
 
@@ -114,4 +128,6 @@ def auto(operation: str, call: Callable, arguments: tuple) -> Any:
     kernels = {"tpu": by("tpu")} if "tpu" in found else {}
     if "hopper" in found and devices.is_hopper(devices.target()):
         kernels["cuda"] = by("hopper")
+    if "cpu" in found and devices.target().platform == "cpu":  # for another target nothing is to be built
+        kernels["cpu"] = by("cpu")
     return jax.lax.platform_dependent(*arrays, default=by("xla"), **kernels) if kernels else by("xla")(*arrays)

@@ -17,6 +17,7 @@ from pallas_kernels.causal_attention.cases import ATTENTION
 from pallas_kernels.errors import Unavailable
 from pallas_kernels.gradient_codes.cases import MEAN, PACK
 from pallas_kernels.grouped_swiglu.cases import GROUPED_SWIGLU
+from pallas_kernels.integer_linear.cases import EXPERTS, LINEAR
 from pallas_kernels.linear_cross_entropy.cases import LOGIT_STATISTICS
 from pallas_kernels.measure import Suite, compare
 from pallas_kernels.quantize.cases import QUANTIZE, TRANSPOSED
@@ -27,6 +28,7 @@ SUITES: dict[str, Suite] = {
     "quantize": QUANTIZE, "quantize_transposed": TRANSPOSED, "swiglu_quantize": FORWARD, "swiglu_backward": BACKWARD,
     "scaled_matmul": PRODUCT, "grouped_scaled_matmul": GROUPED, "grouped_scaled_wgrad": WGRAD, "causal_attention": ATTENTION,
     "logit_statistics": LOGIT_STATISTICS, "grouped_swiglu": GROUPED_SWIGLU, "pack_codes": PACK, "mean_of_codes": MEAN,
+    "integer_linear": LINEAR, "integer_experts": EXPERTS,
 }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import causal_attention, grouped_swiglu, linear_cross_entropy
+from pallas_kernels import causal_attention, grouped_swiglu, integer_experts, linear_cross_entropy
+from pallas_kernels.integer_weight import IntegerWeight
 from pallas_kernels.scaled import Gemms
 from pallas_kernels.scaled_linear.api import scaled_linear, scaled_swiglu_linear
 
@@ -80,8 +81,8 @@ class Layout:
     def experts(
         self,
         x_BLD: Float[Array, "B L D"],
-        w_gate_up_ED2M: Float[Array, "E D 2 M"],
-        w_down_EMD: Float[Array, "E M D"],
+        w_gate_up_ED2M: Float[Array, "E D 2 M"] | IntegerWeight,
+        w_down_EMD: Float[Array, "E M D"] | IntegerWeight,
         expert_BLK: Int[Array, "B L K"],
         weight_BLK: Float[Array, "B L K"],
         gemms: Gemms | None,
@@ -89,19 +90,23 @@ class Layout:
     ) -> tuple[Float[Array, "B L D"], Traffic]:
         """The routed experts' weighted sum, wherever they live (see `pallas_kernels.grouped_swiglu`); drops no token."""
         (B, L, D), K = x_BLD.shape, expert_BLK.shape[-1]
-        weights = w_gate_up_ED2M.astype(x_BLD.dtype), w_down_EMD.astype(x_BLD.dtype)
         axes = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
+        tokens = x_BLD.reshape(B * L, D), expert_BLK.reshape(B * L, K), weight_BLK.reshape(B * L, K)
+        weights = w_gate_up_ED2M, w_down_EMD
+        if not isinstance(w_gate_up_ED2M, IntegerWeight):
+            weights = w_gate_up_ED2M.astype(x_BLD.dtype), w_down_EMD.astype(x_BLD.dtype)
 
         def held(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
+            if isinstance(w_gate_up_ED2M, IntegerWeight):
+                return integer_experts(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)
             return grouped_swiglu(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK, gemms, implementation)
 
-        tokens = x_BLD.reshape(B * L, D), expert_BLK.reshape(B * L, K), weight_BLK.reshape(B * L, K)
         return self.held_experts(held, weights, axes, *tokens).reshape(B, L, D), Traffic(jnp.float32(0), jnp.float32(0))
 
     def held_experts(
         self,
         f: Callable[..., Array],
-        weights: tuple[Array, ...],
+        weights: tuple[Any, ...],
         axes: tuple[tuple[str | None, ...], ...],
         x_TD: Float[Array, "T D"],
         expert_TK: Int[Array, "T K"],

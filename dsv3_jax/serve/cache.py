@@ -4,7 +4,8 @@ A token costs kv_lora_rank + qk_rope_head_dim numbers a layer, whatever the numb
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import Attention
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
 from dsv3_jax.model.rope import rope_table
 from dsv3_jax.model.transformer import Block, Transformer
-from pallas_kernels import dense_is_worthwhile, dense_swiglu, grouped_swiglu
+from pallas_kernels import dense_is_worthwhile, dense_swiglu, grouped_swiglu, integer_experts
+from pallas_kernels.integer_weight import IntegerWeight
+
+_STACKED = (None, "experts", None, None, "moe_ffn"), (None, "experts", "moe_ffn", None)  # axes of all layers' experts
 
 
 class LatentCache(NamedTuple):
@@ -61,10 +66,27 @@ def unstack(model: Transformer, tokens: int) -> list[Layer]:
             continue
         graph, _, rest = nnx.split(blocks, _is_expert, ...)
         for i in range(blocks.attention_norm.scale.shape[0]):
-            block = nnx.merge(graph, _without_experts(blocks), jax.tree.map(lambda a, i=i: a[i], rest))
+            layer = _side_by_side(jax.tree.map(lambda a, i=i: a[i], rest))
+            block = nnx.merge(graph, _without_experts(blocks), layer)
+            _absorbable(block.attention, model.dtype)
             experts = _routed_experts(blocks.ffn, i, tokens, model.dtype) if isinstance(blocks.ffn, MoE) else None
             layers.append(Layer(block, experts))
     return layers
+
+
+def _side_by_side(tree: Any) -> Any:
+    """Integer weights as the kernels of every step read them."""
+
+    def merged(leaf: Any) -> Any:
+        return leaf.side_by_side() if isinstance(leaf, IntegerWeight) else leaf
+
+    return jax.tree.map(merged, tree, is_leaf=lambda leaf: isinstance(leaf, IntegerWeight))
+
+
+def _absorbable(attention: Attention, dtype: jnp.dtype) -> None:
+    """Make the keys' and values' up-projection dense, once: its halves multiply queries and outputs, not one input."""
+    if isinstance(w_kv_b_CHX := attention.w_kv_b_CHX[...], IntegerWeight):
+        attention.w_kv_b_CHX = nnx.Param(w_kv_b_CHX.astype(dtype))
 
 
 def _is_expert(path: tuple, variable) -> bool:
@@ -78,11 +100,21 @@ def _without_experts(blocks: Block) -> nnx.State:
 
 def _routed_experts(stack: MoE, layer: int, tokens: int, dtype: jnp.dtype) -> RoutedExperts:
     """Layer `layer`'s experts, in the layout that a step of `tokens` tokens reads fastest."""
+    integers = stack.w_gate_up_ED2M[...], stack.w_down_EMD[...]
+    if isinstance(integers[0], IntegerWeight):
+        return _integer(stack.layout, layer, *integers)
     w_gate_up_NED2M, w_down_NEMD = stack.w_gate_up_ED2M.astype(dtype), stack.w_down_EMD.astype(dtype)
     w_gate_up_NED2M = stack.layout.constrain(w_gate_up_NED2M, None, "experts", None, None, "moe_ffn")
     w_down_NEMD = stack.layout.constrain(w_down_NEMD, None, "experts", "moe_ffn", None)
     dense = dense_is_worthwhile(tokens, stack.config.num_experts_per_tok, stack.config.n_routed_experts)
     return (_dense if dense else _grouped)(stack.layout, layer, w_gate_up_NED2M, w_down_NEMD)
+
+
+def _integer(layout: Layout, layer: int, w_gate_up_NED2M: IntegerWeight, w_down_NEMD: IntegerWeight) -> RoutedExperts:
+    weights = w_gate_up_NED2M, w_down_NEMD
+    if layout.size == 1:  # a mesh shards the axes that the model names
+        weights = _side_by_side(weights)
+    return functools.partial(layout.held_experts, _of_stack(layer, integer_experts), weights, _STACKED)
 
 
 def _dense(layout: Layout, layer: int, w_gate_up_NED2M: Array, w_down_NEMD: Array) -> RoutedExperts:
@@ -98,16 +130,19 @@ def _dense(layout: Layout, layer: int, w_gate_up_NED2M: Array, w_down_NEMD: Arra
 
 
 def _grouped(layout: Layout, layer: int, w_gate_up_NED2M: Array, w_down_NEMD: Array) -> RoutedExperts:
-    axes = (None, "experts", None, None, "moe_ffn"), (None, "experts", "moe_ffn", None)
+    return functools.partial(layout.held_experts, _of_stack(layer, grouped_swiglu), (w_gate_up_NED2M, w_down_NEMD), _STACKED)
+
+
+def _of_stack(layer: int, experts: Callable[..., Array]) -> Callable[..., Array]:
+    """`experts` of one layer, given all layers' as one long list: it reads those that are chosen, and nothing is copied."""
 
     def held(w_gate_up_NED2M, w_down_NEMD, x_TD, expert_TK, weight_TK):
-        # all layers' experts as one long list: the kernel reads those that are chosen, and nothing is copied
         N, E = w_down_NEMD.shape[:2]
         expert_TK = jnp.where(expert_TK < E, expert_TK + layer * E, N * E)
-        w_gate_up, w_down = (w.reshape(N * E, *w.shape[2:]) for w in (w_gate_up_NED2M, w_down_NEMD))
-        return grouped_swiglu(x_TD, w_gate_up, w_down, expert_TK, weight_TK)
+        listed = jax.tree.map(lambda a: a.reshape(N * E, *a.shape[2:]), (w_gate_up_NED2M, w_down_NEMD))
+        return experts(x_TD, *listed, expert_TK, weight_TK)
 
-    return functools.partial(layout.held_experts, held, (w_gate_up_NED2M, w_down_NEMD), axes)
+    return held
 
 
 def extend(

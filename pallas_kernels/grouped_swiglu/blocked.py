@@ -7,6 +7,7 @@ blocks that exist (a traced count): nothing is dropped, no capacity is reserved,
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,20 +64,22 @@ def _tokens(x_TD, layout: Rows, row, size: int):
     return x_TD.at[_rows(layout.token_R, row, size)].get(mode="clip")
 
 
-def _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
+def forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
+    """(the result, what the backward pass needs of it). Weights may be integers: each block's become dense, one expert's."""
+    (D, *X), M, dtype = w_gate_up_EDX.shape[1:], w_down_EMD.shape[1], x_TD.dtype
     layout = _layout(expert_TK, w_down_EMD.shape[0])
     weight_R = weight_TK.reshape(-1).at[layout.slot_R].get(mode="fill", fill_value=0)
 
     def block(carry, size, row, expert):
         y_RD, gate_up_RX = carry
-        gate_up = _dot(_tokens(x_TD, layout, row, size), w_gate_up_EDX[expert], (1, 0))
+        gate_up = _dot(_tokens(x_TD, layout, row, size), w_gate_up_EDX[expert].reshape(D, math.prod(X)).astype(dtype), (1, 0))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         h = jax.nn.silu(gate) * up * _rows(weight_R, row, size)[:, None]
-        y_RD = _put_rows(y_RD, _dot(h.astype(x_TD.dtype), w_down_EMD[expert], (1, 0)), row)
+        y_RD = _put_rows(y_RD, _dot(h.astype(dtype), w_down_EMD[expert].reshape(M, D).astype(dtype), (1, 0)), row)
         return y_RD, _put_rows(gate_up_RX, gate_up, row)
 
     R = layout.token_R.size
-    init = (jnp.zeros((R, x_TD.shape[1]), x_TD.dtype), jnp.zeros((R, w_gate_up_EDX.shape[2]), x_TD.dtype))
+    init = (jnp.zeros((R, D), dtype), jnp.zeros((R, math.prod(X)), dtype))
     y_RD, gate_up_RX = _over_blocks(layout, block, init)
     return sum_choices(y_RD, layout), gate_up_RX
 
@@ -120,11 +123,11 @@ def _backward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK, gate_up_RX,
 
 @jax.custom_vjp
 def _swiglu(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK):
-    return _forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK)[0]
+    return forward(x_TD, w_gate_up_EDX, w_down_EMD, expert_TK, weight_TK)[0]
 
 
 def _swiglu_fwd(*args):
-    y_TD, gate_up_RX = _forward(*args)
+    y_TD, gate_up_RX = forward(*args)
     return y_TD, (args, checkpoint_name(gate_up_RX, RESIDUALS))
 
 
