@@ -59,8 +59,8 @@ def llama_cpp(path: str, ids: np.ndarray) -> tuple[np.ndarray, dict]:
     return np.stack(logits), {"tokens": model.tokenize(TEXT)}
 
 
-def llama_cpp_f32(path: str, ids: np.ndarray) -> tuple[np.ndarray, dict]:
-    """The file as llama.cpp's own tool dequantises it to float32, so that nothing is rounded in the products."""
+def _f32(path: str) -> Path:
+    """A copy of a file as llama.cpp's own tool dequantises it."""
     import llama_cpp as c
 
     plain = Path(path).with_suffix(".f32.gguf")
@@ -68,9 +68,79 @@ def llama_cpp_f32(path: str, ids: np.ndarray) -> tuple[np.ndarray, dict]:
     parameters.ftype, parameters.allow_requantize, parameters.nthread = 0, True, 2  # 0: LLAMA_FTYPE_ALL_F32
     code = c.llama_model_quantize(path.encode(), str(plain).encode(), ctypes.byref(parameters))
     assert code == 0, f"llama_model_quantize returned {code}"
+    return plain
+
+
+def llama_cpp_f32(path: str, ids: np.ndarray) -> tuple[np.ndarray, dict]:
+    """The file in float32, so that nothing is rounded in the products."""
+    plain = _f32(path)
     found = llama_cpp(str(plain), ids)
     plain.unlink()
     return found
+
+
+def llama_cpp_mtp(path: str, ids: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Greedy texts, and the MTP module's logits at their places, by a drafting context of llama.cpp in float32.
+
+    Its place p has token p and the trunk's hidden state at p - 1, and drafts token p + 1: the returned logits [B, T - 1, V]
+    begin with p = 1. `accepted` of `drafted` tokens are those that the trunk generates itself.
+    """
+    plain = _f32(path)
+    found = [_drafts(str(plain), row.tolist()) for row in ids]
+    plain.unlink()
+    tokens = np.array([tokens for tokens, _ in found])
+    logits = np.stack([logits for _, logits in found])
+    drafts = logits.argmax(-1)[:, ids.shape[1] - 1 : -1]  # of the generated tokens but the first, which no draft precedes
+    accepted = drafts == tokens[:, ids.shape[1] + 1 :]
+    return logits, {"text": tokens.tolist(), "drafted": accepted.size, "accepted": int(accepted.sum())}
+
+
+_NEW_TOKENS = 24
+
+
+def _drafts(path: str, tokens: list[int]) -> tuple[list[int], np.ndarray]:
+    """A greedy text that begins with the tokens, and the module's logits [T - 1, V]."""
+    import llama_cpp as c
+    from llama_cpp import llama_cpp_ext as ext
+
+    settings = c.llama_model_default_params()
+    settings.load_mtp = True
+    model = c.llama_model_load_from_file(path.encode(), settings)
+    width, vocabulary = c.llama_model_n_embd(model), c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
+    length = len(tokens) + _NEW_TOKENS
+
+    def context(kind: int):
+        of_context = c.llama_context_default_params()
+        of_context.n_ctx = of_context.n_batch = of_context.n_ubatch = length
+        of_context.type_k = of_context.type_v = c.GGML_TYPE_F32
+        of_context.ctx_type, of_context.flash_attn_type, of_context.n_threads = kind, 0, 2
+        return c.llama_init_from_model(model, of_context)
+
+    def process(of, begin: int, hidden: np.ndarray | None) -> np.ndarray:
+        """Logits at the places from `begin` on."""
+        batch = c.llama_batch_ext_init(of)
+        for place in range(begin, len(tokens)):
+            i = c.llama_batch_ext_add_token(batch, 0, tokens[place])
+            c.llama_batch_ext_set_pos(batch, i, ctypes.byref(c.llama_pos(place)))
+            c.llama_batch_ext_set_output_logits(batch, i, True)
+            if hidden is not None:
+                row = np.ascontiguousarray(hidden[place - 1])
+                its = c.llama_embd(row.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), 1, width)
+                c.llama_batch_ext_set_embd_token(batch, i, its)
+        code = c.llama_process(of, c.LLAMA_PROCESS_TYPE_DECODE, batch)
+        assert code == 0, f"llama_process returned {code}"
+        c.llama_batch_ext_free(batch)
+        return np.ctypeslib.as_array(c.llama_get_logits(of), (len(tokens) - begin, vocabulary)).copy()
+
+    trunk, module = context(0), context(c.LLAMA_CONTEXT_TYPE_MTP)
+    ext.llama_set_embeddings_nextn(trunk, True, False)
+    hidden, begin = np.zeros((0, width), np.float32), 0
+    while len(tokens) < length:
+        logits = process(trunk, begin, None)
+        rows = np.ctypeslib.as_array(ext.llama_get_embeddings_nextn(trunk), (len(tokens) - begin, width))
+        hidden, begin = np.concatenate([hidden, rows]), len(tokens)
+        tokens = [*tokens, int(logits[-1].argmax())]
+    return tokens, process(module, 1, hidden)
 
 
 def main() -> None:

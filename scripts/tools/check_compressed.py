@@ -7,6 +7,7 @@ Exports it as hf-w4, hf-gptq and gguf, and compares them with the checkpoint's n
   transformers and llama.cpp in float32, to 1e-4 of the largest logit; gptqmodel in float16, to 2e-3. llama.cpp is given the
   file as its own tool dequantises it, and our model the file's numbers (its float16 embedding and head, its Q8_0 `attn_k_b`);
   printed besides is what these cost, and what llama.cpp's products of integers do, whose activations are rounded to 8 bits.
+- llama.cpp's drafting context has the same logits of the MTP module; printed is how many of its drafts the trunk accepts.
 - A copy of each export in which one weight's bytes have their halves swapped is noticed by both.
 
 No key may be missing, and none unexpected but those of MTP modules, which transformers ignores in the released model alone.
@@ -156,6 +157,8 @@ class Check:
             found["cost_of_8_bit_activations"] = _difference(products[0], wanted)
             found["same_argmax"] = float((products[0].argmax(-1) == wanted.argmax(-1)).mean())
             found["tokens"] = said[0]["tokens"]
+            if len(files) > 2:
+                found["mtp"] = self._mtp(files[2])
         others = {other: agree(self.integers[format], its, self.config) for other, its in self.integers.items()}
         mistaken = integers_of(copy, format, self.config)
         found |= {
@@ -167,6 +170,16 @@ class Check:
         }  # fmt: skip
         return found | {"good": self._is_good(found)}
 
+    def _mtp(self, file: Path) -> dict:
+        """How far the module's logits are from ours at the places of llama.cpp's own text, and how many drafts are accepted."""
+        (logits,), (said,) = theirs("llama_cpp_mtp", [file], self.ids, self.scratch)
+        model = dsv3.load_hf(with_numbers_of(file, self.dense, self.config, self.scratch / "with-mtp"))
+        text = jnp.asarray(said.pop("text"))
+        segments = jnp.zeros_like(text[:, 1:])
+        hidden, _ = model.hidden(text[:, :-1], segments)
+        drafts, _ = model.mtp_hidden(0, hidden, text[:, 1:], segments)
+        return said | {"logit_difference": _difference(logits, np.asarray(drafts @ model.head_weight()))}
+
     def _keys(self, said: dict) -> list[str]:
         """Missing and unexpected keys but those of MTP modules."""
         mtp = f"model.layers.{self.config.num_hidden_layers}."
@@ -176,7 +189,8 @@ class Check:
     def _is_good(self, found: dict) -> bool:
         tolerance = TOLERANCES[found["client"]]
         noticed = found["control"]["logit_difference"] > 5 * tolerance and not found["control"]["same_integers"]
-        same = all(found["tensors_with_the_same_integers"].values()) and max(found["logit_difference"]) <= tolerance
+        differences = [*found["logit_difference"], *([found["mtp"]["logit_difference"]] if "mtp" in found else [])]
+        same = all(found["tensors_with_the_same_integers"].values()) and max(differences) <= tolerance
         return same and noticed and not found["keys"]
 
 
