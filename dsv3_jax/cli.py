@@ -157,7 +157,7 @@ def generate(
     from dsv3_jax.cluster.processes import is_first
     from dsv3_jax.serve.generate import continue_text
 
-    loaded = load_with_config(run)
+    loaded = load_with_config(run, keep_integers=True)
     text = continue_text(
         loaded.model, loaded.tokenizer(), loaded.special_tokens(), prompt, max_new_tokens, temperature, top_p, seed
     )

@@ -112,8 +112,11 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> Checkpoint:
     return Checkpoint(path, config_from_dict(read_metadata(path)["config"], str(path)))
 
 
-def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
-    """The weights on the run's mesh, or on one device where there are too few for that mesh. Raises as `open_checkpoint`."""
+def load_for_evaluation(run_or_checkpoint: str | Path, keep_integers: bool = False) -> LoadedWeights:
+    """The weights on the run's mesh, or on one device where there are too few for that mesh. Raises as `open_checkpoint`.
+
+    With `keep_integers` those of a compressed checkpoint stay integers on one device; otherwise they are what these stand for.
+    """
     found = open_checkpoint(run_or_checkpoint)
     config = found.config
     needed = math.prod(abs(getattr(config.parallel, axis)) for axis in AXES)
@@ -121,21 +124,24 @@ def load_for_evaluation(run_or_checkpoint: str | Path) -> LoadedWeights:
         config = replace(config, parallel=ParallelConfig())
     layout = layout_for(config)
     state = abstract_state(config, layout)
-    return LoadedWeights(found.path, config, layout, *load_weights(found.path, state.params, state.router_bias))
+    weights = load_weights(found.path, state.params, state.router_bias, keep_integers and layout.size == 1)
+    return LoadedWeights(found.path, config, layout, *weights)
 
 
-def load_with_config(run_or_checkpoint: str | Path) -> LoadedModel:
-    """The model with its configuration, on the devices that `load_for_evaluation` chooses. Raises as `open_checkpoint`."""
-    loaded = load_for_evaluation(run_or_checkpoint)
+def load_with_config(run_or_checkpoint: str | Path, keep_integers: bool = False) -> LoadedModel:
+    """The model with its configuration; devices, integers and errors as with `load_for_evaluation`."""
+    loaded = load_for_evaluation(run_or_checkpoint, keep_integers)
     model = nnx.merge(serving_graph(loaded.config, loaded.layout), loaded.params, loaded.router_bias)
     return LoadedModel(loaded.path, loaded.config, model)
 
 
-def load(run_or_checkpoint: str | Path) -> Transformer:
+def load(run_or_checkpoint: str | Path, *, keep_integers: bool = False) -> Transformer:
     """Load the model of a run or checkpoint, on the run's mesh if there are the devices for it, and on one device otherwise.
 
     Args:
-        run_or_checkpoint: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
+        run_or_checkpoint: A run (its latest checkpoint), a checkpoint, an imported or a compressed checkpoint.
+        keep_integers: On one device, compressed weights stay integers: they take as much memory as on disk, and `generate`
+            reads so much less for a token. Otherwise they are the float32 numbers that these stand for.
 
     Returns:
         A flax.nnx module that maps tokens, i32[B, L], to logits, f32[B, L, V]. Parameters are float32; activations and products
@@ -144,4 +150,4 @@ def load(run_or_checkpoint: str | Path) -> Transformer:
     Raises:
         UserError: There is no complete, undamaged checkpoint.
     """
-    return load_with_config(run_or_checkpoint).model
+    return load_with_config(run_or_checkpoint, keep_integers).model

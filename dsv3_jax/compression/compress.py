@@ -23,6 +23,7 @@ from dsv3_jax.checkpoint.storage import check_path, read_metadata
 from dsv3_jax.compression.blocks import BlockReader, Place, make_block, places
 from dsv3_jax.compression.calibration import batches, calibration_windows
 from dsv3_jax.compression.container import CompressedWriter, integer_arrays_of
+from dsv3_jax.compression.fp8 import round_to_fp8
 from dsv3_jax.compression.layer import LayerCompressor, Stream, run_attention, run_ffn
 from dsv3_jax.compression.profile import Profile, load_profile
 from dsv3_jax.compression.prune import kept_experts, prune_layer, pruned_config
@@ -30,6 +31,8 @@ from dsv3_jax.compression.report import LAYERS, REPORT, LayerLog, report_json
 from dsv3_jax.config import config_to_dict, config_to_yaml
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop.hf_import import SCALES
+from dsv3_jax.interop.safetensors_file import write_safetensors
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.transformer import Block, MTPModule
@@ -89,6 +92,7 @@ class _Compression:
         identity.update(np.ascontiguousarray(self._windows.tokens).tobytes())
         self._writer = CompressedWriter(target, identity.hexdigest(), self._config.model, self._integers, described)
         self._compress = LayerCompressor(self._config.model, profile)
+        self._scales: dict[str, np.ndarray] = {}  # of 8-bit floats
         self._log = LayerLog(self._writer.path_of(LAYERS))
 
     def run(self) -> Path:
@@ -136,6 +140,7 @@ class _Compression:
         inner = "block/" if isinstance(module, MTPModule) else ""
         original_middle = run_attention(block, original) if self._prunes else original
         original = run_ffn(block, original_middle) if self._prunes else original
+        self._scales |= round_to_fp8(module, place, self._config.model, self._profile)
         if self._writer.done(place.prefix, place.lead) and (said := self._log.said_of(place)):
             done = make_block(self._config.model, place, lambda name: self._writer.read(name, place.lead))
             block = done.block if isinstance(done, MTPModule) else done
@@ -160,6 +165,9 @@ class _Compression:
 
     def _add_files(self, layers: list[dict[str, Any]]) -> None:
         self._log.remove()
+        if self._scales:
+            tensors = {name: (scale.dtype, scale.shape) for name, scale in self._scales.items()}
+            write_safetensors(self._writer.path_of(SCALES), tensors, self._scales.__getitem__)
         self._writer.add_file(REPORT, report_json(self._profile, self._windows, layers))
         self._writer.add_file("config.yaml", config_to_yaml(self._config).encode())
         for name, content in self._source.companions().items():

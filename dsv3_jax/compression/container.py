@@ -29,7 +29,7 @@ def integer_arrays_of(config: ModelConfig, profile: Profile) -> dict[str, Intege
     found = {}
     variables = abstract_variables(config)
     for s in sources(config):
-        format = profile.format_of(s.array) if s.is_fp8 else None
+        format = profile.integer_format_of(s.array) if s.is_fp8 else None
         if format is not None:
             first = next(axis for axis, i in enumerate(s.full_index) if isinstance(i, slice))
             outputs = len(variables[s.array].get_value().shape) - first - s.inputs

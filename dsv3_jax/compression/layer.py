@@ -146,7 +146,7 @@ class LayerCompressor:
         return result, run_ffn(block, middle)
 
     def _stage(self, block: Block, stage: Stage, stream: Stream, result: LayerResult, where: str) -> None:
-        format = self._profile.linears
+        format = self._profile.integer_format_of(stage.weights[0])
         if format is None:
             return
         variables = variables_by_name(nnx.state(block))
@@ -165,7 +165,7 @@ class LayerCompressor:
 
     def _experts(self, block: Block, middle: Stream, result: LayerResult, where: str) -> None:
         """The routed experts, gate and up before down. What each expert reads decides its codes."""
-        format = self._profile.experts
+        format = self._profile.integer_format_of(GATE_UP)
         graph, state = nnx.split(block)
         reads = middle.map(partial(_routed, graph, state))
         mesh = expert_mesh(variables_by_name(nnx.state(block))[DOWN].get_value().shape[0])

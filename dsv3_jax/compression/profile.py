@@ -18,6 +18,9 @@ from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.yaml_reader import parse_yaml
 from pallas_kernels.integer_weight import BITS, IntegerFormat
 
+E4M3: Literal["e4m3"] = "e4m3"  # 8-bit floats with a scale for each 128 x 128 of them: see fp8.py
+type Format = IntegerFormat | Literal["e4m3"] | None  # None: as it is
+
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
@@ -28,8 +31,8 @@ class Profile:
     __pydantic_config__ = _STRICT
     name: str
     about: str = ""
-    linears: IntegerFormat | None = None  # projections, dense layers, shared experts; null: as they are
-    experts: IntegerFormat | None = None  # routed experts; null: as they are
+    linears: IntegerFormat | Literal["e4m3"] | None = None  # projections, dense layers, shared experts; null: as they are
+    experts: IntegerFormat | Literal["e4m3"] | None = None  # routed experts; null: as they are
     method: Literal["gptq", "round"] = "gptq"  # round: each weight to the nearest number, without a look at inputs
     damping: float = 0.01  # added to the diagonal of the inputs' moments, in units of its mean
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -37,7 +40,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         for part in ("linears", "experts"):
-            if (format := getattr(self, part)) is not None:
+            if isinstance(format := getattr(self, part), IntegerFormat):
                 require(format.bits in BITS, f"{part}.bits={format.bits}; use one of {', '.join(map(str, BITS))}")
                 require(format.group >= 8, f"{part}.group={format.group} must be at least 8")
         require(0 < self.damping < 100, f"damping={self.damping} must be positive and below 100")
@@ -47,8 +50,12 @@ class Profile:
     def check_fits(self, config: ModelConfig) -> None:
         """Raise `UserError` for a group that does not divide a linear layer's inputs, and experts that cannot be dropped."""
         kept_experts(config, self.prune.fraction)
+        floats = E4M3 in (self.linears, self.experts)
+        require(
+            not (floats and self.prune.fraction), f"prune.fraction={self.prune.fraction:g} goes with integers, not with e4m3"
+        )
         for s in sources(config):
-            format = self.format_of(s.array) if s.is_fp8 else None
+            format = self.integer_format_of(s.array) if s.is_fp8 else None
             if format is None or s.shape[1] % format.of(s.shape[1]).group == 0:
                 continue
             part = "experts" if ".mlp.experts." in s.tensor else "linears"
@@ -58,9 +65,14 @@ class Profile:
                 f"use {' or '.join(map(str, fitting)) or 'a divisor'}"
             )
 
-    def format_of(self, array: str) -> IntegerFormat | None:
+    def format_of(self, array: str) -> Format:
         """The format of a linear layer's weight by its name in the model."""
         return self.experts if array.endswith(("ffn/w_gate_up_ED2M", "ffn/w_down_EMD")) else self.linears
+
+    def integer_format_of(self, array: str) -> IntegerFormat | None:
+        """`format_of` where that is one of integers."""
+        found = self.format_of(array)
+        return found if isinstance(found, IntegerFormat) else None
 
 
 def known_profiles() -> dict[str, dict[str, Any]]:

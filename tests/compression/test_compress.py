@@ -1,6 +1,9 @@
 """`dsv3 compress` from a checkpoint to one that loads: what is in it, on any mesh, after interruptions, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +23,15 @@ from dsv3_jax.compression.layer import LayerCompressor
 from dsv3_jax.compression.profile import known_profiles, load_profile
 from dsv3_jax.config import load_config
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
 from pallas_kernels.integer_weight import IntegerWeight
-from tests.interop.cases import random_model
+from tests.interop.cases import random_model, read_all
 
+ROOT = Path(__file__).parents[2]
 MODEL = dsv3.ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
@@ -123,7 +128,12 @@ def test_it_is_a_checkpoint_like_any_other(w4, text):
     assert dsv3.evaluate(w4, str(text))["tokens"] > 100
     config = open_checkpoint(w4).config
     assert config.model == MODEL
-    assert dsv3.generate(dsv3.load(w4), [[1, 2, 3]], 4).shape == (1, 7)
+    model = dsv3.load(w4, keep_integers=True)
+    assert isinstance(variables_by_name(nnx.state(model))["moe_blocks/ffn/w_down_EMD"].get_value(), IntegerWeight)
+    tokens = np.array([[1, 2, 3]])
+    # the same weights, multiplied in bfloat16 as the configuration has it, in other orders
+    np.testing.assert_allclose(model(tokens), dsv3.load(w4)(tokens), atol=0.05)
+    np.testing.assert_array_equal(dsv3.generate(model, tokens, 4), dsv3.generate(dsv3.load(w4), tokens, 4))
 
 
 def test_it_loads_on_a_mesh(w4, tmp_path):
@@ -169,6 +179,18 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(source, option
     assert json.loads((target / "compress.json").read_text()) == json.loads((w4 / "compress.json").read_text())
 
 
+@pytest.mark.slow
+def test_kills_leave_nothing_that_loads_and_are_gone_on_after(source, options, w4, tmp_path):
+    program = [sys.executable, str(ROOT / "tests/interop/kill_storm.py"), "compress", str(source), str(tmp_path / "out"), "8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*program, *options], capture_output=True, text=True, check=True, env=environment)
+    storm = json.loads(done.stdout.strip().splitlines()[-1])
+    assert storm["killed"] >= 4
+    assert storm["chunks"] == sorted(storm["chunks"])  # what was written stays
+    assert all_bytes(tmp_path / "out") == all_bytes(w4)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_other_options_do_not_go_on_with_what_lies_there(source, options, tmp_path, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
@@ -202,6 +224,19 @@ def test_parts_have_the_formats_of_the_profile(source, options, profile, tmp_pat
     assert zero.exists() == (profile == "bits")
     original, w = values(dsv3.load(source))["moe_blocks/ffn/w_down_EMD"], values(dsv3.load(found))["moe_blocks/ffn/w_down_EMD"]
     assert np.linalg.norm(w - original) / np.linalg.norm(original) < {2: 0.6, 4: 0.15}[expected]
+
+
+def test_8_bit_floats_are_exported_as_they_are(source, options, tmp_path):
+    found = dsv3.compress(source, tmp_path / "out", "fp8", options[:2])
+    export(found, tmp_path / "hf", "hf-fp8")
+    tensors = read_all(tmp_path / "hf")
+    name = "model.layers.2.mlp.experts.15.down_proj.weight"
+    value, scale = tensors[name].astype(np.float32), tensors[f"{name}_scale_inv"]
+    assert (np.log2(scale) % 1 == 0).all()
+    w = values(dsv3.load(found))["moe_blocks/ffn/w_down_EMD"][1, 15]
+    np.testing.assert_array_equal(value.T * scale[0, 0], w)
+    original = values(dsv3.load(source))["moe_blocks/ffn/w_down_EMD"][1, 15]
+    assert 0.01 < np.linalg.norm(w - original) / np.linalg.norm(original) < 0.04  # 4 significant bits
 
 
 def test_experts_are_dropped_before_the_rest_is_rounded(source, options, tmp_path, monkeypatch):
@@ -287,7 +322,7 @@ def test_bad_inputs_are_refused(source, options, w4, tmp_path):
 
 
 def test_profiles_fit_the_released_model():
-    model = load_config(Path(__file__).parents[2] / "configs" / "v3_671b.yaml").model
+    model = load_config(ROOT / "configs" / "v3_671b.yaml").model
     for name in known_profiles():
         load_profile(name).check_fits(model)
 

@@ -1,9 +1,9 @@
-"""Run by tests: imports or exports in children that are killed at random moments; prints what happened as one JSON line.
+"""Run by tests: imports, exports or compressions in children that are killed at random moments; prints one JSON line.
 
-kill_storm.py import|export SOURCE TARGET KILLS [FORMAT]. Children are forked after everything is imported and before any
-thread or device exists, so that a kill falls into the work: a quarter at any time of the start, the others once a random part
-is on disk, so that slow machines see the same storm. After each, the target is complete or not there; exports that finish
-are removed and begun again, an import that finishes ends the storm. Then one is let finish, unless LEAVE is set.
+kill_storm.py import|export|compress SOURCE TARGET KILLS [FORMAT, or the profile's overrides]. Children are forked after
+everything is imported and before any thread or device exists, so that a kill falls into the work: a quarter at any time of the
+start, the others once a random part is on disk, so that slow machines see the same storm. After each, the target is complete or not there; exports that finish
+are removed and begun again, another verb that finishes ends the storm. Then one is let finish, unless LEAVE is set.
 """
 
 import contextlib
@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dsv3_jax.compression.compress import compress
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
 
 START_S = 0.3  # about what a child takes before it writes
-PART = {"import": 1 / 8, "export": 1.1}  # of all bytes, at most, between two kills: an import goes on, an export begins again
+# of the source's bytes, at most, between two kills: an export begins again, the others go on, and compressing writes a third
+PART = {"import": 1 / 8, "compress": 1 / 24, "export": 1.1}
 
 
 def child(work: Callable) -> int:
@@ -59,10 +61,14 @@ def main() -> None:
     rng, scratch = random.Random(3), target.with_name(f".{target.name}.partial")
 
     def work():
-        return import_hf(source, target) if verb == "import" else export(source, target, sys.argv[5], 20_000_000)
+        if verb == "import":
+            return import_hf(source, target)
+        if verb == "compress":
+            return compress(source, target, "w4", sys.argv[5:])
+        return export(source, target, sys.argv[5], 20_000_000)
 
     total = sum(p.stat().st_size for p in Path(source).rglob("*") if p.is_file())
-    if len(sys.argv) > 5:
+    if verb == "export":
         total //= {"hf-f32": 1, "hf-bf16": 2, "hf-fp8": 4}[sys.argv[5]]  # sources are in float32
     found = {"killed": 0, "finished": 0, "chunks": []}
     for n in range(kills):
@@ -71,9 +77,9 @@ def main() -> None:
             time.sleep(rng.uniform(0, START_S))
             killed = kill_once_written(pid, scratch, 0)
         else:
-            killed = kill_once_written(pid, scratch, (before if verb == "import" else 0) + rng.uniform(0, PART[verb]) * total)
+            killed = kill_once_written(pid, scratch, (0 if verb == "export" else before) + rng.uniform(0, PART[verb]) * total)
         found["killed"] += killed
-        if verb == "import":
+        if verb != "export":
             if target.exists():
                 break
             begun = (scratch / "identity").exists()  # before that, chunks are placeholders of Orbax's
