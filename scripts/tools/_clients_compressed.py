@@ -56,7 +56,8 @@ def llama_cpp(path: str, ids: np.ndarray) -> tuple[np.ndarray, dict]:
         model.reset()
         model.eval(row.tolist())
         logits.append(np.array(model.scores[: len(row)]))
-    return np.stack(logits), {"tokens": model.tokenize(TEXT)}
+    tokens = model.tokenize(TEXT, special=True) if model.metadata["tokenizer.ggml.model"] != "none" else None
+    return np.stack(logits), {"tokens": tokens}
 
 
 def _f32(path: str) -> Path:

@@ -34,7 +34,7 @@ from dsv3_jax.interop.safetensors_file import read_header
 
 TOLERANCE = 2e-4
 _NEW_TOKENS = 12
-_TEXT = "def main():\n    return 0\n"
+TEXT = "def main():\n    return 0\n"
 
 
 def ours(directory: Path, ids: np.ndarray, eight_bit: bool) -> dict[str, np.ndarray]:
@@ -68,7 +68,7 @@ def theirs(cases: list[Case], scratch: Path) -> list[list[dict]]:
         requests.append({
             "directories": [str(d) for d in (case.directory, *case.copies.values())], "ids": str(out / "ids.npy"),
             "new_tokens": _NEW_TOKENS, "out": str(out),
-            "text": _TEXT if (case.directory / "tokenizer.json").exists() else None,
+            "text": TEXT if (case.directory / "tokenizer.json").exists() else None,
         })  # fmt: skip
     loading = ask(peer_python(), "tools/_peer_export.py", {"requests": requests}, False)["loading"]
     return [
