@@ -150,7 +150,11 @@ def documents(config: DataConfig, report: Callable[[str], None] = lambda _: None
 
 def is_validation(text: Document | str, fraction: float) -> bool:
     """Split by the text's hash: the same document falls on the same side in every run, corpus and order."""
-    digest = (text if isinstance(text, Document) else Document("", text)).digest()
+    return is_held_out_hash((text if isinstance(text, Document) else Document("", text)).digest(), fraction)
+
+
+def is_held_out_hash(digest: bytes, fraction: float) -> bool:
+    """`is_validation` of the document with this digest."""
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

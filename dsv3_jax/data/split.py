@@ -9,9 +9,10 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import data_files, documents, fingerprint, is_validation
+from dsv3_jax.data.corpus import data_files, documents, fingerprint, is_held_out_hash, is_validation
 from dsv3_jax.data.document import Document
 from dsv3_jax.errors import UserError
 
@@ -28,13 +29,16 @@ def split_documents(config: DataConfig, report: Callable[[str], None] = lambda _
         yield from ((False, document) for document in documents(config, report))
         yield from ((True, document) for document in _validation_documents(config, report))
         return
-    end = _end_to_hold_out(config)
-    if end is None:
+    found = _few_documents(config)
+    if found is None:
         for document in documents(config, report):
             yield is_validation(document, config.validation_fraction), document
         return
-    report(f"data.path: too few documents to hold out one of them: it is the last {config.validation_fraction:.1%} of the text")
-    yield from _cut_at(documents(config, report), *end)
+    report(
+        f"data.path: too few different documents ({found.different:,} of {found.documents:,}) to hold out one of them: it is "
+        f"the last {config.validation_fraction:.1%} of the text"
+    )
+    yield from _cut_at(documents(config, report), found.end_begins, found.characters)
 
 
 def held_out_documents(config: DataConfig) -> Iterator[Document]:
@@ -71,16 +75,27 @@ def _of_validation_path() -> Iterator[None]:
         raise UserError(str(error).replace("data.path", "data.validation_path", 1)) from None
 
 
-def _end_to_hold_out(config: DataConfig) -> tuple[int, int] | None:
-    """Where the end begins, and the end of the corpus, in characters; None if the hashes do split it or it is too short."""
-    sides, total = set(), 0
+class _FewDocuments(NamedTuple):
+    """A corpus that its documents' hashes do not split."""
+
+    documents: int
+    different: int  # of other texts: those of one text are all on one side
+    characters: int
+    end_begins: int  # in characters
+
+
+def _few_documents(config: DataConfig) -> _FewDocuments | None:
+    """The corpus, if the hashes leave one of the sides without a document; None too if it is too short to be cut."""
+    count, total, hashes, sides = 0, 0, set(), set()
     for document in documents(config):
-        sides.add(is_validation(document, config.validation_fraction))
+        digest = document.digest()
+        sides.add(is_held_out_hash(digest, config.validation_fraction))
         if len(sides) == 2:
             return None
-        total += document.length()
+        hashes.add(digest[:8])
+        count, total = count + 1, total + document.length()
     held_out = max(int(config.validation_fraction * total), _SHORTEST_SIDE)
-    return (total - held_out, total) if total - held_out >= _SHORTEST_SIDE else None
+    return _FewDocuments(count, len(hashes), total, total - held_out) if total - held_out >= _SHORTEST_SIDE else None
 
 
 def _cut_at(found: Iterable[Document], position: int, end: int) -> Iterator[tuple[bool, Document]]:

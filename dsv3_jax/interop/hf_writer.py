@@ -7,10 +7,11 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -180,14 +181,36 @@ def _write_shard(path: Path, shard: list[Output], read: Read, progress: BytesPro
     return write_safetensors(path, parts, make)[1]
 
 
+@contextlib.contextmanager
+def _until_a_failure(read: Read) -> Iterator[Read]:
+    """`read`, which refuses once the thread that waits for the writing ones has an error or was interrupted.
+
+    They end with their tensor, where they would write all of their shard before the program could end.
+    """
+    failed = Event()
+
+    def read_on(source: Source) -> Tensor:
+        if failed.is_set():
+            raise CancelledError
+        return read(source)
+
+    try:
+        yield read_on
+    except BaseException:
+        failed.set()
+        raise
+
+
 def _write_tensors(directory: Path, outputs: list[Output], read: Read, shard_bytes: float) -> _Written:
     """Write the shards and, if there are several, their index."""
     shards = _shards(outputs, shard_bytes)
     total = sum(_size(output) for shard in shards for output in shard)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    with BytesProgress("export", total) as progress, ThreadPoolExecutor(_THREADS) as pool:
-        write = partial(_write_shard, read=read, progress=progress)
+    with (
+        BytesProgress("export", total) as progress, ThreadPoolExecutor(_THREADS) as pool, _until_a_failure(read) as read_on
+    ):  # fmt: skip
+        write = partial(_write_shard, read=read_on, progress=progress)
         digests = list(pool.map(write, [directory / name for name in names], shards))
     if count > 1:
         weight_map = {part: name for name, shard in zip(names, shards, strict=True) for out in shard for part in out.tensors}

@@ -1,6 +1,7 @@
 """A run's records: rows of metrics.jsonl and its like, written while it trains and read afterwards."""
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -55,15 +56,21 @@ class MetricsWriter:
     """Writes a run's metrics.jsonl (a row per step), decisions.jsonl (a row per change of precision), routing.jsonl (a row per
     evaluation: tokens per expert of each layer) and TensorBoard's files.
 
-    A resumed run drops the rows after its checkpoint. `dropped` describes those of metrics.jsonl: how many `steps` are done
-    again, the `seconds` they took, and when the `last` one ended (seconds since 1970); None if there are none.
+    A resumed run drops the rows after its checkpoint; one that begins at step 0 again, which may be because a checkpoint was
+    lost, sets its files with rows aside: `aside` is where those of metrics.jsonl are then. `dropped` describes them: how many
+    `steps` are done again, the `seconds` they took, and when the `last` one ended (seconds since 1970); None if there are none.
     """
 
     def __init__(self, run: RunDirectory, resumed_step: int):
         def is_late(row: Record) -> bool:
             return row["step"] > resumed_step
 
+        self.aside: Path | None = None
+        if not resumed_step and last_row(run.metrics_file).get("step"):
+            self.aside = _set_aside(run)
         self._file, again = reopen(run.metrics_file, is_row, is_late)
+        if self.aside is not None:
+            again = read_rows(self.aside)
         seconds, last = sum(number(row, "step_time_s") for row in again), max((number(row, "time") for row in again), default=0)
         self.dropped = {"steps": len(again), "seconds": seconds, "last": last or None} if again else None
         self._decisions, _ = reopen(run.decisions_file, is_row, is_late)
@@ -90,6 +97,19 @@ class MetricsWriter:
         with contextlib.ExitStack() as all_of_them:  # also after one that fails
             for file in (self._file, self._decisions, self._routing, self._board):
                 all_of_them.callback(file.close)
+
+
+def _set_aside(run: RunDirectory) -> Path:
+    """Rename the files with rows to NAME.before-N, one N for all; returns where metrics.jsonl is then."""
+    files = [file for file in (run.decisions_file, run.routing_file, run.metrics_file) if file.exists()]
+
+    def aside(file: Path, number: int) -> Path:
+        return file.with_name(f"{file.name}.before-{number}")
+
+    number = next(n for n in itertools.count(1) if not any(aside(file, n).exists() for file in files))
+    for file in files:
+        file.rename(aside(file, number))
+    return aside(run.metrics_file, number)
 
 
 def read_rows(path: Path) -> list[Record]:

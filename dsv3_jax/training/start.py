@@ -87,10 +87,9 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     progress = until_end.enter_context(ProgressReporter(config.train.steps, done, quiet=not is_first()))
     stop = until_end.enter_context(StopRequest())
     writer = MetricsWriter(run, done) if is_first() else None
-    dropped = writer.dropped if writer else None
-    for line in (*resolved.notes, *_how_it_begins(run, config, done, found.changed, dropped)):
+    for line in (*resolved.notes, *_how_it_begins(run, config, done, found.changed, writer)):
         progress.say(line)
-    events.write("restored", step=done, dropped=dropped, local=round(manager.read_locally, 3))
+    events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
     context = RunContext(
         resolved, run, data, found.record, hf_layout, programs, manager, writer, events, progress, stop, watchdog
     )  # fmt: skip
@@ -98,16 +97,17 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
 
 
 def _how_it_begins(
-    run: RunDirectory, config: Config, done: int, changed: str, dropped: dict[str, Any] | None
+    run: RunDirectory, config: Config, done: int, changed: str, writer: MetricsWriter | None
 ) -> Iterator[str]:  # fmt: skip
     if changed:
         yield f"the corpus has changed, as data.allow_changed allows: {changed}"
     if done:
         yield f"resuming {run.path} at step {done}"
-    elif dropped:
+    elif writer and writer.dropped and writer.aside:
         yield (
-            f"{run.metrics_file} has {dropped['steps']} steps but there is no checkpoint: the run ended before its first one "
-            "was complete; beginning at step 0 again"
+            f"{run.metrics_file} has {writer.dropped['steps']} steps but there is no checkpoint: the run ended before its "
+            "first one was complete, or it was removed; beginning at step 0 again, and those rows are in "
+            f"{writer.aside.name} now"
         )
     if done >= config.train.steps:
         yield f"nothing is left to train: train.steps={config.train.steps}"

@@ -34,7 +34,9 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path, lines, fraction):
     assert len(held_out) == pytest.approx(fraction * 21_000, abs=21)
     said = []
     corpus = load_corpus(config, 300, said.append)
-    assert f"data.path: too few documents to hold out one of them: it is the last {fraction:.1%} of the text" in said
+    assert (
+        f"data.path: too few different documents (1 of 1) to hold out one of them: it is the last {fraction:.1%} of the text"
+    ) in said
     for store, text in ((corpus.train, train), (corpus.validation, held_out)):
         bos, eos = corpus.special.begin, corpus.special.ends[0]
         assert [store.tokens[0], store.tokens[-1]] == [bos, eos]
@@ -76,6 +78,15 @@ def test_whole_documents_at_the_end(tmp_path):
     train, held_out = sides(config)
     assert "".join(train + held_out) == "".join(f"{number}" * 1000 for number in range(4))
     assert len("".join(held_out)) >= 16
+
+
+def test_documents_of_one_text_are_counted_once(tmp_path):
+    """They are all on one side: 56 documents, of which 50 are the same, were called too few."""
+    texts = ["the same text, fifty times"] * 50 + [f"another text, number {i}" for i in range(6)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    said = []
+    list(split_documents(DataConfig(path=f"{tmp_path}/a.jsonl", validation_fraction=1e-9), said.append))
+    assert said == ["data.path: too few different documents (7 of 56) to hold out one of them: it is the last 0.0% of the text"]
 
 
 def test_a_line_without_spaces_is_cut_anywhere(tmp_path):

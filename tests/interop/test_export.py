@@ -3,8 +3,12 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
@@ -21,6 +25,8 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.hf_files import open_hf
 from dsv3_jax.interop.hf_import import import_hf
+from dsv3_jax.interop.hf_text import TextFiles
+from dsv3_jax.interop.hf_writer import write_hf
 from dsv3_jax.training.loop import train
 from tests.commands import dsv3 as command
 from tests.commands import dsv3_process
@@ -191,6 +197,30 @@ def test_an_export_that_fails_leaves_nothing(ragged, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_writer, "model_card", fails)
     with pytest.raises(OSError, match="No space"):
         dsv3.save_hf(dsv3.load_hf(ragged[0]), tmp_path / "out", "hf-f32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_reads_no_further_tensor(tmp_path):
+    """Its threads went on to the ends of their shards, 5 GB each, while the program had said that it is stopped."""
+    of_main, read = threading.main_thread().ident, []
+
+    def waits_for_threads() -> bool:
+        frame = sys._current_frames()[of_main]
+        while frame is not None and frame.f_code is not ThreadPoolExecutor.shutdown.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+    def interrupt(source):
+        read.append(source.tensor)
+        if len(read) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            while not waits_for_threads():
+                time.sleep(0.01)
+        return np.zeros(source.shape, np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_hf(tmp_path / "out", RAGGED, "hf-f32", interrupt, origin={}, text=TextFiles())
+    assert len(read) == 1
     assert not list(tmp_path.iterdir())
 
 

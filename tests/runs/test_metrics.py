@@ -21,6 +21,21 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
     assert [(row["step"], row["step_time_s"]) for row in read_rows(run.metrics_file)] == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
+def test_a_run_that_begins_again_keeps_the_rows_before(tmp_path):
+    """Its checkpoint may have been lost, and the rows be all that is left. Each time under a name of its own."""
+    run = RunDirectory(tmp_path)
+    for attempt in (1, 2, 3):
+        writer = MetricsWriter(run, 0)
+        assert (writer.aside and writer.aside.name) == (f"metrics.jsonl.before-{attempt - 1}" if attempt > 1 else None)
+        assert writer.dropped == ({"steps": 1, "seconds": 0.5, "last": 99.0 + attempt} if attempt > 1 else None)
+        writer.write({"step": 1, "step_time_s": 0.5, "time": 100.0 + attempt})
+        writer.write_routing(1, [])
+        writer.close()
+    for attempt, suffix in ((1, ".before-1"), (2, ".before-2"), (3, "")):
+        assert [row["time"] for row in read_rows(tmp_path / f"metrics.jsonl{suffix}")] == [100.0 + attempt]
+        assert [row["step"] for row in read_rows(tmp_path / f"routing.jsonl{suffix}")] == [1]
+
+
 def test_damage_in_the_records_stops_no_start(tmp_path):
     """A byte that is no UTF-8 ended every start; a row without its time or seconds still counts as a step."""
     run = RunDirectory(tmp_path)

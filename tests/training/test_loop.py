@@ -217,8 +217,12 @@ def test_a_run_without_its_first_checkpoint_says_that_it_begins_anew(trained_onc
     """As one that was killed before it: what was done again had rows."""
     shutil.rmtree(finished_run / "checkpoints")
     (finished_run / "events.jsonl").unlink()
+    rows = (finished_run / "metrics.jsonl").read_bytes()
     assert int(train(load_config(TINY, trained_once[1]), tmp_path).state.step) == 2
-    assert "metrics.jsonl has 2 steps but there is no checkpoint: the run ended before" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "metrics.jsonl has 2 steps but there is no checkpoint: the run ended before" in out
+    assert "those rows are in metrics.jsonl.before-1 now" in out
+    assert (finished_run / "metrics.jsonl.before-1").read_bytes() == rows
     assert [row["step"] for row in rows_of(finished_run)] == [1, 2]
 
 
