@@ -226,6 +226,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another model's predictions (arXiv 1503.02531), such as a pruned model's from those of the original.
+
+    The loss is KL(teacher || model), and `loss_weight` times the cross-entropy; in both, MTP modules count with their weight in
+    the plain loss, each beside the teacher's module. The teacher has the same tokenizer and as many modules.
+    """
+
+    __pydantic_config__ = _STRICT
+    teacher: str | None = None  # a run or checkpoint; null: no distillation
+    loss_weight: float = 0.0  # of the cross-entropy, beside the divergence from the teacher
+    temperature: float = 1.0  # that both models' logits are divided by; the divergence is multiplied by its square
+
+    def __post_init__(self) -> None:
+        in_range("distill", self)
+        positive("distill", self, "temperature")
+        not_negative("distill", self, "loss_weight")
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the mesh axes, from slow to fast links; one of them may be -1: all devices that are left."""
 
@@ -343,6 +362,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     remat: RematConfig = field(default_factory=RematConfig)
@@ -356,6 +376,11 @@ class Config:
         require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings={self.model.max_position_embeddings}",
+        )
+        require(
+            self.distill.teacher is None or self.parallel.pipe == 1,
+            f"parallel.pipe={self.parallel.pipe}: a pipeline's stages do not hold distill.teacher={self.distill.teacher}; use "
+            f"parallel.pipe=1 and other axes",
         )
         accum, batch = self.train.grad_accum_steps, self.data.batch_size
         require(

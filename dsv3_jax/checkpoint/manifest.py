@@ -146,6 +146,13 @@ def local_digests(directory: Path) -> dict[str, str]:
         return {}
 
 
+def content_digest(directory: Path) -> str:
+    """A sha256 that verified checkpoints share if their files have the same names and contents."""
+    manifest = read_json(directory / MANIFEST, _LARGEST)
+    listing = manifest["files"] if _format_of(manifest) else manifest
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
 def _core_files(directory: Path) -> list[str]:
     """The files that loading reads: Orbax's own, and those in the sets of arrays (hidden ones are a file system's)."""
     found = [directory / name for name in _ORBAX_FILES]

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import causal_attention, grouped_swiglu, integer_experts, linear_cross_entropy
+from pallas_kernels import causal_attention, grouped_swiglu, integer_experts, linear_cross_entropy, linear_divergence
 from pallas_kernels.integer_weight import IntegerWeight
 from pallas_kernels.scaled import Gemms
 from pallas_kernels.scaled_linear.api import scaled_linear, scaled_swiglu_linear
@@ -130,6 +130,20 @@ class Layout:
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         head_DV = head_DV.astype(x_BLD.dtype)
         return linear_cross_entropy(x_TD, head_DV, target_BL.reshape(-1), weight_BL.reshape(-1), implementation)
+
+    def divergence(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        head_DV: Float[Array, "D V"],
+        teacher_x_BLC: Float[Array, "B L C"],
+        teacher_head_CV: Float[Array, "C V"],
+        weight_BL: Float[Array, "B L"],
+        temperature: float,
+    ) -> Float[Array, ""]:
+        """Weighted sum of the divergence of a model's predictions from a teacher's (see `pallas_kernels.linear_divergence`)."""
+        x_TD, teacher_x_TC = (x.reshape(-1, x.shape[-1]) for x in (x_BLD, teacher_x_BLC))
+        heads = head_DV.astype(x_BLD.dtype), teacher_head_CV.astype(teacher_x_BLC.dtype)
+        return linear_divergence(x_TD, heads[0], teacher_x_TC, heads[1], weight_BL.reshape(-1), temperature)
 
     # --- devices and stored arrays: for what stands around the model ---------------------------------------------------
 

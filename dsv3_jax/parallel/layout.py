@@ -108,6 +108,9 @@ class MeshLayout(OnMesh):
     def cross_entropy(self, x_BLD, head_DV, target_BL, weight_BL, implementation):
         return head.cross_entropy(self, implementation, x_BLD, head_DV, target_BL, weight_BL)
 
+    def divergence(self, x_BLD, head_DV, teacher_x_BLC, teacher_head_CV, weight_BL, temperature):
+        return head.divergence(self, temperature, x_BLD, head_DV, teacher_x_BLC, teacher_head_CV, weight_BL)
+
 
 def _constrain_along(w, steps: Sequence[NamedSharding]):
     for sharding in steps:

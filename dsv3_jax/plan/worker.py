@@ -22,6 +22,7 @@ from dsv3_jax.parallel.rules import check
 from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.training.resolve import abstract_batch, resolve_on
 from dsv3_jax.training.step import make_train_step
+from dsv3_jax.training.teacher import open_teacher
 
 
 def _location(device: Any) -> list[Any]:
@@ -46,7 +47,9 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
     state = abstract_state(config, layout)
     say("tracing")
     began = time.perf_counter()
-    lowered = make_train_step(config, layout).lower(state, abstract_batch(config, layout))
+    teacher = open_teacher(config, layout)
+    weights = () if teacher is None else teacher.weights
+    lowered = make_train_step(config, layout, teacher=teacher).lower(state, abstract_batch(config, layout), *weights)
     traced = time.perf_counter() - began
     say("compiling")
     compiled = lowered.compile(compiler_options=options or None)

@@ -21,6 +21,7 @@ _MAY_CHANGE = {
     "name",
     "train.steps", "train.eval_every", "train.eval_batches", "train.grad_accum_steps", "train.init_from",
     "train.stuck_after_s", "train.slow_after_s",
+    "distill.teacher",
     "data.path", "data.validation_path", "data.allow_changed", "data.cache_dir",
 }  # fmt: skip
 # Values for what a run decided when it began, and keeps: its recipe, and its tokenizer

@@ -138,6 +138,7 @@ def with_absolute_paths(config: Config) -> Config:
     )  # fmt: skip
     return replace(
         config, data=data, train=replace(config.train, init_from=absolute(config.train.init_from)),
+        distill=replace(config.distill, teacher=absolute(config.distill.teacher)),
         checkpoint=replace(config.checkpoint, local_dir=absolute(config.checkpoint.local_dir)),
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ from dsv3_jax.state.programs import Programs
 from dsv3_jax.state.train_state import TrainState, abstract_model
 from dsv3_jax.training.resolve import Resolved, tokens_ahead
 from dsv3_jax.training.signals import StopRequest
+from dsv3_jax.training.teacher import Teacher
 from dsv3_jax.training.watchdog import Watchdog
 
 
@@ -69,6 +70,7 @@ class RunContext:
     data: TrainingData
     corpus_record: dict[str, Any]  # what checkpoints keep about the corpus and the tokenizer (training/corpus.py)
     hf_layout: dict[str, Any] | None  # of the import that it began with (interop/hf_formats.py), for its exports
+    teacher: Teacher | None  # that of `distill.teacher`
     programs: Programs
     manager: CheckpointManager
     writer: MetricsWriter | None  # process 0 has one
@@ -111,6 +113,8 @@ class RunContext:
             "hf_layout": self.hf_layout,
             "held_out_loss": self.held_out_loss,
         }
+        if self.teacher is not None:
+            about["teacher"] = self.teacher.identity
         self.watchdog.slow()  # the save before this one may not be complete yet
         began = time.perf_counter()
         self.manager.save(state, about)

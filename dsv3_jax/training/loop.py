@@ -21,6 +21,7 @@ from dsv3_jax.runs.directory import RunDirectory, run_directory
 from dsv3_jax.state.train_state import TrainState
 from dsv3_jax.training.context import RunContext
 from dsv3_jax.training.evaluate import evaluate_store
+from dsv3_jax.training.objective import Metrics
 from dsv3_jax.training.start import start
 from dsv3_jax.training.step import ScheduledSteps, StepMetrics, make_eval_step
 
@@ -71,7 +72,7 @@ def train_in(directory: RunDirectory, config: Config, elastic: bool = False) -> 
 def _steps(run: RunContext, state: TrainState) -> tuple[TrainState, bool]:
     """The state after the last step, and whether a signal, in this or another process, made it the last."""
     config, layout = run.resolved.config, run.resolved.layout
-    train_step, eval_step = ScheduledSteps(config, layout, run.programs), make_eval_step(config, layout)
+    train_step, eval_step = ScheduledSteps(config, layout, run.programs, run.teacher), make_eval_step(config, layout)
     step, last = int(state.step), config.train.steps
     first = step + 1
     stopping, _ = agree(run.stop.came, save=False)
@@ -114,25 +115,35 @@ def _row(config: Config, step: int, metrics: StepMetrics, seconds: float) -> dic
     """A line of metrics.jsonl."""
     o = metrics.objective
     per_step = config.data.batch_size * config.data.seq_len
-    return {
-        "step": step,
-        "loss": float(o.loss),
-        "cross_entropy": float(o.cross_entropy),
-        "accuracy": float(o.accuracy),
-        "mtp_cross_entropy": float(o.mtp_cross_entropy),
-        "balance_loss": float(o.balance_loss),
-        "max_load": float(metrics.max_load),
-        # copies of a token, over all layers, that travel to another device, and to another node, for their experts
-        "copies_to_ranks": float(o.traffic.to_ranks) / per_step,
-        "copies_to_nodes": float(o.traffic.to_nodes) / per_step,
-        "grad_norm": float(metrics.grad_norm),
-        "lr": float(metrics.lr),
-        "tokens": step * per_step,
-        "tokens_per_s": per_step / seconds,
-        "step_time_s": seconds,
-        "time": time.time(),  # since 1970
-        "batch_checksum": int(metrics.batch_checksum),  # type: ignore[arg-type]
-    } | controller.shares(metrics.decisions)
+    return (
+        {
+            "step": step,
+            "loss": float(o.loss),
+            "cross_entropy": float(o.cross_entropy),
+            "accuracy": float(o.accuracy),
+            "mtp_cross_entropy": float(o.mtp_cross_entropy),
+            "balance_loss": float(o.balance_loss),
+            "max_load": float(metrics.max_load),
+            # copies of a token, over all layers, that travel to another device, and to another node, for their experts
+            "copies_to_ranks": float(o.traffic.to_ranks) / per_step,
+            "copies_to_nodes": float(o.traffic.to_nodes) / per_step,
+            "grad_norm": float(metrics.grad_norm),
+            "lr": float(metrics.lr),
+            "tokens": step * per_step,
+            "tokens_per_s": per_step / seconds,
+            "step_time_s": seconds,
+            "time": time.time(),  # since 1970
+            "batch_checksum": int(metrics.batch_checksum),  # type: ignore[arg-type]
+        }
+        | _from_teacher(o)
+        | controller.shares(metrics.decisions)
+    )
+
+
+def _from_teacher(o: Metrics) -> dict[str, float]:
+    """How far the model is from its teacher, if it has one."""
+    found = {"divergence": o.divergence, "mtp_divergence": o.mtp_divergence}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def _check_health(config: Config, source: PackedWindows, step: int, metrics: StepMetrics, manager: CheckpointManager) -> None:

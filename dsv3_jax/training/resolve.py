@@ -20,6 +20,7 @@ from dsv3_jax.state.programs import ProgramStore, compiled_dir
 from dsv3_jax.state.train_state import abstract_state, init_program
 from dsv3_jax.training.pipelined import schedule_of
 from dsv3_jax.training.step import ScheduledSteps, training_recipe
+from dsv3_jax.training.teacher import open_teacher
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def compile_only(config: Config, elastic: bool) -> None:
     resolved = resolve_for_devices(config, elastic)
     config, layout, programs = resolved.config, resolved.layout, program_store(resolved)
     programs("init", init_program(config, layout))
-    steps, state = ScheduledSteps(config, layout, programs), abstract_state(config, layout)
+    teacher, state = open_teacher(config, layout), abstract_state(config, layout)
+    steps = ScheduledSteps(config, layout, programs, teacher)
     for step in steps.first_of_kinds():
         steps.program(step, state, abstract_batch(config, layout))

@@ -26,6 +26,7 @@ from dsv3_jax.training.corpus import load_run_corpus
 from dsv3_jax.training.initial import initial_companions, initial_layout, open_initial, with_initial_weights
 from dsv3_jax.training.resolve import Resolved, program_store, resolve_for_devices
 from dsv3_jax.training.signals import StopRequest
+from dsv3_jax.training.teacher import check_tokenizer, open_teacher, with_weights
 from dsv3_jax.training.watchdog import Watchdog
 
 _LOCK_PATIENCE_S = 60.0  # a supervised run's processes of the attempt before may still be ending
@@ -65,6 +66,7 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     last = broadcast_from_first(lambda: _last_step(run, asked))
     _, earlier = (on_first(lambda: latest_metadata(run.checkpoints)) or (None, {})) if last else (None, None)
     resolved = resolve_for_devices(asked, elastic, first_nonempty(_recipe(earlier)))
+    teacher = open_teacher(resolved.config, resolved.layout, earlier)
     initial = None if last else open_initial(asked)
     tokenizer = initial.tokenizer_file() if initial and asked.data.tokenizer is None else None
     hf_layout = (earlier or {}).get("hf_layout") if last else initial_layout(initial)
@@ -77,12 +79,15 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
     on_first(lambda: run.create(asked, None if found.own_tokenizer else found.corpus.tokenizer, companions))
     programs = program_store(resolved) if several else compiled_now
     watchdog.slow(run.deadline_file if is_first() and elastic else None)
+    if teacher is not None:
+        check_tokenizer(teacher, found.record["tokenizer"])
     events = EventLog(run.events_file, is_first())
     events.write("started", processes=jax.process_count(), devices=jax.device_count(), mesh=layout.axis_sizes)
     if found.changed:
         events.write("corpus_changed", what=found.changed)
     manager = CheckpointManager(run.checkpoints, config.checkpoint)
     state = _initial_state(resolved, manager, data, programs, initial)
+    teacher = teacher and with_weights(teacher)
     done = int(state.step)
     progress = until_end.enter_context(ProgressReporter(config.train.steps, done, quiet=not is_first()))
     stop = until_end.enter_context(StopRequest())
@@ -91,7 +96,7 @@ def start(config: Config, run: RunDirectory, elastic: bool, until_end: contextli
         progress.say(line)
     events.write("restored", step=done, dropped=writer.dropped if writer else None, local=round(manager.read_locally, 3))
     context = RunContext(
-        resolved, run, data, found.record, hf_layout, programs, manager, writer, events, progress, stop, watchdog
+        resolved, run, data, found.record, hf_layout, teacher, programs, manager, writer, events, progress, stop, watchdog
     )  # fmt: skip
     return context, state
 

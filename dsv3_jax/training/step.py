@@ -16,6 +16,7 @@ from dsv3_jax.exchange.exchange import Exchange
 from dsv3_jax.exchange.residual import Residual
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.parameters import RouterBias
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.optim.optimizer import learning_rate
 from dsv3_jax.optim.registry import optimizer_of
 from dsv3_jax.precision import controller
@@ -24,8 +25,9 @@ from dsv3_jax.precision.recipes import Recipe, recipe_of, run_by, unquantised
 from dsv3_jax.precision.switch import Probe
 from dsv3_jax.state.programs import Programs, compiled_now
 from dsv3_jax.state.train_state import ONE_DEVICE, AbstractModel, TrainState, abstract_model, abstract_state
-from dsv3_jax.training.objective import LossWeights, Metrics, Share, objective
+from dsv3_jax.training.objective import LossWeights, Metrics, Share, guide_of, objective
 from dsv3_jax.training.pipelined import microbatches, pipelined_gradients
+from dsv3_jax.training.teacher import Teacher
 
 _ODD = (np.uint32(2654435761), np.uint32(2246822519), np.uint32(3266489917))  # odd factors with well-mixed bits
 
@@ -54,16 +56,18 @@ def gradients(
     batch: Batch,
     recipe: Recipe | None = None,
     exchange: Exchange | None = None,
+    teacher: Transformer | None = None,
 ) -> tuple[nnx.State, Metrics, dict[str, Residual]]:
     """Gradients and metrics of a batch, accumulated over `train.grad_accum_steps` microbatches.
 
     Args:
         recipe: that of the configuration if None.
         exchange: how gradients cross `data`: as they are if None.
+        teacher: the model that `distill.teacher` names.
 
     Returns: gradients, with those of the recipe's probes among them; metrics; and the exchange's residuals after it.
     """
-    of_rows, variables = gradient_function(config, layout, state, batch, recipe or training_recipe(config, layout))
+    of_rows, variables = gradient_function(config, layout, state, batch, recipe or training_recipe(config, layout), teacher)
     if layout.replicas == 1:
         return *of_rows(variables, batch), state.residuals
     grads, metrics = on_replicas(of_rows, layout.replicas)(variables, batch)
@@ -74,7 +78,7 @@ def gradients(
 
 
 def gradient_function(
-    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe
+    config: Config, layout: Layout, state: TrainState, batch: Batch, recipe: Recipe, teacher: Transformer | None = None
 ) -> tuple[Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]], nnx.State]:
     """What differentiates the objective: (variables, some rows of `batch`) -> their share of its gradients and metrics.
 
@@ -83,7 +87,10 @@ def gradient_function(
     train = config.train
     counts = batch.target_counts(config.model.num_nextn_predict_layers)
     mtp = jnp.where(state.step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_final)
-    share = Share(LossWeights(mtp, train.sequence_balance_alpha), counts, batch.rows)
+    weights = LossWeights(mtp, train.sequence_balance_alpha)
+    if teacher is not None:
+        weights = weights._replace(cross_entropy=config.distill.loss_weight)
+    share = Share(weights, counts, batch.rows)
     if layout.stages > 1:
         return pipelined_gradients(config, recipe, layout, state.router_bias, share), state.params
     model = abstract_model(config, recipe, layout)
@@ -91,7 +98,8 @@ def gradient_function(
     probes = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.probes)
 
     def loss(variables: nnx.State, microbatch: Batch) -> tuple[jax.Array, Metrics]:
-        return objective(nnx.merge(model.graph, variables, fixed), microbatch, share)
+        guide = None if teacher is None else guide_of(teacher, microbatch, config.distill.temperature)
+        return objective(nnx.merge(model.graph, variables, fixed), microbatch, share, guide)
 
     grad = _accumulated(jax.grad(loss, has_aux=True), train.grad_accum_steps, layout)
     return grad, nnx.merge_state(state.params, probes)
@@ -181,26 +189,33 @@ def apply_gradients(
 
 
 def make_train_step(
-    config: Config, layout: Layout = ONE_DEVICE, recipe: Recipe | None = None, compressed: bool = True
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted step; it takes over the state's buffers.
+    config: Config,
+    layout: Layout = ONE_DEVICE,
+    recipe: Recipe | None = None,
+    compressed: bool = True,
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The jitted step (state, batch, *teacher.weights) -> (state, metrics); it takes over the state's buffers.
 
     Args:
         recipe: that of the configuration if None.
         compressed: whether gradients cross `data` as `parallel.compress` says, or else as they are.
+        teacher: that of `distill.teacher`; its weights may be abstract.
     """
     recipe, exchange = (
         recipe or training_recipe(config, layout),
         Exchange(layout, config.parallel.compress if compressed else 0),
     )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        grads, metrics, residuals = gradients(config, layout, state, batch, recipe, exchange)
+    def train_step(state: TrainState, batch: Batch, *weights: nnx.State) -> tuple[TrainState, StepMetrics]:
+        model = None if teacher is None else teacher.model(layout, unquantised(recipe), *weights)
+        grads, metrics, residuals = gradients(config, layout, state, batch, recipe, exchange, model)
         state, metrics = apply_gradients(config, replace(state, residuals=residuals), grads, metrics, recipe)
         return state, metrics._replace(batch_checksum=batch_checksum(batch))
 
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, layout))
-    arguments, results = (shardings, layout.batch_sharding), (shardings, layout.replicated)
+    taught = () if teacher is None else jax.tree.map(lambda a: a.sharding, teacher.weights)
+    arguments, results = (shardings, layout.batch_sharding, *taught), (shardings, layout.replicated)
     return layout.jit(train_step, arguments, results, donate=(0,))
 
 
@@ -214,10 +229,17 @@ class StepKind(NamedTuple):
 class ScheduledSteps:
     """The training steps of a run, each of the kind that `precision` and `parallel` name for it, and each kind compiled once.
 
-    `programs` may have kept them: see state/programs.py.
+    `programs` may have kept them: see state/programs.py. `teacher` is that of `distill.teacher`.
     """
 
-    def __init__(self, config: Config, layout: Layout = ONE_DEVICE, programs: Programs = compiled_now):
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout = ONE_DEVICE,
+        programs: Programs = compiled_now,
+        teacher: Teacher | None = None,
+    ):
+        self._teacher, self._weights = teacher, () if teacher is None else teacher.weights
         self._config, self._layout, self._programs, self._made = config, layout, programs, {}
         self._compresses = Exchange(layout, config.parallel.compress).compresses
 
@@ -242,13 +264,14 @@ class ScheduledSteps:
         """The compiled step `step`, for such a state and batch, which may be abstract."""
         kind = self.kind(step)
         if kind not in self._made:
-            train_step = make_train_step(self._config, self._layout, kind.recipe, kind.compressed)
-            self._made[kind] = self._programs(repr(kind), train_step, state, batch)
+            train_step = make_train_step(self._config, self._layout, kind.recipe, kind.compressed, self._teacher)
+            name = repr(kind) if self._teacher is None else f"{kind!r} taught by {self._teacher.config!r}"
+            self._made[kind] = self._programs(name, train_step, state, batch, *self._weights)
         return self._made[kind]
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Raises TypeError, rather than compile again, for a state or batch of another kind than the first."""
-        return self.program(step, state, batch)(state, batch)
+        return self.program(step, state, batch)(state, batch, *self._weights)
 
 
 def make_eval_step(
