@@ -41,7 +41,7 @@ def add_products(xx_KK: Float32[Array, "K K"], x_TK: Float32[Array, "T K"]) -> F
     return jax.lax.scan(lambda xx_KK, x_RK: (xx_KK + dot(x_RK.T, x_RK), None), xx_KK, x_bRK)[0]
 
 
-def _inverse_factor(moments_KK: Float32[Array, "K K"], damping: Array) -> Float32[Array, "K K"]:
+def inverse_factor(moments_KK: Float32[Array, "K K"], damping: Array) -> Float32[Array, "K K"]:
     """U, upper triangular, with U^T U the inverse of the moments plus `damping` times their mean diagonal.
 
     H = R R^T with R upper triangular is a Cholesky factorisation with rows and columns reversed; then U = R^-1.
@@ -104,7 +104,7 @@ def gptq(
     """
     grid = choose_grid(w_KN, format)
     order_K = jnp.argsort(-jnp.diagonal(moments_KK), stable=True)
-    u_KK = _inverse_factor(moments_KK[order_K][:, order_K], jnp.float32(damping))
+    u_KK = inverse_factor(moments_KK[order_K][:, order_K], jnp.float32(damping))
     codes_KN = _round_in_order(w_KN, grid, u_KK, format, order_K)
     return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.isfinite(u_KK).all() & jnp.isfinite(codes_KN).all())
 
