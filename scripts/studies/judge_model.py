@@ -1,14 +1,14 @@
 """Make a model that can judge compression: one whose routed experts matter, with the control that shows it.
 
 `configs/tiny.yaml` cannot: with all routed experts zeroed, its top-1 rises. Here most parameters lie in routed experts, and
-some 50 epochs of a small text make them remember it. Half of the text, calibration.txt, is for what compression reads, and the
+some 30 epochs of a small text make them remember most of it. Half of the text, calibration.txt, is for what compression reads, and the
 other, heldout.txt, for measuring. Both were trained on: what is measured is how much a compressed model still knows of text
 that compression did not see. Every linear layer's inputs are a multiple of 128 numbers. The run is an ordinary one.
 
 Prints the control, the same run with every routed expert zeroed, and keeps the line in judge.json. Repeat the command to go
 on after an interruption.
 
-Example: python scripts/studies/judge_model.py --seed 0     # 2 CPU cores: some 10 minutes; runs/judge-0
+Example: python scripts/studies/judge_model.py --seed 0     # 2 CPU cores: some 6 minutes; runs/judge-0
 """
 
 import argparse
@@ -70,7 +70,7 @@ def judge_config(texts: Path, seed: int, steps: int) -> Config:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--root", type=Path, default=Path("runs"))
     args = parser.parse_args()
     run = (args.root / f"judge-{args.seed}").absolute()
