@@ -17,7 +17,7 @@ import random
 import sys
 from pathlib import Path
 
-from compare_compression_profiles import measure
+from compare_compression import measure
 
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.corpus import stdlib_files

@@ -185,8 +185,8 @@ def test_what_is_masked_crosses_in_full_precision():
 
 @pytest.mark.parametrize("shape", [(24, 36), (5, 8, 7), (4096,)])
 def test_the_study_of_learning_rounds_as_the_exchange_does(shape):
-    """scripts/studies/compare_compression.py simulates it on one device: three steps, in units of a second moment."""
-    study = load_script("studies/compare_compression")
+    """scripts/studies/compare_gradients.py simulates it on one device: three steps, in units of a second moment."""
+    study = load_script("studies/compare_gradients")
     v = jnp.square(jax.random.normal(jax.random.key(9), shape))
     init, update = per_replica(compressed_mean(2), mesh_of(4))
     state, residual = init({"w0": jnp.zeros(shape)}), Residual(jnp.zeros((4, *shape)), jnp.zeros(shape))
