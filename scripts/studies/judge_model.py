@@ -1,9 +1,9 @@
 """Make a model that can judge compression: one whose routed experts matter, with the control that shows it.
 
 `configs/tiny.yaml` cannot: with all routed experts zeroed, its top-1 rises. Here most parameters lie in routed experts, and
-some 30 epochs of a small text make them remember most of it. Half of the text, calibration.txt, is for what compression reads, and the
-other, heldout.txt, for measuring. Both were trained on: what is measured is how much a compressed model still knows of text
-that compression did not see. Every linear layer's inputs are a multiple of 128 numbers. The run is an ordinary one.
+some 30 epochs of a small text make them remember most of it. Half of the text, calibration.txt, is for what compression reads,
+and the other, heldout.txt, for measuring. Both were trained on: what is measured is how much a compressed model still knows of
+text that compression did not see. Every linear layer's inputs are a multiple of 128 numbers. The run is an ordinary one.
 
 Prints the control, the same run with every routed expert zeroed, and keeps the line in judge.json. Repeat the command to go
 on after an interruption.

@@ -2,8 +2,9 @@
 
 kill_storm.py import|export|compress SOURCE TARGET KILLS [FORMAT, or the profile's overrides]. Children are forked after
 everything is imported and before any thread or device exists, so that a kill falls into the work: a quarter at any time of the
-start, the others once a random part is on disk, so that slow machines see the same storm. After each, the target is complete or not there; exports that finish
-are removed and begun again, another verb that finishes ends the storm. Then one is let finish, unless LEAVE is set.
+start, the others once a random part is on disk, so that slow machines see the same storm. After each, the target is complete or
+not there; exports that finish are removed and begun again, another verb that finishes ends the storm. Then one is let finish,
+unless LEAVE is set.
 """
 
 import contextlib
