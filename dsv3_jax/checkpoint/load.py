@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from dsv3_jax.checkpoint.manifest import verify
 from dsv3_jax.checkpoint.retention import newest
 from dsv3_jax.checkpoint.storage import check_path, load_weights, read_metadata
+from dsv3_jax.checks import require
 from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.companions import CONFIG, DIRECTORY, Companions, read_companions, with_fields
@@ -98,6 +99,10 @@ def resolve(run_or_checkpoint: str | Path) -> Path:
             return latest[1]
     if (path / "checkpoints").is_dir() or path.name == "checkpoints":
         raise UserError(f"{path} holds no complete checkpoint yet")
+    require(
+        not (path / "config.json").is_file(),
+        f"{path} has a config.json, as Hugging Face's checkpoints do: make it one of dsv3_jax's with `dsv3 import {path} CKPT_DIR`",
+    )
     verify(path)
     return path
 

@@ -317,6 +317,10 @@ def test_bad_inputs_are_refused(source, options, w4, tmp_path):
     empty.write_text("")
     with pytest.raises(dsv3.UserError, match="holds no text"):
         dsv3.compress(source, tmp_path / "out", "w4", (*options, f"calibration.path={empty}"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    with pytest.raises(dsv3.UserError, match="as Hugging Face's checkpoints do: make it one of dsv3_jax's with `dsv3 import"):
+        dsv3.compress(tmp_path / "foreign", tmp_path / "out", "w4", options)
     with pytest.raises(dsv3.UserError, match="exists already"):
         dsv3.compress(source, w4, "w4", options)
 
