@@ -1,6 +1,7 @@
 """Compile the low-precision kernels for accelerators that are not here; print what each target's compiler said.
 
 A target is v5p, v6e, tpu7x (libtpu) or h100 (CUDA's compilers): scripts/tools/setup_aot.sh makes .venv-aot with all of them.
+For 4-bit weights, whose products plain JAX does on H100, the bytes that a token moves beside those of codes and scales.
 For H100 also registers and spilled bytes, and the tensor cores' instruction; for codes of gradients, which only memory bounds,
 the bytes moved by the kernel and by XLA's program for the same in plain JAX. Nothing is run: these are no speed figures.
 Example: .venv-aot/bin/python scripts/tools/compile_kernels.py v5p tpu7x h100
@@ -31,9 +32,13 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.checkpoint.integers import IntegerArray
 from dsv3_jax.exchange.codec import Codec
 from pallas_kernels.causal_attention.api import causal_attention
+from pallas_kernels.cost import nbytes
 from pallas_kernels.gradient_codes.api import mean_of_codes, pack_codes
+from pallas_kernels.integer_linear.api import integer_experts, integer_linear
+from pallas_kernels.integer_weight import IntegerFormat, IntegerWeight
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.quantize.api import quantize, quantize_transposed
 from pallas_kernels.scaled import DTYPES, TILE, Format, Scaled, tiles
@@ -45,6 +50,7 @@ TOKENS, EXPERTS = 4096, 4  # of a device
 WIDEST_FFN = 8192  # that a TPU's SwiGLU kernel takes
 CODE_BLOCKS, REPLICAS = 7168 * 8, 8  # of an expert's gate: 14.7 million numbers
 HIDDEN, FFN, KV_A, VOCABULARY = 7168, 2048, 576, 129280  # the released model's; KV_A is no multiple of 128
+DENSE_FFN, CHOICES, SERVED_EXPERTS = 18432, 8, 64  # the last: of one device
 
 
 def _matrix(rows: int, columns: int, format: Format, group: int) -> Scaled:
@@ -153,13 +159,19 @@ def _resources() -> dict:
     }
 
 
-def _memory_bytes(hlo: str) -> int:
-    """Read from and written to the device's memory by a program without loops: the operands and results of what it runs."""
+def _memory_bytes(hlo: str, apart: int | None = None) -> int:
+    """Read from and written to the device's memory by a program without loops: the operands and results of what it runs.
+
+    Arrays whose first axis is `apart` are left out.
+    """
     program = parse(hlo)
     entry = program.computations[program.entry]
-    runs = [i for i in entry if i.opcode not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")]
-    arrays = [a for i in runs for a in (*i.arrays, *(a for name in i.operands for a in entry.instructions[name].arrays))]
-    return sum(a.bytes for a in arrays if a.space == 0)
+    free = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done")
+    runs = [i for i in entry if i.opcode not in free]
+    # of an asynchronous copy the first array is what it makes, and the second what it reads
+    results = [a for i in runs for a in (i.arrays[:1] if i.opcode == "copy-start" else i.arrays)]
+    arrays = [*results, *(a for i in runs for name in i.operands for a in entry.instructions[name].arrays)]
+    return sum(a.bytes for a in arrays if a.space == 0 and a.dims[:1] != (apart,))
 
 
 def compile_one(target: str, device, f, arguments, against_plain: bool = False) -> dict:
@@ -188,6 +200,65 @@ def compile_one(target: str, device, f, arguments, against_plain: bool = False) 
     return found
 
 
+def _integer(lead: tuple[int, ...], inputs: int, outputs: int) -> IntegerWeight:
+    """Shapes of a weight in 4 bits with groups of 128, and its outputs side by side, as decoding has it."""
+    return IntegerArray(IntegerFormat(4, 128), 1, 1).weight((*lead, inputs, outputs))
+
+
+def _bytes(w: IntegerWeight) -> int:
+    return nbytes(w.codes, w.scale)
+
+
+def integer_cases() -> dict:
+    """name -> (function of the implementation, arguments, bytes of codes and scales that it reads, how many a token passes).
+
+    They are all that a token reads of the released model but for embedding, head, norms, routers and the absorbed kv_b.
+    """
+    found = {}
+    for name, K, N, layers in (
+        ("q_a", HIDDEN, 1536, 61), ("q_b", 1536, 24576, 61), ("kv_a", HIDDEN, KV_A, 61), ("o", 16384, HIDDEN, 61),
+        ("gate_up", HIDDEN, 2 * DENSE_FFN, 3), ("down", DENSE_FFN, HIDDEN, 3),
+        ("shared gate_up", HIDDEN, 2 * FFN, 58), ("shared down", FFN, HIDDEN, 58),
+    ):  # fmt: skip
+        w, row = _integer((), K, N), jax.ShapeDtypeStruct((1, K), jnp.bfloat16)
+        found[f"integer_linear {name} {K}x{N}"] = integer_linear, (row, w), _bytes(w), layers
+    x = jax.ShapeDtypeStruct((1, HIDDEN), jnp.bfloat16)
+    weights = _integer((SERVED_EXPERTS,), HIDDEN, 2 * FFN), _integer((SERVED_EXPERTS,), FFN, HIDDEN)
+    choice, weight = (jax.ShapeDtypeStruct((1, CHOICES), dtype) for dtype in (jnp.int32, jnp.float32))
+    read = sum(map(_bytes, weights)) * CHOICES // SERVED_EXPERTS
+    found[f"integer_experts {CHOICES} of {SERVED_EXPERTS}"] = integer_experts, (x, *weights, choice, weight), read, 58
+    return found
+
+
+def compile_integer(target: str, device, f, arguments, read: int) -> dict:
+    """As `compile_one`, with the bytes that the program moves, and these over `read`, those that it has to.
+
+    Operands that are all experts count as those that are chosen, which the program reads in place.
+    """
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+    arguments = jax.tree.map(lambda a: place(a.shape, a.dtype), arguments)
+    with jax.set_mesh(mesh) if target == "h100" else contextlib.nullcontext():
+        run = functools.partial(f, implementation="xla" if target == "h100" else "tpu")
+        try:
+            hlo = jax.jit(run).lower(*arguments).compile().as_text() or ""
+        except Exception as error:  # whatever a compiler raises is the answer
+            return {"compiled": False, "reason": (str(error).strip().splitlines() or [type(error).__name__])[0][:200]}
+    stacks = [w for w in arguments if isinstance(w, IntegerWeight) and w.ndim == 3]
+    moved = _memory_bytes(hlo, SERVED_EXPERTS) + (read if stacks else 0)
+    return {"compiled": True, "bytes": moved, "bytes_over_formula": round(moved / read, 3)}
+
+
+def token_bytes(target: str, device) -> dict:
+    """Results by name of every integer product, and of the whole `token`."""
+    found, moved, needed = {}, 0, 0
+    for name, (f, arguments, read, layers) in integer_cases().items():
+        found[name] = compile_integer(target, device, f, arguments, read)
+        moved, needed = moved + layers * found[name].get("bytes", 0), needed + layers * read
+    compiled = all(case["compiled"] for case in found.values())
+    return found | {"integer token": {"compiled": compiled, "bytes": moved, "bytes_over_formula": round(moved / needed, 3)}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=[], metavar="target", help=f"of {', '.join(TARGETS)}; all if none")
@@ -206,6 +277,9 @@ def main() -> None:
             tried["block larger than VMEM"] = (_too_large, (jax.ShapeDtypeStruct((8 * TOKENS, HIDDEN), jnp.float32),))
         else:  # XLA's program moves the same bytes
             tried = {name: case for name, case in tried.items() if not name.startswith("mean_of_codes")}
+        for name, found in token_bytes(target, device).items():
+            results[f"{target}: {name}"] = found
+            print(f"{target:6s} {name:42s} {' '.join(f'{k}={v}' for k, v in found.items())}", flush=True)
         for name, (f, arguments) in tried.items():
             found = results[f"{target}: {name}"] = compile_one(target, device, f, arguments, "_codes" in name)
             print(f"{target:6s} {name:42s} {' '.join(f'{k}={v}' for k, v in found.items())}", flush=True)

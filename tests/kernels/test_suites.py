@@ -25,7 +25,7 @@ REFUSED = {
 # where plain JAX is something else than the definition, or the suite expects sums in float64
 PLAIN = (
     "scaled_matmul", "grouped_scaled_matmul", "grouped_scaled_wgrad", "causal_attention", "logit_statistics", "grouped_swiglu",
-    "integer_experts",
+    "integer_linear", "integer_experts",
 )  # fmt: skip
 # interpreted twice as long as any other, and the others have its length's blocks, its dtype and several sequences
 TOO_LONG = ("causal_attention", "hopper", "bfloat16, length 256")
