@@ -11,7 +11,8 @@ Exports it as hf-w4, hf-gptq and gguf, and compares them with the checkpoint's n
 - A copy of each export in which one weight's bytes have their halves swapped is noticed by both.
 
 No key may be missing, and none unexpected but those of MTP modules, which transformers ignores in the released model alone.
-A format that refuses the checkpoint is reported with its reason. Prints a JSON line for each format.
+A format that refuses the checkpoint is reported with its reason. Of a checkpoint that is not compressed, gguf-f32, gguf-f16 and
+gguf-q8_0 are checked in the same way. Prints a JSON line for each format.
 
 Example: python scripts/tools/check_compressed.py compressed/tiny-w4
 """
@@ -33,14 +34,16 @@ from check_export import TEXT, damaged
 from tokenizers import Tokenizer
 
 import dsv3_jax as dsv3
+from dsv3_jax.checkpoint.integers import integer_arrays
 from dsv3_jax.checkpoint.load import open_checkpoint
+from dsv3_jax.checkpoint.storage import read_metadata
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.gguf_file import TRUNK, WITH_MTP
 from dsv3_jax.interop.hf_export import export
 from dsv3_jax.interop.safetensors_file import write_safetensors
 
-FORMATS = ("hf-w4", "hf-gptq", "gguf")
-_CLIENTS = {"hf-w4": "transformers", "hf-gptq": "gptqmodel", "gguf": "llama_cpp_f32"}
+FORMATS, OF_ANY = ("hf-w4", "hf-gptq", "gguf"), ("gguf-f32", "gguf-f16", "gguf-q8_0")
+_CLIENTS = {"hf-w4": "transformers", "hf-gptq": "gptqmodel"} | dict.fromkeys(("gguf", *OF_ANY), "llama_cpp_f32")
 TOLERANCES = {"transformers": 1e-4, "gptqmodel": 5e-3, "llama_cpp_f32": 1e-4}  # of the largest logit
 _DAMAGED = "model.layers.0.self_attn.o_proj"  # which every token goes through
 type Integers = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the tensor's name
@@ -49,7 +52,7 @@ type Integers = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by 
 def integers_of(path: Path, format: str, config: ModelConfig) -> Integers:
     """Codes, and scales for each 32 inputs, of an export."""
     if format == "gguf":
-        return of_gguf(path / TRUNK if path.is_dir() else path, config)
+        return of_gguf(path / TRUNK, config)
     less = 1
     if format == "hf-gptq":
         less = int(json.loads((path / "quantize_config.json").read_text())["checkpoint_format"] == "gptq")
@@ -81,18 +84,20 @@ def swapped(x: np.ndarray) -> np.ndarray:
 
 
 def damaged_copy(path: Path, format: str, copy: Path) -> Path:
-    """The export with one weight's bytes swapped."""
-    if format != "gguf":
+    """The export with one weight's bytes swapped, or its numbers in reverse order where they are no integers."""
+    if not format.startswith("gguf"):
         name = _DAMAGED + (".weight_packed" if format == "hf-w4" else ".qweight")
         damaged(path, copy, name, swapped(tensors_of(path)[name]))
         return copy
     copy.mkdir()
     shutil.copyfile(path / TRUNK, copy / TRUNK)
     t = next(t for t in gguf.GGUFReader(path / TRUNK).tensors if t.name == "blk.0.attn_output.weight")
-    block = gguf.GGML_QUANT_SIZES[t.tensor_type][1]
-    blocks = np.array(t.data).reshape(-1, block)
-    codes_at = 4 if t.tensor_type.name == "Q4_1" else 2
-    blocks[:, codes_at:] = swapped(np.ascontiguousarray(blocks[:, codes_at:]))
+    blocks = np.array(t.data).view(np.uint8).reshape(-1, gguf.GGML_QUANT_SIZES[t.tensor_type][1])
+    if format in OF_ANY:
+        blocks = blocks[::-1]
+    else:
+        codes_at = 4 if t.tensor_type.name == "Q4_1" else 2
+        blocks[:, codes_at:] = swapped(np.ascontiguousarray(blocks[:, codes_at:]))
     with (copy / TRUNK).open("r+b") as file:
         file.seek(t.data_offset)
         file.write(blocks.tobytes())
@@ -100,8 +105,7 @@ def damaged_copy(path: Path, format: str, copy: Path) -> Path:
 
 
 def theirs(client: str, paths: list[Path], ids: np.ndarray, scratch: Path) -> tuple[list[np.ndarray], list[dict]]:
-    out = scratch / client
-    out.mkdir()
+    out = Path(tempfile.mkdtemp(dir=scratch))
     np.save(out / "ids.npy", ids)
     request = {"client": client, "paths": list(map(str, paths)), "ids": str(out / "ids.npy"), "out": str(out)}
     said = ask(clients_python(), "tools/_clients_compressed.py", request, False)["said"]
@@ -112,10 +116,10 @@ def ours(directory: Path, ids: np.ndarray) -> np.ndarray:
     return np.asarray(dsv3.load_hf(directory)(jnp.asarray(ids)))
 
 
-def with_numbers_of(file: Path, dense: Path, config: ModelConfig, copy: Path) -> Path:
+def with_numbers_of(file: Path, dense: Path, config: ModelConfig, scratch: Path) -> Path:
     """Our float32 checkpoint with a GGUF file's numbers."""
     numbers = numbers_of_gguf(file, config, tensors_of(dense))
-    copy.mkdir()
+    copy = Path(tempfile.mkdtemp(dir=scratch))
     shutil.copyfile(dense / "config.json", copy / "config.json")
     described = {name: (np.dtype(np.float32), w.shape) for name, w in numbers.items()}
     write_safetensors(copy / "model.safetensors", described, lambda name: numbers[name].astype(np.float32))
@@ -136,12 +140,15 @@ class Check:
         self.dense = export(checkpoint, scratch / "dense", "hf-f32", float("inf"))
         self.logits = ours(self.dense, self.ids)
         self.exports, self.refused = {}, {}
-        for format in FORMATS:
+        compressed = bool(integer_arrays(read_metadata(open_checkpoint(checkpoint).path), str(checkpoint)))
+        for format in FORMATS if compressed else OF_ANY:
             try:
                 self.exports[format] = export(checkpoint, scratch / format, format)
             except dsv3.UserError as error:
                 self.refused[format] = str(error)
-        self.integers = {format: integers_of(path, format, self.config) for format, path in self.exports.items()}
+        self.integers = {
+            format: integers_of(path, format, self.config) for format, path in self.exports.items() if format in FORMATS
+        }
 
     def run(self, format: str) -> dict:
         """What was found of one format; `good` says whether all of it is as it must be."""
@@ -149,27 +156,31 @@ class Check:
         copy = damaged_copy(path, format, self.scratch / f"{format}-damaged")
         wanted, found = self.logits, {}
         files = [path, copy]
-        if format == "gguf":
-            wanted = ours(with_numbers_of(path / TRUNK, self.dense, self.config, self.scratch / "as-gguf"), self.ids)
+        if format.startswith("gguf"):
+            wanted = ours(with_numbers_of(path / TRUNK, self.dense, self.config, self.scratch), self.ids)
             files = [path / TRUNK, copy / TRUNK, *([path / WITH_MTP] if (path / WITH_MTP).exists() else [])]
-            found["cost_of_float16_and_q8_0"] = _difference(wanted, self.logits)
+            found["cost_of_rounding_again"] = _difference(wanted, self.logits)
         logits, said = theirs(client, files, self.ids, self.scratch)
-        if format == "gguf":
+        if format.startswith("gguf"):
             products, _ = theirs("llama_cpp", files[:1], self.ids, self.scratch)
-            found["cost_of_8_bit_activations"] = _difference(products[0], wanted)
+            found["cost_of_rounded_activations"] = _difference(products[0], wanted)
             found["same_argmax"] = float((products[0].argmax(-1) == wanted.argmax(-1)).mean())
             found["same_tokens"] = said[0]["tokens"] == self._tokens()
             if len(files) > 2:
                 found["mtp"] = self._mtp(files[2])
-        others = {other: agree(self.integers[format], its, self.config) for other, its in self.integers.items()}
-        mistaken = integers_of(copy, format, self.config)
         found |= {
-            "client": client, "tensors_with_the_same_integers": others,
+            "client": client,
             "logit_difference": [_difference(its, wanted) for its in (logits[0], *logits[2:])],
-            "control": {"logit_difference": _difference(logits[1], wanted),
-                        "same_integers": agree(self.integers[format], mistaken, self.config) > 0},
+            "control": {"logit_difference": _difference(logits[1], wanted)},
             "keys": self._keys(said[0]),
         }  # fmt: skip
+        if its := self.integers.get(format):
+            others = {other: agree(its, integers, self.config) for other, integers in self.integers.items()}
+            mistaken = integers_of(copy, format, self.config)
+            found |= {
+                "tensors_with_the_same_integers": others,
+                "control_has_the_same_integers": agree(its, mistaken, self.config),
+            }
         if format == "hf-gptq":
             found["modules_in_16_bits"] = len(self._trunk(self.integers[format])) - said[0]["quantized"]
         return found | {"good": self._is_good(found)}
@@ -185,7 +196,7 @@ class Check:
     def _mtp(self, file: Path) -> dict:
         """How far the module's logits are from ours at the places of llama.cpp's own text, and how many drafts are accepted."""
         (logits,), (said,) = theirs("llama_cpp_mtp", [file], self.ids, self.scratch)
-        model = dsv3.load_hf(with_numbers_of(file, self.dense, self.config, self.scratch / "with-mtp"))
+        model = dsv3.load_hf(with_numbers_of(file, self.dense, self.config, self.scratch))
         text = jnp.asarray(said.pop("text"))
         segments = jnp.zeros_like(text[:, 1:])
         hidden, _ = model.hidden(text[:, :-1], segments)
@@ -198,9 +209,9 @@ class Check:
 
     def _is_good(self, found: dict) -> bool:
         tolerance = TOLERANCES[found["client"]]
-        noticed = found["control"]["logit_difference"] > 5 * tolerance and not found["control"]["same_integers"]
+        noticed = found["control"]["logit_difference"] > 5 * tolerance and not found.get("control_has_the_same_integers")
         differences = [*found["logit_difference"], *([found["mtp"]["logit_difference"]] if "mtp" in found else [])]
-        same = all(found["tensors_with_the_same_integers"].values()) and max(differences) <= tolerance
+        same = all(found.get("tensors_with_the_same_integers", {}).values()) and max(differences) <= tolerance
         complete = not found["keys"] and not found.get("modules_in_16_bits") and found.get("same_tokens", True)
         return same and noticed and complete
 
@@ -208,7 +219,6 @@ class Check:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     args = parser.parse_args()
     good = True
     with tempfile.TemporaryDirectory() as name:
@@ -216,7 +226,7 @@ def main() -> None:
             check = Check(args.checkpoint, Path(name))
         except dsv3.UserError as error:
             parser.error(str(error))
-        for format in args.formats:
+        for format in [*check.exports, *check.refused]:
             found = {"refused": check.refused[format], "good": True} if format in check.refused else check.run(format)
             print(json.dumps({"format": format} | found), flush=True)
             good &= found["good"]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+import dsv3_jax as dsv3
+from tests.conftest import FIXTURES, ROOT
 from tests.interop.cases import compressed_checkpoint
 from tests.interop.test_quantized import CONFIG
 
@@ -37,5 +38,12 @@ def test_clients_compute_the_same(profile, refused, tmp_path):
     assert {format for format, its in found.items() if "refused" in its} == refused
     for format in found.keys() - refused:
         assert found[format]["tensors_with_the_same_integers"]["gguf"] == 48  # of the trunk
-        assert not found[format]["control"]["same_integers"]
+        assert not found[format]["control_has_the_same_integers"]
     assert len(found["gguf"]["logit_difference"]) == 2  # without MTP and with it
+
+
+@pytest.mark.parametrize("name", ["v3_tiny_yarn", "v3_tiny_no_q_lora"])
+def test_llama_cpp_computes_the_same_with_any_checkpoint(name, tmp_path):
+    code, found, text = check(dsv3.import_hf(FIXTURES / name, tmp_path / "ckpt", ("data.seq_len=16",)))
+    assert code == 0, text[-6000:]
+    assert set(found) == {"gguf-f32", "gguf-f16", "gguf-q8_0"}
