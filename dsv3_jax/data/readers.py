@@ -36,7 +36,9 @@ _MOST_LINE = 2**27  # bytes of a line: a small packed file may hold an endless o
 _MOST_NAMES = 20  # of fields that an error lists
 _ROWS = 256  # of a .parquet file that are in memory at once
 _BYTE_ORDER_MARK = "\ufeff"
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MARKS_OF_OTHERS = (  # the first of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -79,7 +81,8 @@ def _decoded(path: Path, content: bytes, line: int, final: bool) -> tuple[str, i
         text, used = codecs.utf_8_decode(content, "strict", final)
     except UnicodeDecodeError as error:
         bad, at = content[error.start :], line + content.count(b"\n", 0, error.start)
-        what = "UTF-16, not UTF-8" if at == 1 and bad.startswith(_UTF16) else f"not UTF-8 (byte 0x{bad[0]:02x})"
+        other = next((name for mark, name in _MARKS_OF_OTHERS if at == 1 and bad.startswith(mark)), None)
+        what = f"{other}, not UTF-8" if other else f"not UTF-8 (byte 0x{bad[0]:02x})"
         raise UserError(f"data.path: {path}, line {at}: {what}; convert it") from None
     return text, line + content.count(b"\n", 0, used), content[used:]
 

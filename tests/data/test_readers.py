@@ -46,9 +46,9 @@ def test_byte_order_marks_are_stripped_and_utf_16_is_named(tmp_path):
     line = b'{"text": "x"}\n'
     (tmp_path / "a.jsonl").write_bytes(BOM + line + line + BOM + line)  # two files, joined
     assert texts(tmp_path / "a.jsonl") == ["x"] * 3
-    for name in ("b.txt", "b.jsonl"):
-        (tmp_path / name).write_bytes('{"text": "x"}'.encode("utf-16"))
-        with pytest.raises(UserError, match=rf"{name}, line 1: UTF-16, not UTF-8; convert it"):
+    for name, encoding in (("b.txt", "UTF-16"), ("b.jsonl", "UTF-16"), ("c.txt", "UTF-32")):
+        (tmp_path / name).write_bytes('{"text": "x"}'.encode(encoding))
+        with pytest.raises(UserError, match=rf"{name}, line 1: {encoding}, not UTF-8; convert it"):
             texts(tmp_path / name)
 
 

@@ -190,11 +190,13 @@ def test_kimi_k2_is_a_deepseek_v3(tmp_path):
 
 
 def test_tensors_that_are_computed_are_left_out(tmp_path, capsys):
-    """Moonlight has rotary frequencies in every layer; their shape and dtype do not matter."""
+    """Moonlight has rotary frequencies in every layer, older code saved their tables; shapes and dtypes do not matter."""
     tensors = bf16_tensors()
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
         "model.layers.1.self_attn.rotary_emb.inv_freq": np.ones((2, 3), np.int64),
+        "model.layers.1.self_attn.rotary_emb.cos_cached": np.ones((2, 8), BF16),
+        "model.layers.1.self_attn.rotary_emb.sin_cached": np.ones((2, 8), BF16),
         "model.rotary_emb.inv_freq": np.ones(8, BF16),
     }
     write(tmp_path / "with", tensors | extra, config_json())
@@ -203,7 +205,7 @@ def test_tensors_that_are_computed_are_left_out(tmp_path, capsys):
     chex.assert_trees_all_equal(*loaded)
     printed = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[2] for line in printed] == [
-        "3 tensors are left out, which follow from config.json: model.layers.0.self_attn.rotary_emb.inv_freq ..."
+        "5 tensors are left out, which follow from config.json: model.layers.0.self_attn.rotary_emb.inv_freq ..."
     ]
 
 
