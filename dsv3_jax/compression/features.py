@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model.layers import linear, swiglu
 from dsv3_jax.model.moe import MoE
 
-_ROUND = 128  # capacities are multiples of it, so that layers share programs
+_STEPS = 8  # capacities are multiples of this part of the tokens, so that layers share compiled programs
 
 
 class ExpertFeatures(NamedTuple):
@@ -63,7 +63,8 @@ def _by_expert(expert_TK: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndar
     T, K = expert_TK.shape
     chosen = expert_TK.reshape(-1)
     counts = np.bincount(chosen, minlength=experts + 1)[:experts]
-    capacity = max(-(-int(counts.max()) // _ROUND), 1) * _ROUND
+    step = -(-T // _STEPS)
+    capacity = max(-(-int(counts.max()) // step), 1) * step
     order = np.argsort(chosen, kind="stable")[: counts.sum()]
     begin = np.concatenate([[0], np.cumsum(counts)[:-1]])
     place = np.arange(len(order)) - np.repeat(begin, counts)

@@ -34,8 +34,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def taught(*overrides, seed=1, student_seed=0):
-    """(a jitted (student's state, teacher's weights, batch) -> gradients and metrics, and its arguments)."""
+def taught(*overrides):
+    """(configuration, a jitted (student's state, teacher's weights, batch) -> gradients and metrics, its arguments)."""
     config = load_config(TINY, [*SMALL, *DISTILL, *overrides])
     layout = layout_for(config)
 
@@ -44,14 +44,14 @@ def taught(*overrides, seed=1, student_seed=0):
         seeded = replace(config, train=replace(config.train, seed=seed))
         return jax.device_put(new_state(replace(seeded, parallel=type(config.parallel)())), shardings)
 
-    other = state_of(seed)
+    other = state_of(1)
     teacher = Teacher(config, (other.params, other.router_bias), {})
 
     def run(state, weights, batch):
         model = teacher.model(layout, RECIPES["float32"], *weights)
         return gradients(config, layout, state, batch, teacher=model)[:2]
 
-    return config, jax.jit(run), (state_of(student_seed), teacher.weights, batch_of(config))
+    return config, jax.jit(run), (state_of(0), teacher.weights, batch_of(config))
 
 
 def kl_by_hand(params, router_bias, config, teacher_weights, batch):
@@ -79,12 +79,12 @@ def kl_by_hand(params, router_bias, config, teacher_weights, batch):
 @pytest.fixture(scope="module")
 def on_one_device():
     config, run, arguments = taught()
-    return config, arguments, jax.device_get(run(*arguments))
+    return config, run, arguments, jax.device_get(run(*arguments))
 
 
 def test_gradients_are_those_of_the_divergence_alone(on_one_device):
     """Against autodiff of the divergence written out; float32 sums in another order, through two layers."""
-    config, (state, weights, batch), (found, metrics) = on_one_device
+    config, _, (state, weights, batch), (found, metrics) = on_one_device
     value, expected = jax.jit(jax.value_and_grad(kl_by_hand), static_argnums=2)(
         state.params, state.router_bias, config, weights, batch
     )
@@ -94,26 +94,28 @@ def test_gradients_are_those_of_the_divergence_alone(on_one_device):
     assert_same_gradients(found, jax.device_get(expected), rtol=1e-4)
 
 
-def test_the_cross_entropy_may_stand_beside_it(on_one_device):
-    _, run, arguments = taught("distill.loss_weight=2")
-    _, metrics = jax.device_get(run(*arguments))
-    alone = on_one_device[2][1]
-    plain = float(metrics.cross_entropy) + 0.3 * float(metrics.mtp_cross_entropy)
-    assert float(metrics.loss) == pytest.approx(float(alone.loss) + 2 * plain, rel=1e-5)
-
-
-def test_nothing_is_learned_from_itself():
+def test_nothing_is_learned_from_itself(on_one_device):
     """Rounding in another order is left: 1e-5 beside a gradient of norm 1."""
-    _, run, arguments = taught(seed=0)
-    grads, metrics = jax.device_get(run(*arguments))
+    _, run, (state, _, batch), _ = on_one_device
+    grads, metrics = jax.device_get(run(state, (state.params, state.router_bias), batch))
     assert float(metrics.divergence) == pytest.approx(0, abs=1e-9)
     assert max(float(np.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-5
 
 
+@pytest.mark.slow
+def test_the_cross_entropy_may_stand_beside_it(on_one_device):
+    *_, (_, alone) = on_one_device
+    _, run, arguments = taught("distill.loss_weight=2")
+    _, metrics = jax.device_get(run(*arguments))
+    plain = float(metrics.cross_entropy) + 0.3 * float(metrics.mtp_cross_entropy)
+    assert float(metrics.loss) == pytest.approx(float(alone.loss) + 2 * plain, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_mesh_gives_the_same(on_one_device):
+    *_, (expected, alone) = on_one_device
     _, run, arguments = taught("parallel.data=2", "parallel.fsdp=2", "parallel.tensor=2")
     grads, metrics = jax.device_get(run(*arguments))
-    expected, alone = on_one_device[2]
     assert float(metrics.loss) == pytest.approx(float(alone.loss), rel=1e-5)
     assert_same_gradients(grads, expected, rtol=1e-4)
 
@@ -133,6 +135,7 @@ def student(teacher_run, *extra):
     return load_config(TINY, [*overrides, *given, *extra])
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_a_checkpoint_and_goes_on(teacher_run, tmp_path):
     """What it does after a restart is bit for bit what it would have done; its checkpoints know the teacher."""
     straight = train(student(teacher_run, "name=a", "train.steps=4"), tmp_path)
