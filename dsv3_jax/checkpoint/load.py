@@ -101,7 +101,8 @@ def resolve(run_or_checkpoint: str | Path) -> Path:
         raise UserError(f"{path} holds no complete checkpoint yet")
     require(
         not (path / "config.json").is_file(),
-        f"{path} has a config.json, as Hugging Face's checkpoints do: make it one of dsv3_jax's with `dsv3 import {path} CKPT_DIR`",
+        f"{path} has a config.json, as Hugging Face's checkpoints do: make it one of dsv3_jax's with "
+        f"`dsv3 import {path} CKPT_DIR`",
     )
     verify(path)
     return path
