@@ -76,9 +76,12 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path, monkeypatch):
 def test_a_line_without_an_end_takes_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_LONGEST", 2**12)
     monkeypatch.setattr(records, "_BLOCK", 2**10)
+    sizes, parse = [], json.loads
+    monkeypatch.setattr(records.json, "loads", lambda line: sizes.append(len(line)) or parse(line))
     path = write(tmp_path / "a", row(1), b"\0" * 2**16, row(2), end=b"\0" * 2**16)
     assert [r["step"] for r in Records(path, has_step)] == [1, 2]
     assert [r["step"] for r in last_records(path, has_step, 2)] == [2, 1]
+    assert max(sizes) < 2**13
 
 
 @pytest.mark.parametrize(
