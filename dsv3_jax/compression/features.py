@@ -80,15 +80,14 @@ def _expert_hidden(x_TD: Array, token_C: Array, weight_C: Array, w_gate_up_D2M: 
 
 def outputs(features: Features, weights: DownWeights) -> Float[Array, "T D"]:
     """F W: what the layer gives for each token with these down projections."""
-    routed, T = features.routed, features.shared_TS.shape[0]
+    routed = features.routed
 
     def add(y_TD: Array, expert: tuple[Array, Array, Array]) -> tuple[Array, None]:
         token_C, hidden_CM, w_MD = expert
         return y_TD.at[token_C].add(hidden_CM @ w_MD, mode="drop"), None
 
     y_TD = features.shared_TS @ weights.shared_SD
-    assert y_TD.shape[0] == T
-    return jax.lax.scan(add, y_TD, (*routed, weights.routed_EMD))[0]
+    return jax.lax.scan(add, y_TD, (routed.token_EC, routed.hidden_ECM, weights.routed_EMD))[0]
 
 
 def correlations(features: Features, r_TD: Float[Array, "T D"]) -> DownWeights:

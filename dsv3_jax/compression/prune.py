@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -31,6 +32,7 @@ from dsv3_jax.model.transformer import Block
 class PruneConfig:
     """Which routed experts go, and what makes up for them."""
 
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
     fraction: float = 0.0  # of the experts of each group that are dropped; 0: none
     saliency: Literal["sum", "reap", "use"] = "sum"  # which go: see compression/saliency.py
     ridge: float | None = 0.03  # of the refit of down projections, in mean squares of what they read; null: no refit
@@ -109,28 +111,27 @@ def prune_layer(
         `kept` (the experts' old numbers), `tokens` (that chose each before), `lacking` (of the squared output, before and after
         the refit).
     """
-    groups = block.ffn.config.n_group
+    moe: Any = block.ffn
     original_TD, current_TD, real_T = (jnp.asarray(a) for a in (original_TD, current_TD, real_T))
-    features = moe_features(block.ffn, block.ffn_norm(original_TD), real_T)
-    wanted_TD = original_TD + outputs(features, down_weights(block.ffn))  # of the stream after the block
-    seen = evidence(features.routed, block.ffn.w_down_EMD[...], len(real_T))
-    tokens = np.asarray(seen.tokens_E)
-    del features
+    features = moe_features(moe, block.ffn_norm(original_TD), real_T)
+    wanted_TD = original_TD + outputs(features, down_weights(moe)) - current_TD
+    seen = evidence(features.routed, moe.w_down_EMD[...], len(real_T))
+    tokens_E = np.asarray(seen.tokens_E)
     normed_TD = block.ffn_norm(current_TD)
-    found, kept = block, np.arange(block.ffn.config.n_routed_experts)
+    found, kept = block, np.arange(moe.config.n_routed_experts)
     before = after = jnp.float32(0)
-    for count in _counts(len(kept), experts, groups, settings.rounds):
+    for count in _counts(len(kept), experts, moe.config.n_group, settings.rounds):
         if found is not block:  # judged anew, as it is now
-            now = moe_features(found.ffn, normed_TD, real_T)
-            seen = evidence(now.routed, found.ffn.w_down_EMD[...], len(real_T))
-        chosen = np.asarray(most_salient(SALIENCIES[settings.saliency](seen), groups, count))
+            seen = evidence(features.routed, moe.w_down_EMD[...], len(real_T))
+        chosen = np.asarray(most_salient(SALIENCIES[settings.saliency](seen), moe.config.n_group, count))
         found, kept = without_experts(found, chosen), kept[chosen]
-        features = moe_features(found.ffn, normed_TD, real_T)
-        before = after = _lacking(features, down_weights(found.ffn), wanted_TD - current_TD, real_T)
+        moe = found.ffn
+        features = moe_features(moe, normed_TD, real_T)
+        before = after = _lacking(features, down_weights(moe), wanted_TD, real_T)
         if settings.ridge is not None:
-            _set_down(found.ffn, _refitted(features, down_weights(found.ffn), wanted_TD - current_TD, real_T, settings.ridge))
-            after = _lacking(features, down_weights(found.ffn), wanted_TD - current_TD, real_T)
-    report = {"kept": kept.tolist(), "tokens": tokens.tolist(), "lacking": [float(before), float(after)]}
+            _set_down(moe, _refitted(features, down_weights(moe), wanted_TD, real_T, settings.ridge))
+            after = _lacking(features, down_weights(moe), wanted_TD, real_T)
+    report = {"kept": kept.tolist(), "tokens": tokens_E.tolist(), "lacking": [float(before), float(after)]}
     return PrunedLayer(found, report)
 
 
