@@ -102,7 +102,7 @@ def gptq(
         format: Its group divides K.
         damping: Is added to the diagonal, in units of its mean.
     """
-    grid = choose_grid(w_KN, format)
+    grid = choose_grid(w_KN, format, jnp.diagonal(moments_KK))
     order_K = jnp.argsort(-jnp.diagonal(moments_KK), stable=True)
     u_KK = inverse_factor(moments_KK[order_K][:, order_K], jnp.float32(damping))
     codes_KN = _round_in_order(w_KN, grid, u_KK, format, order_K)

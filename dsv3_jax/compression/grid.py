@@ -1,7 +1,8 @@
 """Scales and zero points of a weight's groups, chosen by a search over how far a group is clipped.
 
 A group that keeps its largest weight exactly spends its few codes on a range that holds few weights. The search shrinks the
-range by factors from 1.05 down to 0.5 and keeps the one with the least sum of |error|^2.4, as GPTQ's tools do.
+range by factors from 1.05 down to 0.5 and keeps the one with the least sum of |error|^2.4, as GPTQ's tools do; where inputs are
+known, each error counts as much as its input's second moment.
 """
 
 from typing import NamedTuple
@@ -35,8 +36,11 @@ def nearest_code(w: Array, scale: Array, zero: Array, levels: int) -> Float32[Ar
     return jnp.clip(jnp.round(w / scale) + zero, 0, levels - 1)
 
 
-def choose_grid(w_KN: Float32[Array, "K N"], format: IntegerFormat) -> Grid:
-    """The grid of each group of `format.group` inputs and each output, by the search that the module describes."""
+def choose_grid(w_KN: Float32[Array, "K N"], format: IntegerFormat, moment_K: Float32[Array, " K"] | None = None) -> Grid:
+    """The grid of each group of `format.group` inputs and each output, by the search that the module describes.
+
+    `moment_K` are the inputs' second moments; None: all errors count alike.
+    """
     K, N = w_KN.shape
     w_GgN = w_KN.reshape(K // format.group, format.group, N)
     low_GN, high_GN = w_GgN.min(1), w_GgN.max(1)
@@ -45,6 +49,8 @@ def choose_grid(w_KN: Float32[Array, "K N"], format: IntegerFormat) -> Grid:
         low_GN = -high_GN
     else:
         low_GN, high_GN = jnp.minimum(low_GN, 0), jnp.maximum(high_GN, 0)
+
+    weight_Gg1 = jnp.ones(1) if moment_K is None else moment_K.reshape(K // format.group, format.group, 1)
 
     def tried(factor: Array) -> tuple[Grid, Float32[Array, "G N"]]:
         scale_GN = storable(jnp.maximum(factor * (high_GN - low_GN) / (format.levels - 1), _SMALLEST_SCALE))
@@ -55,7 +61,7 @@ def choose_grid(w_KN: Float32[Array, "K N"], format: IntegerFormat) -> Grid:
             zero_GN = jnp.clip(jnp.round(-factor * low_GN / s_GN), 0, format.levels - 1)
         s_G1N, zero_G1N = s_GN[:, None], zero_GN[:, None]
         error_GgN = w_GgN - s_G1N * (nearest_code(w_GgN, s_G1N, zero_G1N, format.levels) - zero_G1N)
-        return Grid(scale_GN, zero_GN.astype(jnp.uint8)), jnp.sum(jnp.abs(error_GgN) ** _NORM, axis=1)
+        return Grid(scale_GN, zero_GN.astype(jnp.uint8)), jnp.sum(weight_Gg1 * jnp.abs(error_GgN) ** _NORM, axis=1)
 
     def better(best: tuple, factor: Array) -> tuple[tuple, None]:
         found = tried(factor)

@@ -42,7 +42,10 @@ def dequantised(rounded, format):
 
 def optimal_brain_codes(w_KN, moments_KK, format, damping):
     """Equations 2-3 of arXiv 2210.17323, in float64: after each input the inverse of what is left is taken anew."""
-    scale_KN, zero_KN = (np.asarray(a, np.float64) for a in choose_grid(jnp.asarray(w_KN), format).per_input(format.group))
+    scale_KN, zero_KN = (
+        np.asarray(a, np.float64)
+        for a in choose_grid(jnp.asarray(w_KN), format, jnp.diagonal(jnp.asarray(moments_KK))).per_input(format.group)
+    )
     order = np.argsort(-np.diag(moments_KK), kind="stable")
     w, h = w_KN.astype(np.float64)[order], moments_KK.astype(np.float64)[order][:, order]
     h += damping * np.trace(h) / len(h) * np.eye(len(h))
@@ -78,22 +81,26 @@ def test_loses_less_of_the_output_than_rounding(w_KN, moments_KK):
     assert losses[0] < 0.5 * losses[1]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("format", [W4, W2], ids=str)
-def test_the_grid_is_the_best_of_those_tried(w_KN, format):
-    grid = choose_grid(jnp.asarray(w_KN), format)
+def test_the_grid_is_the_best_of_those_tried(w_KN, format, weighted):
+    """Every group of every output; errors count as much as the moments of their inputs, if these are given."""
+    moment_K = np.linspace(0, 3, K).astype(np.float32) if weighted else np.ones(K, np.float32)
+    grid = choose_grid(jnp.asarray(w_KN), format, jnp.asarray(moment_K) if weighted else None)
     assert (grid.scale_GN.astype(jnp.bfloat16).astype(jnp.float16) == grid.scale_GN).all()  # in both formats the same number
-    group, output = w_KN[8:16, 2].astype(np.float64), 2
-    low, high = min(group.min(), 0), max(group.max(), 0)
-    if format.symmetric:
-        low, high = -np.abs(group).max(), np.abs(group).max()
-    tried = []
-    for factor in np.linspace(1.05, 0.5, 23):
-        scale = np.float64(jnp.float16(jnp.bfloat16(jnp.float16(factor * (high - low) / (format.levels - 1)))))
-        zero = format.middle if format.symmetric else np.clip(np.round(-factor * low / scale), 0, format.levels - 1)
-        codes = np.clip(np.round(group / scale) + zero, 0, format.levels - 1)
-        tried.append(((np.abs(group - scale * (codes - zero)) ** 2.4).sum(), scale, zero))
-    _, scale, zero = min(tried)
-    assert (float(grid.scale_GN[1, output]), int(grid.zero_GN[1, output])) == (scale, zero)
+    for g, output in np.ndindex(K // 8, N):
+        inputs = slice(8 * g, 8 * g + 8)
+        group = w_KN[inputs, output].astype(np.float64)
+        low, high = min(group.min(), 0), max(group.max(), 0)
+        if format.symmetric:
+            low, high = -np.abs(group).max(), np.abs(group).max()
+        tried = []
+        for factor in np.linspace(1.05, 0.5, 23):
+            scale = np.float64(jnp.float16(jnp.bfloat16(jnp.float16(factor * (high - low) / (format.levels - 1)))))
+            zero = format.middle if format.symmetric else np.clip(np.round(-factor * low / scale), 0, format.levels - 1)
+            codes = np.clip(np.round(group / scale) + zero, 0, format.levels - 1)
+            tried.append(((moment_K[inputs] * np.abs(group - scale * (codes - zero)) ** 2.4).sum(), scale, zero))
+        assert (float(grid.scale_GN[g, output]), int(grid.zero_GN[g, output])) == min(tried)[1:]
 
 
 def test_a_group_of_zeros_stays_zeros():
@@ -136,7 +143,7 @@ def hidden_of(x_TD, w_D2M):
     return gate / (1 + np.exp(-gate)) * up
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, 2, 4])
 def test_moments_are_those_of_each_experts_tokens(routed, devices):
     x_TD, expert_TK, w = routed
     mesh = mesh_of(devices)
