@@ -229,10 +229,14 @@ def export(
 
 
 def compress(
-    run: RunPath,
-    out_dir: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path | None, tyro.conf.Positional] = None,
+    out_dir: Annotated[Path | None, tyro.conf.Positional] = None,
     overrides: Overrides = (),
     profile: str = "w4",
+    plan: bool = False,
+    topology: str = "h100:1x8",
+    bandwidth: float | None = None,
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
 ) -> None:
     """Compress a run or checkpoint: linear layers in few bits, by GPTQ, one layer at a time.
 
@@ -242,12 +246,29 @@ def compress(
 
     Example: dsv3 compress runs/tiny compressed/tiny-w2 --profile bits experts.group=32 calibration.tokens=8192
 
+    Example: dsv3 compress configs/v3_671b.yaml --plan --topology h100:1x8 --profile arm-i8mm
+
     Args:
-        run: A run (its latest checkpoint), a checkpoint, or an imported checkpoint.
+        run: A run (its latest checkpoint), a checkpoint, or an imported checkpoint; for --plan also a YAML file.
         out_dir: The compressed checkpoint's directory, which appears once all of it is written.
         overrides: key=value for the profile: linears.bits, experts.group, method, damping, calibration.tokens, ...
-        profile: Which numbers each part of the model gets: one of those in docs/compression.md.
+        profile: Which numbers each part of the model gets, or the edge device that it is for; see --list.
+        plan: Only print memory, work and hours of compressing on --topology, and sizes by profile; reads no weights.
+        topology: For --plan: KIND:SHAPE as for dsv3 plan.
+        bandwidth: For --plan: memory bandwidth in GB/s, for decode rates; the target's if not given.
+        list_: Only print the profiles.
     """
+    if list_:
+        from dsv3_jax.compression.tables import list_profiles
+
+        return list_profiles(make_console())
+    if plan and run is not None:
+        from dsv3_jax.compression.tables import show_plan
+
+        given = (*(() if out_dir is None else (str(out_dir),)), *overrides)  # there is no OUT_DIR
+        return show_plan(run, profile, given, topology, bandwidth, make_console())
+    if run is None or out_dir is None:
+        raise UserError("compress needs RUN and OUT_DIR, or RUN (or a YAML file) and --plan; --list prints profiles")
     from dsv3_jax.compression.compress import compress as write
 
     print(f"compressed {run} as {write(run, out_dir, profile, overrides)}")

@@ -6,6 +6,7 @@ In memory are one layer, the moments of what its linear layers read, and the cal
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from dsv3_jax.compression.layer import LayerCompressor, Stream, run_attention, r
 from dsv3_jax.compression.profile import Profile, load_profile
 from dsv3_jax.compression.prune import kept_experts, prune_layer, pruned_config
 from dsv3_jax.compression.report import LAYERS, REPORT, LayerLog, report_json
+from dsv3_jax.compression.targets import known_targets
 from dsv3_jax.config import config_to_dict, config_to_yaml
 from dsv3_jax.data.companions import DIRECTORY, TOKENIZER
 from dsv3_jax.errors import UserError
@@ -67,6 +69,8 @@ def compress(
         raise UserError(f"{source.path} is compressed already; compress the checkpoint that it was made from")
     checked = load_profile(profile, overrides) if isinstance(profile, str) else profile
     checked.check_fits(source.config.model)
+    if (device := known_targets().get(checked.name)) is not None and device.leaves and checked.experts is None:
+        print(f"{device.name}: {' '.join(device.leaves.split())}", file=sys.stderr, flush=True)
     return _Compression(source, metadata, target, checked).run()
 
 

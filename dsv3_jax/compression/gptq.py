@@ -53,10 +53,15 @@ def inverse_factor(moments_KK: Float32[Array, "K K"], damping: Array) -> Float32
     return jax.scipy.linalg.solve_triangular(lower_KK[::-1, ::-1], jnp.eye(K, dtype=jnp.float32), lower=False)
 
 
+def block_of(inputs: int) -> int:
+    """How many inputs are rounded before their errors are carried over to those after them: a divisor."""
+    return max(b for b in range(1, min(inputs, _BLOCK) + 1) if inputs % b == 0)
+
+
 def _round_in_order(w_KN: Array, grid: Grid, u_KK: Array, format: IntegerFormat, order_K: Array) -> Float32[Array, "K N"]:
     """Codes, in the original order, of a weight whose inputs are rounded in `order_K`, which is that of `u_KK`."""
     K, N = w_KN.shape
-    block = max(b for b in range(1, min(K, _BLOCK) + 1) if K % b == 0)
+    block = block_of(K)
     scale_KN, zero_KN = (a[order_K] for a in grid.per_input(format.group))
 
     def round_block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
-"""Compression profiles: which numbers each part of a model gets. A profile is data (profiles.yaml)."""
+"""Compression profiles: which numbers each part of a model gets. A profile is data (profiles.yaml, targets.yaml)."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -12,9 +13,10 @@ import pydantic
 from dsv3_jax.checks import require, shortened
 from dsv3_jax.compression.calibration import CalibrationConfig
 from dsv3_jax.compression.prune import PruneConfig, kept_experts
+from dsv3_jax.compression.targets import known_targets
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.hf_tensors import sources
+from dsv3_jax.interop.hf_tensors import examples
 from dsv3_jax.yaml_reader import parse_yaml
 from pallas_kernels.integer_weight import BITS, IntegerFormat
 
@@ -54,7 +56,7 @@ class Profile:
         require(
             not (floats and self.prune.fraction), f"prune.fraction={self.prune.fraction:g} goes with integers, not with e4m3"
         )
-        for s in sources(config):
+        for s in examples(config).values():
             format = self.integer_format_of(s.array) if s.is_fp8 else None
             if format is None or s.shape[1] % format.of(s.shape[1]).group == 0:
                 continue
@@ -67,7 +69,7 @@ class Profile:
 
     def format_of(self, array: str) -> Format:
         """The format of a linear layer's weight by its name in the model."""
-        return self.experts if array.endswith(("ffn/w_gate_up_ED2M", "ffn/w_down_EMD")) else self.linears
+        return self.experts if is_routed(array) else self.linears
 
     def integer_format_of(self, array: str) -> IntegerFormat | None:
         """`format_of` where that is one of integers."""
@@ -75,10 +77,16 @@ class Profile:
         return found if isinstance(found, IntegerFormat) else None
 
 
+def is_routed(array: str) -> bool:
+    """Whether an array of the model holds weights of routed experts."""
+    return array.endswith(("ffn/w_gate_up_ED2M", "ffn/w_down_EMD"))
+
+
 def known_profiles() -> dict[str, dict[str, Any]]:
-    """What profiles.yaml has, by name."""
+    """The fields of each profile by its name: those of profiles.yaml, then a target's each."""
     file = resources.files("dsv3_jax.compression") / "profiles.yaml"
-    return parse_yaml(file.read_text(), "profiles.yaml")  # type: ignore[return-value]
+    named: dict[str, dict[str, Any]] = parse_yaml(file.read_text(), "profiles.yaml")  # type: ignore[assignment]
+    return named | {t.name: {"about": t.about, **copy.deepcopy(t.profile)} for t in known_targets().values()}
 
 
 def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:

@@ -211,3 +211,8 @@ def copies(c: ModelConfig) -> Iterator[Copy]:
         prefix = f"model.layers.{c.num_hidden_layers + k}."
         yield Copy(prefix + "embed_tokens.weight", embed, shape)
         yield Copy(prefix + "shared_head.head.weight", head, shape)
+
+
+def examples(c: ModelConfig) -> dict[str, Source]:
+    """A tensor of each array. The other 46,000 of a large model differ from these in their layer or expert alone."""
+    return {s.array: s for s in sources(replace(c, num_hidden_layers=min(c.num_hidden_layers, c.num_dense_layers + 1)))}
