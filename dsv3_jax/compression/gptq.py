@@ -41,16 +41,21 @@ def add_products(xx_KK: Float32[Array, "K K"], x_TK: Float32[Array, "T K"]) -> F
     return jax.lax.scan(lambda xx_KK, x_RK: (xx_KK + dot(x_RK.T, x_RK), None), xx_KK, x_bRK)[0]
 
 
-def inverse_factor(moments_KK: Float32[Array, "K K"], damping: Array) -> Float32[Array, "K K"]:
-    """U, upper triangular, with U^T U the inverse of the moments plus `damping` times their mean diagonal.
+def damped(moments_KK: Float32[Array, "K K"], damping: float | Array) -> Float32[Array, "K K"]:
+    """The moments with `damping` times their mean diagonal added to it; the unit matrix for those of no tokens."""
+    K = moments_KK.shape[0]
+    mean = jnp.trace(moments_KK) / K
+    return moments_KK + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(K, dtype=jnp.float32)
+
+
+def inverse_factor(moments_KK: Float32[Array, "K K"]) -> Float32[Array, "K K"]:
+    """U, upper triangular, with U^T U the inverse of the moments.
 
     H = R R^T with R upper triangular is a Cholesky factorisation with rows and columns reversed; then U = R^-1.
     """
-    K = moments_KK.shape[0]
-    mean = jnp.trace(moments_KK) / K
-    damped_KK = moments_KK + jnp.where(mean > 0, damping * mean, 1.0) * jnp.eye(K, dtype=jnp.float32)
-    lower_KK = jnp.linalg.cholesky(damped_KK[::-1, ::-1])
-    return jax.scipy.linalg.solve_triangular(lower_KK[::-1, ::-1], jnp.eye(K, dtype=jnp.float32), lower=False)
+    lower_KK = jnp.linalg.cholesky(moments_KK[::-1, ::-1])
+    unit_KK = jnp.eye(len(moments_KK), dtype=jnp.float32)
+    return jax.scipy.linalg.solve_triangular(lower_KK[::-1, ::-1], unit_KK, lower=False)
 
 
 def block_of(inputs: int) -> int:
@@ -107,9 +112,10 @@ def gptq(
         format: Its group divides K.
         damping: Is added to the diagonal, in units of its mean.
     """
+    moments_KK = damped(moments_KK, damping)
     grid = choose_grid(w_KN, format, jnp.diagonal(moments_KK))
     order_K = jnp.argsort(-jnp.diagonal(moments_KK), stable=True)
-    u_KK = inverse_factor(moments_KK[order_K][:, order_K], jnp.float32(damping))
+    u_KK = inverse_factor(moments_KK[order_K][:, order_K])
     codes_KN = _round_in_order(w_KN, grid, u_KK, format, order_K)
     return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.isfinite(u_KK).all() & jnp.isfinite(codes_KN).all())
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax.compression.gptq import inverse_factor
+from dsv3_jax.compression.gptq import damped, inverse_factor
 from dsv3_jax.compression.saliency import keep_half
 
 
@@ -27,7 +27,7 @@ def sparse_gpt(
         damping: Is added to the diagonal, in units of its mean.
     """
     K, N = w_KN.shape
-    u_KK = inverse_factor(moments_KK, jnp.float32(damping))
+    u_KK = inverse_factor(damped(moments_KK, jnp.float32(damping)))
 
     def prune_block(i: Array, w_KN: Array) -> Array:
         begin = i * block

@@ -42,13 +42,11 @@ def dequantised(rounded, format):
 
 def optimal_brain_codes(w_KN, moments_KK, format, damping):
     """Equations 2-3 of arXiv 2210.17323, in float64: after each input the inverse of what is left is taken anew."""
-    scale_KN, zero_KN = (
-        np.asarray(a, np.float64)
-        for a in choose_grid(jnp.asarray(w_KN), format, jnp.diagonal(jnp.asarray(moments_KK))).per_input(format.group)
-    )
-    order = np.argsort(-np.diag(moments_KK), kind="stable")
-    w, h = w_KN.astype(np.float64)[order], moments_KK.astype(np.float64)[order][:, order]
-    h += damping * np.trace(h) / len(h) * np.eye(len(h))
+    h = moments_KK + damping * np.trace(moments_KK.astype(np.float64)) / len(moments_KK) * np.eye(len(moments_KK))
+    grid = choose_grid(jnp.asarray(w_KN), format, jnp.asarray(np.diag(h), jnp.float32))
+    scale_KN, zero_KN = (np.asarray(a, np.float64) for a in grid.per_input(format.group))
+    order = np.argsort(-np.diag(h), kind="stable")
+    w, h = w_KN.astype(np.float64)[order], h[order][:, order]
     codes = np.zeros_like(w)
     for i in range(len(w)):
         s, z = scale_KN[order[i]], zero_KN[order[i]]
