@@ -276,13 +276,22 @@ def compress(
 
 def report(run: RunPath) -> None:
     """Print where a run's time went: steps that count, saving, and what each failure cost (detection, restart, restore,
-    compiling, steps done again).
+    compiling, steps done again); of a compressed checkpoint, what compression did, and write a page with plots, compress.html.
 
     Example: dsv3 report runs/tiny
 
+    Example: dsv3 report compressed/tiny-w4
+
     Args:
-        run: The run's directory.
+        run: The run's directory, or a compressed checkpoint's.
     """
+    from dsv3_jax.compression.report import REPORT
+
+    if (run / REPORT).is_file():
+        from dsv3_jax.compression.command import report as report_compression
+
+        print(f"wrote {report_compression(run, make_console())}")
+        return
     from dsv3_jax.runs.directory import RunDirectory
     from dsv3_jax.runs.report import show
 

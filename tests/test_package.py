@@ -25,7 +25,7 @@ ROOMS = [
     "training", "interop", "compression", "plan", "elastic",
 ]  # fmt: skip
 # modules of the package that every room may import
-BELOW_ROOMS = {"checks", "errors", "config", "config_input", "files", "progress", "records", "streams", "yaml_reader"}
+BELOW_ROOMS = {"checks", "errors", "config", "config_input", "files", "pages", "progress", "records", "streams", "yaml_reader"}
 ABOVE_ROOMS = {"__init__", "__main__", "cli", "describe"}  # and those that no room may import
 
 

@@ -25,7 +25,9 @@ from dsv3_jax.compression.blocks import BlockReader, Place, make_block, places
 from dsv3_jax.compression.calibration import batches, calibration_windows
 from dsv3_jax.compression.container import CompressedWriter, integer_arrays_of
 from dsv3_jax.compression.fp8 import round_to_fp8
+from dsv3_jax.compression.held_out import held_out_batches, measured
 from dsv3_jax.compression.layer import LayerCompressor, Stream, run_attention, run_ffn
+from dsv3_jax.compression.parts import sizes_by_part
 from dsv3_jax.compression.profile import Profile, load_profile
 from dsv3_jax.compression.prune import kept_experts, prune_layer, pruned_config
 from dsv3_jax.compression.report import LAYERS, REPORT, LayerLog, report_json
@@ -90,7 +92,7 @@ class _Compression:
         described = kept | {
             "config": config_to_dict(self._config),
             INTEGERS: {name: array.to_json() for name, array in self._integers.items()},
-            "compression": {"profile": dataclasses.asdict(profile), "source": _digest(source)},
+            "compression": {"profile": _decisive(profile), "source": _digest(source)},
         }
         identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         identity.update(np.ascontiguousarray(self._windows.tokens).tobytes())
@@ -98,6 +100,7 @@ class _Compression:
         self._compress = LayerCompressor(self._config.model, profile)
         self._scales: dict[str, np.ndarray] = {}  # of 8-bit floats
         self._log = LayerLog(self._writer.path_of(LAYERS))
+        self._held_out = held_out_batches(source, profile.measure)
 
     def run(self) -> Path:
         inputs = self._windows.inputs(self._config.model.num_nextn_predict_layers)
@@ -122,7 +125,7 @@ class _Compression:
                 progress.advance(size)
         for name in ("norm/scale", *(() if self._config.model.tie_word_embeddings else ("head_DV",))):
             self._write_dense(name, self._reader.array(name))
-        self._add_files(report)
+        self._add_files(report, self._measured())
         self._writer.commit()
         return self._target
 
@@ -167,17 +170,29 @@ class _Compression:
         self._writer.write(place.prefix, place.lead, jax.device_get(values))
         return after, original, said
 
-    def _add_files(self, layers: list[dict[str, Any]]) -> None:
+    def _measured(self) -> dict[str, Any]:
+        """What compression did to the model, on text that it did not see."""
+        if isinstance(self._held_out, str):
+            return {"skipped": self._held_out}
+        return measured(self._source, self._writer.path_of(""), self._config, self._held_out)
+
+    def _add_files(self, layers: list[dict[str, Any]], measured: dict[str, Any]) -> None:
         self._log.remove()
         if self._scales:
             tensors = {name: (scale.dtype, scale.shape) for name, scale in self._scales.items()}
             write_safetensors(self._writer.path_of(SCALES), tensors, self._scales.__getitem__)
-        self._writer.add_file(REPORT, report_json(self._profile, self._windows, layers))
+        sizes = sizes_by_part(self._source.config.model, self._config.model, self._integers)
+        self._writer.add_file(REPORT, report_json(self._profile, self._windows, layers, measured, sizes))
         self._writer.add_file("config.yaml", config_to_yaml(self._config).encode())
         for name, content in self._source.companions().items():
             self._writer.add_file(f"{DIRECTORY}/{name}", content)
         if tokenizer := self._source.tokenizer_file():
             self._writer.add_file(TOKENIZER, tokenizer.read_bytes())
+
+
+def _decisive(profile: Profile) -> dict[str, Any]:
+    """What of a profile decides over the weights."""
+    return {key: value for key, value in dataclasses.asdict(profile).items() if key != "measure"}
 
 
 def _digest(checkpoint: Checkpoint) -> str:

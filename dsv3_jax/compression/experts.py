@@ -6,7 +6,7 @@ devices, bit for bit.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
-from dsv3_jax.compression.gptq import Rounded, gptq
+from dsv3_jax.compression.gptq import Rounded, gptq, output_energies
 from dsv3_jax.model.layers import swiglu
 from pallas_kernels.grouped_swiglu.rows import rows_of_slots
 from pallas_kernels.integer_weight import IntegerFormat
@@ -38,9 +38,9 @@ def expert_mesh(experts: int) -> Mesh:
     return Mesh(np.array(devices[: math.gcd(experts, len(devices))]), (_AXIS,))
 
 
-def sharded(mesh: Mesh, array: Array | np.ndarray) -> Array:
-    """An array with a leading axis of experts, each on the device that computes with it."""
-    return jax.device_put(array, NamedSharding(mesh, P(_AXIS)))
+def sharded(mesh: Mesh, arrays: Any) -> Any:
+    """Arrays with a leading axis of experts, each expert on the device that computes with it."""
+    return jax.device_put(arrays, NamedSharding(mesh, P(_AXIS)))
 
 
 def replicated(mesh: Mesh, array: Array) -> Array:
@@ -115,3 +115,18 @@ def gptq_experts(
     xx_EKK, tokens_E = (jax.device_put(a, jax.devices()[0]) for a in moments)
     mean_KK = replicated(mesh, xx_EKK.sum(0) / jnp.maximum(tokens_E.sum(), 1))
     return _gptq_experts(mesh, sharded(mesh, w_EKN), moments, mean_KK, format, jnp.float32(damping))
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def expert_energies(
+    mesh: Mesh, w_EKN: Float32[Array, "E K N"], rounded: Rounded, moments: Moments, format: IntegerFormat
+) -> Float32[Array, "E 3"]:
+    """`output_energies` of each expert on its own tokens, one expert after the other on each device."""
+
+    def own(w_EKN: Array, rounded: Rounded, xx_EKK: Array) -> Array:
+        return jax.lax.map(lambda of_one: output_energies(*of_one, format), (w_EKN, rounded, xx_EKK))
+
+    by_expert = P(_AXIS)
+    return jax.shard_map(own, mesh=mesh, in_specs=by_expert, out_specs=by_expert, check_vma=False)(
+        w_EKN, rounded, moments.xx_EKK
+    )

@@ -120,10 +120,22 @@ def gptq(
     return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.isfinite(u_KK).all() & jnp.isfinite(codes_KN).all())
 
 
+def _energy(w_KN: Array, moments_KK: Array) -> Float32[Array, ""]:
+    """tr(w^T H w): the squared outputs x w, summed over the inputs x whose second moments are H."""
+    return jnp.sum(w_KN * dot(moments_KK, w_KN))
+
+
 def loss_of_rounding(w_KN: Array, dequantised_KN: Array, moments_KK: Array) -> Float32[Array, ""]:
     """tr(dw^T H dw) / tr(w^T H w): how much of the layer's output, squared, rounding changed on the calibration set."""
+    return _energy(dequantised_KN - w_KN, moments_KK) / jnp.maximum(_energy(w_KN, moments_KK), math.ulp(0.0))
 
-    def energy(a_KN: Array) -> Array:
-        return jnp.sum(a_KN * dot(moments_KK, a_KN))
 
-    return energy(dequantised_KN - w_KN) / jnp.maximum(energy(w_KN), math.ulp(0.0))
+def output_energies(w_KN: Array, rounded: Rounded, moments_KK: Array, format: IntegerFormat) -> Float32[Array, "3"]:
+    """Squared norms on the calibration set: of the output, its error by these codes, and that by the nearest of their grid."""
+    scale_KN, zero_KN = Grid(rounded.scale_GN, rounded.zero_GN).per_input(format.group)
+
+    def error(codes_KN: Array) -> Array:
+        return _energy(scale_KN * (codes_KN - zero_KN) - w_KN, moments_KK)
+
+    nearest_KN = nearest_code(w_KN, scale_KN, zero_KN, format.levels)
+    return jnp.stack([_energy(w_KN, moments_KK), error(rounded.codes_KN.astype(jnp.float32)), error(nearest_KN)])

@@ -12,8 +12,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.compression.blocks import Inputs, Stage, attention_stages, ffn_stages
-from dsv3_jax.compression.experts import add_moments, expert_mesh, gptq_experts, no_moments, replicated, sharded
-from dsv3_jax.compression.gptq import Rounded, add_products, gptq, round_to_nearest
+from dsv3_jax.compression.experts import (
+    add_moments,
+    expert_energies,
+    expert_mesh,
+    gptq_experts,
+    no_moments,
+    replicated,
+    sharded,
+)
+from dsv3_jax.compression.gptq import Rounded, add_products, gptq, output_energies, round_to_nearest
 from dsv3_jax.compression.profile import Profile
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
@@ -49,12 +57,16 @@ class Stream:
 
 @dataclass
 class LayerResult:
-    """What compressing a block gave: its integer weights by name, tokens of each routed expert, and what had to be retried."""
+    """What compressing a block gave: its integer weights by name, tokens of each routed expert, and what had to be retried.
+
+    `energies` are those of `gptq.output_energies` by the weight's name, f32[3], of routed experts f32[E, 3].
+    """
 
     block: Block  # with the weights that the integers stand for
     weights: dict[str, IntegerWeight] = field(default_factory=dict)
     tokens_E: np.ndarray | None = None
     retries: list[str] = field(default_factory=list)
+    energies: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -108,6 +120,7 @@ def run_ffn(block: Block, middle: Stream) -> Stream:
 
 
 _round_one = jax.jit(gptq, static_argnums=2)
+_energies = jax.jit(output_energies, static_argnums=3)
 _nearest = jax.jit(round_to_nearest, static_argnums=1)
 _nearest_experts = jax.jit(jax.vmap(round_to_nearest, in_axes=(0, None)), static_argnums=1)
 
@@ -161,6 +174,8 @@ class LayerCompressor:
         for name, w_KN in matrices.items():
             by_gptq = partial(_round_one, w_KN, xx_KK, of)
             rounded = self._retried(f"{where}, {name}", result, by_gptq, partial(_nearest, w_KN, of))
+            if self._profile.method == "gptq":
+                result.energies[name] = np.asarray(_energies(w_KN, rounded, xx_KK, of))
             self._put(variables[name], name, rounded, of, result)
 
     def _experts(self, block: Block, middle: Stream, result: LayerResult, where: str) -> None:
@@ -183,6 +198,7 @@ class LayerCompressor:
             of, w_EKN = format.of(K), w.reshape(E, K, -1)
             by_gptq = partial(gptq_experts, mesh, w_EKN, moments, of)
             rounded = self._retried(f"{where}, {name}", result, by_gptq, partial(_nearest_experts, w_EKN, of))
+            result.energies[name] = np.asarray(expert_energies(mesh, *sharded(mesh, (w_EKN, rounded)), moments, of))
             rounded = jax.device_put(rounded, jax.devices()[0])
             self._put(variables[name], name, rounded, of, result)
 

@@ -78,12 +78,14 @@ class Comparison:
             "windows": len(self.targets),
             "targets": int(self.targets.sum()),
             "loss": float(self.nll.sum() / self.targets.sum()),
+            "original_loss": float(self.original_nll.sum() / self.targets.sum()),
             "accuracy": float(self.correct.sum() / self.targets.sum()),
             "loss_change": paired(self.nll, self.original_nll, 1.0),  # relative
             "kl": paired(self.kl, self.targets),
             "top1_kept": paired(self.correct, self.original_correct),
             "agreement": paired(self.agreed, self.targets),
             "mtp_acceptance": [paired(self.accepted[:, k], drafted[:, k]) for k in depths],
+            "original_mtp_acceptance": [paired(self.original_accepted[:, k], drafted[:, k]) for k in depths],
             "mtp_acceptance_change": [
                 paired(self.accepted[:, k] - self.original_accepted[:, k], drafted[:, k]) for k in depths
             ],

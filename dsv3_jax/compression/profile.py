@@ -12,6 +12,7 @@ import pydantic
 
 from dsv3_jax.checks import require, shortened
 from dsv3_jax.compression.calibration import CalibrationConfig
+from dsv3_jax.compression.held_out import MeasureConfig
 from dsv3_jax.compression.prune import PruneConfig, kept_experts
 from dsv3_jax.compression.targets import known_targets
 from dsv3_jax.config import ModelConfig
@@ -39,6 +40,7 @@ class Profile:
     damping: float = 0.01  # added to the diagonal of the inputs' moments, in units of its mean
     prune: PruneConfig = field(default_factory=PruneConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     def __post_init__(self) -> None:
         for part in ("linears", "experts"):
@@ -48,6 +50,11 @@ class Profile:
         require(0 < self.damping < 100, f"damping={self.damping} must be positive and below 100")
         for key in ("tokens", "batch"):
             require(getattr(self.calibration, key) > 0, f"calibration.{key}={getattr(self.calibration, key)} must be positive")
+        require(self.measure.tokens >= 0, f"measure.tokens={self.measure.tokens} must be at least 0, which measures nothing")
+        require(
+            self.measure.path is None or self.measure.path != self.calibration.path,
+            f"measure.path={self.measure.path} is what calibration reads; give text that it does not see",
+        )
 
     def check_fits(self, config: ModelConfig) -> None:
         """Raise `UserError` for a group that does not divide a linear layer's inputs, and experts that cannot be dropped."""
@@ -106,7 +113,7 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
         into = raw if not sections else raw.setdefault(sections[0], {})
         if not isinstance(into, dict):
             into = raw[sections[0]] = {}
-        into[leaf] = value if key == "calibration.path" else parse_yaml(value, override)
+        into[leaf] = value if key in ("calibration.path", "measure.path") else parse_yaml(value, override)
     try:
         return pydantic.TypeAdapter(Profile).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:

@@ -4,22 +4,15 @@ import html
 import io
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from dsv3_jax.cost.topologies import GIB
+from dsv3_jax.pages import svg
 from dsv3_jax.plan.figures import CLASSES, Plan
 from dsv3_jax.plan.report import compare, show, verdict
 from dsv3_jax.progress import make_console
 
 _STYLE = "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}pre{font-size:12px;overflow-x:auto}"
-
-
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dsv3"}):  # the same plan gives the same page
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
 
 
 def _bars(axes: Any, labels: list[str], stacks: dict[str, list[float]], unit: str, title: str) -> None:
@@ -53,7 +46,7 @@ def _plots(plans: list[Plan]) -> str:
         "other waiting": [max(0.0, p.step["seconds"] - p.step["work"] - p.step["exposed"]) for p in plans],
     }  # fmt: skip
     _bars(time, names, stacks, "seconds", "one step (model)")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _links(plan: Plan) -> str:
@@ -64,7 +57,7 @@ def _links(plan: Plan) -> str:
     labels = [f"{r['kind']}, {' x '.join(r['axes'])}, {r['link']}" for r in rows]
     stacks = {"hidden": [r["seconds"] - r["exposed"] for r in rows], "exposed": [r["exposed"] for r in rows]}
     _bars(figure.subplots(), labels, stacks, "seconds per step (model)", f"{plan.topology}: communication")
-    return _svg(figure)
+    return svg(figure)
 
 
 def page(plans: list[Plan]) -> str:

@@ -19,6 +19,7 @@ from dsv3_jax.checkpoint.storage import load_weights
 from dsv3_jax.compression import compress as driver
 from dsv3_jax.compression import experts, layer
 from dsv3_jax.compression.blocks import BlockReader, places
+from dsv3_jax.compression.held_out import MeasureConfig, held_out_batches
 from dsv3_jax.compression.layer import LayerCompressor
 from dsv3_jax.compression.profile import known_profiles, load_profile
 from dsv3_jax.config import load_config
@@ -62,8 +63,16 @@ def options(text) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def w4(source, options, tmp_path_factory) -> Path:
-    return dsv3.compress(source, tmp_path_factory.mktemp("compressed") / "w4", "w4", options)
+def w4_options(options, tmp_path_factory) -> tuple[str, ...]:
+    """With text to measure on."""
+    path = tmp_path_factory.mktemp("held_out") / "text.txt"
+    path.write_text(" ".join(f"no {word} of the {n} ports" for n, word in enumerate(["sail", "line", "wind"] * 40)))
+    return *options, f"measure.path={path}", "measure.tokens=128"
+
+
+@pytest.fixture(scope="module")
+def w4(source, w4_options, tmp_path_factory) -> Path:
+    return dsv3.compress(source, tmp_path_factory.mktemp("compressed") / "w4", "w4", w4_options)
 
 
 def stored(checkpoint: Path, name: str) -> np.ndarray:
@@ -149,6 +158,27 @@ def test_it_loads_on_a_mesh(w4, tmp_path):
         np.testing.assert_array_equal(value, variables_by_name(there.params)[name].get_value())
 
 
+def test_its_report_measures_it_and_says_where_the_error_is(source, w4, text):
+    """The loss is evaluate's; GPTQ's error is below that of rounding in each part, far below where inputs have a low rank."""
+    report = json.loads((w4 / "compress.json").read_text())
+    found = report["measured"]
+    assert found["windows"] == 8
+    assert found["loss"] == pytest.approx(dsv3.evaluate(w4, report["profile"]["measure"]["path"])["loss"], rel=0.02)
+    assert 0 < found["kl"]["value"] < 0.1
+    assert len(found["mtp_acceptance"]) == len(found["original_mtp_acceptance"]) == 1
+    errors = report["output_error"]
+    assert set(errors) == {"q", "kv", "o", "dense FFN", "shared experts", "routed experts", "MTP modules"}
+    for part, error in errors.items():
+        assert 0 < error["gptq"] < error["rounding"] < 0.1, part
+    names = (p for p in w4.glob("weights/**/c/**/*") if p.is_file())
+    assert sum(size["compressed"] for size in report["sizes"].values()) == sum(p.stat().st_size for p in names)
+    opened = open_checkpoint(source)
+    assert "give measure.path" in str(held_out_batches(opened, MeasureConfig()))
+    assert held_out_batches(opened, MeasureConfig(tokens=0)) == "measure.tokens=0"
+    with pytest.raises(dsv3.UserError, match="is what calibration reads"):
+        load_profile("w4", (f"calibration.path={text}", f"measure.path={text}"))
+
+
 def all_bytes(checkpoint: Path) -> dict[str, bytes]:
     return {str(p.relative_to(checkpoint)): p.read_bytes() for p in sorted(checkpoint.glob("weights/**/*")) if p.is_file()}
 
@@ -171,9 +201,9 @@ def compress_with_an_interruption(source, target, profile, options, monkeypatch)
     return seen
 
 
-def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(source, options, w4, tmp_path, monkeypatch):
+def test_an_interrupted_call_goes_on_and_ends_with_the_same_bytes(source, w4_options, w4, tmp_path, monkeypatch):
     target = tmp_path / "w4"
-    seen = compress_with_an_interruption(source, target, "w4", options, monkeypatch)
+    seen = compress_with_an_interruption(source, target, "w4", w4_options, monkeypatch)
     assert seen == ["dense layer 0", "moe layer 0", "moe layer 1", "moe layer 1", "MTP module 0"]
     assert all_bytes(target) == all_bytes(w4)
     assert json.loads((target / "compress.json").read_text()) == json.loads((w4 / "compress.json").read_text())
