@@ -124,7 +124,11 @@ def expert_energies(
     """`output_energies` of each expert on its own tokens, one expert after the other on each device."""
 
     def own(w_EKN: Array, rounded: Rounded, xx_EKK: Array) -> Array:
-        return jax.lax.map(lambda of_one: output_energies(*of_one, format), (w_EKN, rounded, xx_EKK))
+        def of_one(arrays: tuple[Array, Rounded, Array]) -> Array:
+            w_KN, rounded, xx_KK = arrays
+            return output_energies(w_KN, rounded, xx_KK, format)
+
+        return jax.lax.map(of_one, (w_EKN, rounded, xx_EKK))
 
     by_expert = P(_AXIS)
     return jax.shard_map(own, mesh=mesh, in_specs=by_expert, out_specs=by_expert, check_vma=False)(

@@ -88,8 +88,8 @@ def _measured(measured: dict[str, Any]) -> Table:
         measured["original_mtp_acceptance"], measured["mtp_acceptance"], measured["mtp_acceptance_change"], strict=True
     )
     for k, (before, after, change) in enumerate(drafts):
-        shares = ("-" if a["value"] is None else f"{a['value']:.2%}" for a in (before, after))
-        rows.append((f"drafts of MTP module {k} accepted", *shares, changed(change, "+.2%")))
+        was, now = ("-" if a["value"] is None else f"{a['value']:.2%}" for a in (before, after))
+        rows.append((f"drafts of MTP module {k} accepted", was, now, changed(change, "+.2%")))
     title = f"measured on {measured['targets']:,} held-out tokens, {measured['windows']:,} windows"
     return Table(title, ("", "original", "compressed", "change ± 95%"), rows)
 
