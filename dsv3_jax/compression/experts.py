@@ -22,6 +22,7 @@ from pallas_kernels.integer_weight import IntegerFormat
 from pallas_kernels.products import dot
 
 _ROWS = 64  # tokens of one expert that are multiplied together
+TOGETHER = 8  # experts of a device that are rounded side by side: each needs three matrices of its moments' size
 _AXIS = "experts"
 
 
@@ -94,7 +95,12 @@ def add_moments(
 def _gptq_experts(mesh: Mesh, w_EKN, moments: Moments, mean_KK, format: IntegerFormat, damping) -> Rounded:
     def own(w_EKN, xx_EKK, mean_KK, damping):
         K = xx_EKK.shape[-1]
-        return jax.vmap(lambda w, xx: gptq(w, xx + K * mean_KK, format, damping))(w_EKN, xx_EKK)
+
+        def of_one(arrays: tuple[Array, Array]) -> Rounded:
+            w_KN, xx_KK = arrays
+            return gptq(w_KN, xx_KK + K * mean_KK, format, damping)
+
+        return jax.lax.map(of_one, (w_EKN, xx_EKK), batch_size=TOGETHER)
 
     by_expert = P(_AXIS)
     specs = by_expert, by_expert, P(), P()
@@ -111,10 +117,22 @@ def gptq_experts(
     An expert that few tokens reach has moments of low rank, and one that none reaches has none: the mean stands in for what it
     did not see, and weighs less the more it saw.
     """
-    # on one device, whatever the mesh: sums in another order would give other codes
-    xx_EKK, tokens_E = (jax.device_put(a, jax.devices()[0]) for a in moments)
-    mean_KK = replicated(mesh, xx_EKK.sum(0) / jnp.maximum(tokens_E.sum(), 1))
+    mean_KK = replicated(mesh, _mean(moments))
     return _gptq_experts(mesh, sharded(mesh, w_EKN), moments, mean_KK, format, jnp.float32(damping))
+
+
+def _mean(moments: Moments) -> Float32[Array, "K K"]:
+    """The moments of a token in the mean over all experts' tokens, summed in the experts' order on one device.
+
+    One expert's at a time: all of them may not fit, and sums in the order of a mesh would give other codes.
+    """
+    first, sum_KK = jax.devices()[0], None
+    for shard in sorted(moments.xx_EKK.addressable_shards, key=lambda shard: shard.index[0].start or 0):
+        for xx_KK in shard.data:
+            xx_KK = jax.device_put(xx_KK, first)
+            sum_KK = xx_KK if sum_KK is None else sum_KK + xx_KK
+    assert sum_KK is not None
+    return sum_KK / max(float(np.asarray(moments.tokens_E).sum()), 1.0)
 
 
 @partial(jax.jit, static_argnums=(0, 4))

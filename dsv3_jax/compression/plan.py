@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, field
 
 from dsv3_jax.compression.blocks import Place, places
+from dsv3_jax.compression.experts import TOGETHER
 from dsv3_jax.compression.gptq import block_of
 from dsv3_jax.compression.profile import Profile, is_routed
 from dsv3_jax.compression.sizes import Weight, weights_of
@@ -130,12 +131,13 @@ def _memory(config: ModelConfig, profile: Profile, place: Place, tokens: int, de
     share = devices if is_routed(largest.name) else 1
     moments = 4.0 * largest.copies * largest.inputs**2 * gptq
     # a factorisation has the damped moments, their factor and its inverse; rounding the permuted weight, codes, scale and zero
-    working = (3 * moments + 4 * 4.0 * largest.size * gptq) / share
+    together = min(TOGETHER / (largest.copies / share), 1.0) if share > 1 else 1.0
+    working = (3 * moments + 4 * 4.0 * largest.size * gptq) / share * together
     streams = 3 + 2 * (profile.prune.fraction > 0)  # before and after attention, normed; and the original's
     first = {
         "a layer's weights": block,
         "what the codes stand for": 4.0 * largest.size,
-        "second moments": moments + (moments / share if share > 1 else 0),  # of all experts, for their mean, and its own
+        "second moments": moments / share + (8.0 * largest.inputs**2 if share > 1 else 0),  # its own, and one more for the mean
         "GPTQ": working,
         "calibration set": 4.0 * streams * tokens * config.hidden_size,
     }

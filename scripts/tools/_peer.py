@@ -79,4 +79,4 @@ def hf_fields(model) -> dict:
 
 
 if __name__ == "__main__":
-    peer_python()
+    clients_python() if sys.argv[1:] == ["clients"] else peer_python()

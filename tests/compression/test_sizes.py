@@ -112,7 +112,7 @@ def test_a_plan_of_v3():
     assert plan.spread.flops["moments"] == 59 * 65_536 * 8 * 2 * (7168**2 + 2048**2)
     gib = {what: size / 2**30 for what, size in plan.memory_first.items()}
     assert gib["a layer's weights"] == pytest.approx(11.6e9 * 4 / 2**30, rel=0.02)  # 256 x 3 x 7168 x 2048 and a little
-    assert gib["second moments"] == pytest.approx(256 * 7168**2 * 4 * (1 + 1 / 8) / 2**30)
+    assert gib["second moments"] == pytest.approx((256 / 8 + 2) * 7168**2 * 4 / 2**30)
     assert not plan.fits
     assert 0.05 < sum(plan.seconds.values()) / 3600 < 5
     rounding = plan_compression(CONFIG, load_profile("w4", ("method=round",)), parse_topology("h100:1x8"))

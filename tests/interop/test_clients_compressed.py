@@ -17,7 +17,11 @@ from tests.conftest import FIXTURES, ROOT
 from tests.interop.cases import compressed_checkpoint
 from tests.interop.test_quantized import CONFIG
 
-pytestmark = pytest.mark.slow
+CLIENTS = ROOT / ".venv-clients" / "ready"  # 6 GB, and llama.cpp's compilation: more than a stage of tests may make by itself
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CLIENTS.exists(), reason="no .venv-clients: python scripts/tools/_peer.py clients makes it"),
+]
 
 
 def check(checkpoint: Path) -> tuple[int, dict[str, dict], str]:
