@@ -6,26 +6,33 @@ can judge (judge_model.py) must not survive. Changes are paired by window, with 
 
 Example: python scripts/studies/compare_compression.py runs/judge-0 --data runs/judge-0-text/heldout.txt w4=out/w4-0
          python scripts/studies/compare_compression.py runs/judge-{} --data runs/judge-{}-text/heldout.txt w4=out/w4-{}
-             --seeds 0 1 2
+             --seeds 0 1 2 --picture docs/compression.png
 """
 
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 from scipy import stats
 
 from dsv3_jax.checkpoint.load import load, load_with_config
 from dsv3_jax.compression.measure import compare, measuring_batches
+from dsv3_jax.compression.profile import known_profiles, load_profile
+from dsv3_jax.compression.sizes import compressed_size, plain_bytes, size_of
+from dsv3_jax.config import load_config
 from dsv3_jax.data.store import read_documents
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.parameters import ROUTED_EXPERTS, kind_of
 from dsv3_jax.model.transformer import Transformer
 
+_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _SHOWN = {"loss_change": "loss", "kl": "KL", "top1_kept": "top-1 kept", "agreement": "agree", "mtp_acceptance": "MTP accepted"}
 
 
@@ -80,6 +87,26 @@ def _line(name: str, figures: dict[str, Any]) -> str:
     return f"{name:14s}" + "".join(f"{shown(key):>22s}" for key in _SHOWN)
 
 
+def draw(table: dict[str, Any], picture: Path) -> None:
+    """Top-1 that is kept over how much smaller the 671B model becomes by the profiles of the models' names, and the control."""
+    matplotlib.use("Agg")
+    released = load_config(_CONFIGS / "v3_671b.yaml").model
+    whole = size_of(released, plain_bytes).main
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted(set(table) & set(known_profiles())):
+        kept = single(table[name], "top1_kept")
+        smaller = whole / compressed_size(released, load_profile(name)).main
+        axes.errorbar(smaller, 100 * kept["value"], 100 * kept["ci95"], marker="o", capsize=3)
+        axes.annotate(name, (smaller, 100 * kept["value"]), xytext=(6, 6), textcoords="offset points")
+    control = 100 * single(table["zeroed"], "top1_kept")["value"]
+    axes.text(0.02, 0.04, f"the control, every routed expert zeroed: {control:.0f}%", transform=axes.transAxes)
+    axes.set(xlabel="671B model in bfloat16 over compressed", ylabel="top-1 kept on text that compression did not see, %")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.15, y=0.25)
+    figure.savefig(picture, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", help="a run or checkpoint; {} stands for a seed")
@@ -87,6 +114,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="what data.path may be: text that compression did not see")
     parser.add_argument("--seeds", nargs="+", default=[""])
     parser.add_argument("--windows", type=int, help="at most so many")
+    parser.add_argument("--picture", type=Path, help="a PNG of size against top-1, for models named as their profiles")
     args = parser.parse_args()
     found = []
     for seed in args.seeds:
@@ -99,6 +127,8 @@ def main() -> None:
     for name, figures in table.items():
         print(_line(name, figures))
     print(json.dumps(table))
+    if args.picture:
+        draw(table, args.picture)
 
 
 if __name__ == "__main__":
