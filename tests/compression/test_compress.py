@@ -221,6 +221,7 @@ def test_kills_leave_nothing_that_loads_and_are_gone_on_after(source, options, w
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_other_options_do_not_go_on_with_what_lies_there(source, options, tmp_path, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
@@ -241,7 +242,7 @@ def test_any_number_of_devices_gives_the_same_bytes(source, options, w4, tmp_pat
     assert all_bytes(tmp_path / "one") == all_bytes(w4)
 
 
-@pytest.mark.parametrize("profile", ["bits", "mixed"])
+@pytest.mark.parametrize("profile", ["bits", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_parts_have_the_formats_of_the_profile(source, options, profile, tmp_path):
     """Two bits with zero points for experts; codes of four to a byte."""
     found = dsv3.compress(source, tmp_path / "out", profile, (*options, "method=round", "experts.group=8"))
@@ -269,6 +270,7 @@ def test_8_bit_floats_are_exported_as_they_are(source, options, tmp_path):
     assert 0.01 < np.linalg.norm(w - original) / np.linalg.norm(original) < 0.04  # 4 significant bits
 
 
+@pytest.mark.slow
 def test_experts_are_dropped_before_the_rest_is_rounded(source, options, tmp_path, monkeypatch):
     """3 of 4 in each group; their router's columns and bias are the original's, and an interruption changes nothing."""
     found = dsv3.compress(source, tmp_path / "pruned", "pruned", options)

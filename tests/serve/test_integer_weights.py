@@ -47,7 +47,7 @@ def rounded(profile: Profile):
     return pair
 
 
-@pytest.fixture(scope="module", params=[W4, BITS], ids=lambda profile: profile.name)
+@pytest.fixture(scope="module", params=[W4, pytest.param(BITS, marks=pytest.mark.slow)], ids=lambda profile: profile.name)
 def models(request):
     return rounded(request.param)
 
