@@ -32,6 +32,7 @@ def test_all_changes_apply_and_work_together(tmp_path):
         "A chip",
         "A pipeline schedule",
         "A data source",
+        "A compression profile",
     } <= CHANGES.keys()
     for folder in ("dsv3_jax", "pallas_kernels", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
