@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.layers import linear, swiglu
 from dsv3_jax.model.moe import MoE
+from pallas_kernels.products import dot
 
 _STEPS = 8  # capacities are multiples of this part of the tokens, so that layers share compiled programs
 
@@ -84,9 +85,9 @@ def outputs(features: Features, weights: DownWeights) -> Float[Array, "T D"]:
 
     def add(y_TD: Array, expert: tuple[Array, Array, Array]) -> tuple[Array, None]:
         token_C, hidden_CM, w_MD = expert
-        return y_TD.at[token_C].add(hidden_CM @ w_MD, mode="drop"), None
+        return y_TD.at[token_C].add(dot(hidden_CM, w_MD), mode="drop"), None
 
-    y_TD = features.shared_TS @ weights.shared_SD
+    y_TD = dot(features.shared_TS, weights.shared_SD)
     return jax.lax.scan(add, y_TD, (routed.token_EC, routed.hidden_ECM, weights.routed_EMD))[0]
 
 
@@ -95,6 +96,6 @@ def correlations(features: Features, r_TD: Float[Array, "T D"]) -> DownWeights:
 
     def of_expert(expert: tuple[Array, Array]) -> Array:
         token_C, hidden_CM = expert
-        return hidden_CM.T @ jnp.take(r_TD, token_C, axis=0, mode="fill", fill_value=0)
+        return dot(hidden_CM.T, jnp.take(r_TD, token_C, axis=0, mode="fill", fill_value=0))
 
-    return DownWeights(jax.lax.map(of_expert, tuple(features.routed)), features.shared_TS.T @ r_TD)
+    return DownWeights(jax.lax.map(of_expert, tuple(features.routed)), dot(features.shared_TS.T, r_TD))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax.compression.features import DownWeights, Features, correlations, outputs
+from pallas_kernels.products import dot
 
 _TOLERANCE = 1e-4  # of |gradient| / |F^T r|: beyond, held-out text sees no difference
 _MOST_ITERATIONS = 100
@@ -52,8 +53,8 @@ def refit(features: Features, lacking_TD: Float[Array, "T D"], ridge: float | Ar
 
 def _own_moments(features: Features) -> tuple[Float[Array, "E M M"], Float[Array, "S S"]]:
     """The blocks of F^T F on its diagonal: of each expert with itself, and of the shared ones."""
-    routed = jax.lax.map(lambda hidden_CM: hidden_CM.T @ hidden_CM, features.routed.hidden_ECM)
-    return routed, features.shared_TS.T @ features.shared_TS
+    routed = jax.lax.map(lambda hidden_CM: dot(hidden_CM.T, hidden_CM), features.routed.hidden_ECM)
+    return routed, dot(features.shared_TS.T, features.shared_TS)
 
 
 @partial(jnp.vectorize, signature="(m,m),(m,d)->(m,d)")

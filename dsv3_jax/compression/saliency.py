@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.compression.features import ExpertFeatures
+from pallas_kernels.products import dot
 
 
 class Evidence(NamedTuple):
@@ -26,7 +27,7 @@ def evidence(features: ExpertFeatures, w_down_EMD: Float[Array, "E M D"], tokens
 
     def of_expert(expert: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         token_C, hidden_CM, w_down_MD = expert
-        return jnp.sum(token_C < tokens, dtype=jnp.float32), jnp.linalg.norm(hidden_CM @ w_down_MD, axis=-1).sum()
+        return jnp.sum(token_C < tokens, dtype=jnp.float32), jnp.linalg.norm(dot(hidden_CM, w_down_MD), axis=-1).sum()
 
     return Evidence(*jax.lax.map(of_expert, (*features, w_down_EMD)))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.compression.gptq import damped, inverse_factor
 from dsv3_jax.compression.saliency import keep_half
+from pallas_kernels.products import dot
 
 
 @partial(jax.jit, static_argnames="block")
@@ -42,7 +43,7 @@ def sparse_gpt(
             return w_BN - rows_BB[j][:, None] * error_N, errors_BN.at[j].set(error_N)
 
         done_BN, errors_BN = jax.lax.fori_loop(0, block, prune_input, (w_BN, jnp.zeros((block, N), jnp.float32)))
-        w_KN -= rows_BK.T @ errors_BN  # U is upper triangular: nothing changes before the block
+        w_KN -= dot(rows_BK.T, errors_BN)  # U is upper triangular: nothing changes before the block
         return jax.lax.dynamic_update_slice_in_dim(w_KN, jnp.where(kept_BN, done_BN, 0), begin, 0)
 
     return jax.lax.fori_loop(0, K // block, prune_block, w_KN)

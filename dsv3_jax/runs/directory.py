@@ -25,6 +25,10 @@ HOW_TO_MEND = (  # a config.yaml that is not complete
 _POLL_S = 0.1
 
 
+# sections that runs of earlier versions lack; a file that was cut off lacks others, too, as they are not the last ones
+_ADDED_LATER = {"distill"}
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of a run's files. Nothing is read or written before a method asks for it."""
@@ -81,7 +85,8 @@ class RunDirectory:
         if not self.config_file.exists():
             raise UserError(f"{self.path} is no run: it has no config.yaml")
         raw = read_sections(self.config_file)
-        if missing := [section.name for section in fields(Config) if raw.get(section.name) is None]:
+        sections = [section.name for section in fields(Config) if section.name not in _ADDED_LATER]
+        if missing := [name for name in sections if raw.get(name) is None]:
             what = f"incomplete: it has no {', '.join(missing)}" if raw else "empty"
             raise UserError(f"{self.config_file} is {what}; {HOW_TO_MEND}")
         merge_overrides(raw, overrides, Config)
