@@ -56,7 +56,7 @@ def by_name(params) -> dict[str, np.ndarray]:
         pytest.param("data=4 fsdp=2", AT_ONCE, 1, marks=pytest.mark.slow),
         pytest.param("data=2 fsdp=2 expert=2", ACCUMULATED, 2, marks=pytest.mark.slow),
         pytest.param("data=2 expert=2 tensor=2", AT_ONCE, 4, marks=pytest.mark.slow),
-        ("data=2 pipe=2 fsdp=2", ("train.grad_accum_steps=2",), 2),
+        pytest.param("data=2 pipe=2 fsdp=2", ("train.grad_accum_steps=2",), 2, marks=pytest.mark.slow),
         pytest.param("data=2 pipe=2 expert=2", ACCUMULATED, 8, marks=pytest.mark.slow),
         # of which most arrays have no axis
         pytest.param("data=7", ("train.grad_accum_steps=2", "data.batch_size=14"), 2, marks=pytest.mark.slow),

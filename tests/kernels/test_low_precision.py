@@ -197,7 +197,10 @@ def experts_by_definition(gemms: Gemms, x, w_gate_up, w_down, expert, weight, dy
 
 
 @pytest.mark.parametrize("implementation", ["auto", "tpu", "hopper"])
-@pytest.mark.parametrize("gemms", [Gemms(), Gemms("e4m3", "e5m2", "e5m2"), Gemms("int8", "int8", "int8")])
+@pytest.mark.parametrize(
+    "gemms",
+    [Gemms(), pytest.param(Gemms("e4m3", "e5m2", "e5m2"), marks=pytest.mark.slow), Gemms("int8", "int8", "int8")],
+)
 def test_experts_round_every_operand_as_the_definition_does(gemms, implementation):
     """Tokens of an expert fill one tile; expert 3 has none; a token's second choice may be nobody. D is no multiple of 128."""
     if implementation != "auto":

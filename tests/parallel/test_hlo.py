@@ -95,7 +95,7 @@ def test_only_gradients_cross_data():
     assert parameters <= moved <= parameters + METRICS
 
 
-@pytest.mark.parametrize(("bits", "most"), [(2, 1 / 7), (8, 0.52)])
+@pytest.mark.parametrize(("bits", "most"), [(2, 1 / 7), pytest.param(8, 0.52, marks=pytest.mark.slow)])
 def test_only_codes_and_what_is_not_compressed_cross_data(bits, most):
     """A model of real widths: byte arrays there and back, of head, dense and MoE layers each one, scales included, against
     bfloat16's all-reduce, which sends each number twice; and all-reduces of vectors, router, embedding and metrics."""
