@@ -50,7 +50,7 @@ MESHES = {
     )
 }
 
-# the meshes that the fast suite compares training with: every axis in company, transports, interleaving; the rest are slow tests
+# the meshes that the fast suite compares training with, every axis in company; the rest are slow tests
 FAST = {
     "fsdp=2 expert=2 tensor=2", "data=2 pipe=2 fsdp=2 pipe_chunks=2",
     "expert=8 expert_transport=two_level expert_ranks_per_node=2",
