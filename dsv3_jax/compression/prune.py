@@ -35,7 +35,7 @@ class PruneConfig:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True)
     fraction: float = 0.0  # of the experts of each group that are dropped; 0: none
     saliency: Literal["sum", "reap", "use"] = "sum"  # which go: see compression/saliency.py
-    ridge: float | None = 0.03  # of the refit of down projections, in mean squares of what they read; null: no refit
+    ridge: float | None = 0.01  # of the refit of down projections, in mean squares of what they read; null: no refit
     rounds: int = 1  # in which they go, refitted and judged anew after each
 
     def __post_init__(self) -> None:
