@@ -87,7 +87,7 @@ class IntegerWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """The shape of the weight that this stands for."""
         stored = self.codes.shape
         cut = len(stored) + self.axis
         return (*stored[:cut], *self.inputs, *(stored[cut + 1 :] if self.merged is None else self.merged))

@@ -1,7 +1,9 @@
 """Loading a trained model from a run or a checkpoint, with its tokenizer."""
 
+import functools
 import hashlib
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from dsv3_jax.cluster.processes import on_first
 from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.data.companions import CONFIG, DIRECTORY, Companions, read_companions, with_fields
 from dsv3_jax.data.special_tokens import SpecialTokens, special_tokens
+from dsv3_jax.data.store import Corpus, TokenStore, load_corpus, read_documents
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.files import expand_home
@@ -67,6 +70,16 @@ class Checkpoint:
     def special_tokens(self) -> SpecialTokens:
         """The tokens that begin and end a text. Raises `UserError` as `tokenizer`."""
         return special_tokens(self.tokenizer(), self.companions())
+
+    def corpus(self) -> Corpus:
+        """The documents of the configuration's own data, in both splits. Raises as `need_tokenizer_file` and `load_corpus`."""
+        data = replace(self.config.data, tokenizer=str(self.need_tokenizer_file()))
+        return load_corpus(data, self.config.model.vocab_size, companions=self.companions())
+
+    def read_text(self, path: str) -> TokenStore:
+        """All documents of what `data.path` may be. Raises as `tokenizer` and `read_documents`."""
+        report = functools.partial(print, file=sys.stderr, flush=True)
+        return read_documents(replace(self.config.data, path=path), self.tokenizer(), report, self.special_tokens())
 
 
 @dataclass(frozen=True)

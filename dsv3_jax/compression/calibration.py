@@ -1,16 +1,10 @@
 """The text that compression looks at: windows of a run's own training documents, or of other text."""
 
-import functools
-import sys
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from dsv3_jax.checkpoint.load import Checkpoint
 from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.batches import PackedWindows
-from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
-from dsv3_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ def calibration_windows(checkpoint: Checkpoint, config: CalibrationConfig) -> Ba
     Raises `UserError` if there is no tokenizer, no text, or less than one window.
     """
     seq_len, depth = checkpoint.config.data.seq_len, checkpoint.config.model.num_nextn_predict_layers
-    store = _documents(checkpoint, config)
+    store = checkpoint.corpus().train if config.path is None else checkpoint.read_text(config.path)
     source = PackedWindows(store, seq_len, ahead=1 + depth, seed=config.seed, shuffle=True)
     wanted = min(-(-config.tokens // seq_len), source.windows_per_epoch)
     # a full number of batches, so that one program serves all of them
@@ -37,23 +31,6 @@ def calibration_windows(checkpoint: Checkpoint, config: CalibrationConfig) -> Ba
     return stack([source[i] for i in range(wanted)])
 
 
-def _documents(checkpoint: Checkpoint, config: CalibrationConfig) -> TokenStore:
-    own = checkpoint.config.data
-    if config.path is None:
-        data = replace(own, tokenizer=str(checkpoint.need_tokenizer_file()))
-        return load_corpus(data, checkpoint.config.model.vocab_size, companions=checkpoint.companions()).train
-    report = functools.partial(print, file=sys.stderr, flush=True)
-    return read_documents(replace(own, path=config.path), checkpoint.tokenizer(), report, checkpoint.special_tokens())
-
-
 def batches(windows: Batch, size: int) -> list[slice]:
     """The windows, `size` at a time."""
-    rows = windows.rows
-    if rows == 0:
-        raise UserError("calibration.tokens: no window of text to calibrate with")
-    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
-
-
-def real_tokens(windows: Batch, depth: int) -> np.ndarray:
-    """bool[W, L]: what is no padding."""
-    return np.asarray(windows.inputs(depth).segments) >= 0
+    return [slice(i, min(i + size, windows.rows)) for i in range(0, windows.rows, size)]

@@ -19,7 +19,7 @@ from flax import nnx
 
 from dsv3_jax.checkpoint.integers import INTEGERS, integer_arrays
 from dsv3_jax.checkpoint.load import Checkpoint, open_checkpoint
-from dsv3_jax.checkpoint.manifest import MANIFEST
+from dsv3_jax.checkpoint.manifest import content_digest
 from dsv3_jax.checkpoint.storage import check_path, read_metadata
 from dsv3_jax.compression.blocks import BlockReader, Place, make_block, places
 from dsv3_jax.compression.calibration import batches, calibration_windows
@@ -92,7 +92,7 @@ class _Compression:
         described = kept | {
             "config": config_to_dict(self._config),
             INTEGERS: {name: array.to_json() for name, array in self._integers.items()},
-            "compression": {"profile": _decisive(profile), "source": _digest(source)},
+            "compression": {"profile": _decisive(profile), "source": content_digest(source.path)},
         }
         identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         identity.update(np.ascontiguousarray(self._windows.tokens).tobytes())
@@ -193,11 +193,6 @@ class _Compression:
 def _decisive(profile: Profile) -> dict[str, Any]:
     """What of a profile decides over the weights."""
     return {key: value for key, value in dataclasses.asdict(profile).items() if key != "measure"}
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    """Of everything in it."""
-    return hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest()
 
 
 def _joined(module: MTPModule, norm: RMSNorm, stream: Stream, embedded: list[np.ndarray]) -> Stream:

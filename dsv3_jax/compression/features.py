@@ -29,7 +29,7 @@ class ExpertFeatures(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Of the routed experts, and of the shared ones, which every token has."""
+    """The hidden activations of the routed experts, and of the shared ones, which every token has."""
 
     routed: ExpertFeatures
     shared_TS: Float[Array, "T S"]

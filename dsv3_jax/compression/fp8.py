@@ -23,6 +23,8 @@ def round_to_fp8(module: Any, place: Place, config: ModelConfig, profile: Profil
 
     Returns the scales, f32[outputs / 128, inputs / 128] by their names in Hugging Face's layout.
     """
+    if E4M3 not in (profile.linears, profile.experts):
+        return {}
     scales: dict[str, np.ndarray] = {}
     arrays: dict[str, np.ndarray] = {}
     variables = variables_by_name(nnx.state(module))

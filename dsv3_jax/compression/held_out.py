@@ -1,9 +1,7 @@
 """What compression did to a model, measured on text that it did not see, before the checkpoint is there for anybody."""
 
-import functools
 import itertools
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from dsv3_jax.checkpoint.storage import load_weights, read_metadata
 from dsv3_jax.compression.measure import compare, measuring_batches
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from dsv3_jax.data.batch import Batch
-from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.arrays import abstract_variables
 from dsv3_jax.model.transformer import Transformer
@@ -53,7 +50,7 @@ def held_out_batches(checkpoint: Checkpoint, config: MeasureConfig) -> list[Batc
     if config.path is None and not read_metadata(checkpoint.path).get("corpus"):
         return "the checkpoint was not trained here, so that no text is held out; give measure.path"
     try:
-        store = _documents(checkpoint, config.path)
+        store = checkpoint.corpus().validation if config.path is None else checkpoint.read_text(config.path)
     except UserError as error:
         if config.path is not None:
             raise
@@ -61,15 +58,6 @@ def held_out_batches(checkpoint: Checkpoint, config: MeasureConfig) -> list[Batc
     seq_len, depth = checkpoint.config.data.seq_len, checkpoint.config.model.num_nextn_predict_layers
     wanted = -(-config.tokens // (seq_len * _ROWS))
     return list(itertools.islice(measuring_batches(store, seq_len, depth, _ROWS), wanted))
-
-
-def _documents(checkpoint: Checkpoint, path: str | None) -> TokenStore:
-    own = checkpoint.config.data
-    if path is None:
-        data = replace(own, tokenizer=str(checkpoint.need_tokenizer_file()))
-        return load_corpus(data, checkpoint.config.model.vocab_size, companions=checkpoint.companions()).validation
-    report = functools.partial(print, file=sys.stderr, flush=True)
-    return read_documents(replace(own, path=path), checkpoint.tokenizer(), report, checkpoint.special_tokens())
 
 
 def parameters(config: ModelConfig) -> int:

@@ -22,7 +22,7 @@ from dsv3_jax.compression.experts import (
     sharded,
 )
 from dsv3_jax.compression.gptq import Rounded, add_products, gptq, output_energies, round_to_nearest
-from dsv3_jax.compression.profile import Profile
+from dsv3_jax.compression.profile import DOWN, GATE_UP, Profile
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.moe import MoE
@@ -31,7 +31,6 @@ from dsv3_jax.model.rope import rope_table
 from dsv3_jax.model.transformer import Block, positions
 from pallas_kernels.integer_weight import IntegerFormat, IntegerWeight, dequantize, pack
 
-GATE_UP, DOWN = "ffn/w_gate_up_ED2M", "ffn/w_down_EMD"  # of the routed experts
 _DAMPINGS = (1.0, 10.0, 100.0)  # times the profile's: what is tried after a factorisation that failed
 
 
@@ -181,20 +180,21 @@ class LayerCompressor:
     def _experts(self, block: Block, middle: Stream, result: LayerResult, where: str) -> None:
         """The routed experts, gate and up before down. What each expert reads decides its codes."""
         format = self._profile.integer_format_of(GATE_UP)
-        graph, state = nnx.split(block)
-        reads = middle.map(partial(_routed, graph, state))
-        mesh = expert_mesh(variables_by_name(nnx.state(block))[DOWN].get_value().shape[0])
+        reads = middle.map(partial(_routed, *nnx.split(block)))
         variables = variables_by_name(nnx.state(block))
+        E = variables[DOWN].get_value().shape[0]
+        choices = np.concatenate([np.asarray(expert_TK).reshape(-1) for _, expert_TK in reads])
+        result.tokens_E = np.bincount(choices, minlength=E + 1)[:E]  # and those of padding, which E stands for
+        if format is None:
+            return
+        mesh = expert_mesh(E)
         for name in (GATE_UP, DOWN):
             w = variables[name].get_value()
-            E, K = w.shape[:2]
+            K = w.shape[1]
             weights = () if name == GATE_UP else (sharded(mesh, variables[GATE_UP].get_value()),)
             moments = no_moments(mesh, E, K)
             for x_TD, expert_TK in reads:
                 moments = add_moments(mesh, moments, replicated(mesh, x_TD), replicated(mesh, expert_TK), *weights)
-            result.tokens_E = np.asarray(moments.tokens_E)
-            if format is None:
-                continue
             of, w_EKN = format.of(K), w.reshape(E, K, -1)
             by_gptq = partial(gptq_experts, mesh, w_EKN, moments, of)
             rounded = self._retried(f"{where}, {name}", result, by_gptq, partial(_nearest_experts, w_EKN, of))

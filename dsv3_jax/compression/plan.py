@@ -75,7 +75,7 @@ def gptq_work(w: Weight, rows: float) -> Work:
 
 
 def forward_flops(config: ModelConfig, linears: list[Weight], tokens: int, seq_len: int) -> float:
-    """Of a block's calibration tokens: for what its stages read, and for what leaves it."""
+    """FLOPs of a block's calibration tokens: for what its stages read, and for what leaves it."""
     total = 0.0
     for w in linears:
         used = w.copies * config.num_experts_per_tok / config.n_routed_experts if is_routed(w.name) else 1

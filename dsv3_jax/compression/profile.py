@@ -21,6 +21,7 @@ from dsv3_jax.interop.hf_tensors import examples
 from dsv3_jax.yaml_reader import parse_yaml
 from pallas_kernels.integer_weight import BITS, IntegerFormat
 
+GATE_UP, DOWN = "ffn/w_gate_up_ED2M", "ffn/w_down_EMD"  # names of routed experts' weights end so
 E4M3: Literal["e4m3"] = "e4m3"  # 8-bit floats with a scale for each 128 x 128 of them: see fp8.py
 type Format = IntegerFormat | Literal["e4m3"] | None  # None: as it is
 
@@ -86,7 +87,7 @@ class Profile:
 
 def is_routed(array: str) -> bool:
     """Whether an array of the model holds weights of routed experts."""
-    return array.endswith(("ffn/w_gate_up_ED2M", "ffn/w_down_EMD"))
+    return array.endswith((GATE_UP, DOWN))
 
 
 def known_profiles() -> dict[str, dict[str, Any]]:

@@ -61,7 +61,7 @@ def _layer(place: Place, result: LayerResult) -> dict[str, Any]:
 
 
 def _output_error(energies: np.ndarray) -> dict[str, float] | None:
-    """Of f[3] or, summed over experts, f[E, 3] of `gptq.output_energies`; None where all outputs are zero."""
+    """Relative errors from `gptq.output_energies`, f[3] or, summed over experts, f[E, 3]; None where all outputs are zero."""
     output, error, rounding = np.asarray(energies, np.float64).reshape(-1, 3).sum(0)
     # four digits: more would be those of the order in which a machine sums
     return {"gptq": float(f"{error / output:.4g}"), "rounding": float(f"{rounding / output:.4g}")} if output > 0 else None

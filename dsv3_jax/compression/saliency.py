@@ -64,7 +64,7 @@ def most_salient(saliency_E: Float[Array, " E"], groups: int, experts: int) -> I
     return jnp.sort((best_GK + jnp.arange(groups)[:, None] * size).reshape(-1))
 
 
-# --- single weights: what masks would cost, as studied in scripts/studies/compare_pruning.py -------------------------------
+# --- single weights: scores and masks for studies of what sparse weights cost (see sparse.py) -------------------------------
 
 
 def magnitude(w_KN: Float[Array, "K N"], moment_K: Float[Array, " K"]) -> Float[Array, "K N"]:
@@ -78,13 +78,13 @@ def wanda(w_KN: Float[Array, "K N"], moment_K: Float[Array, " K"]) -> Float[Arra
 
 
 def keep_half(saliency_KN: Float[Array, "K N"]) -> Bool[Array, "K N"]:
-    """Of each output's weights the half with the highest score."""
+    """The half of each output's weights with the highest score."""
     rank_KN = jnp.argsort(jnp.argsort(-saliency_KN, axis=0), axis=0)
     return rank_KN < saliency_KN.shape[0] // 2
 
 
 def keep_two_of_four(saliency_KN: Float[Array, "K N"]) -> Bool[Array, "K N"]:
-    """Of each four weights of an output, along the inputs, the two with the highest score: "2:4"."""
+    """The two with the highest score of each four weights of an output, along the inputs: "2:4"."""
     K, N = saliency_KN.shape
     by_four = saliency_KN.reshape(K // 4, 4, N)
     rank = jnp.argsort(jnp.argsort(-by_four, axis=1), axis=1)

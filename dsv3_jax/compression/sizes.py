@@ -59,12 +59,12 @@ type BytesOf = Callable[[Weight], float]
 
 
 def plain_bytes(w: Weight) -> float:
-    """Of a weight in bfloat16, as an `hf-bf16` export has it."""
+    """Bytes of a weight in bfloat16, as an `hf-bf16` export has it."""
     return w.size * w.bytes
 
 
 def fp8_bytes(w: Weight) -> float:
-    """Of a weight as DeepSeek released it: linear layers in 8 bits, a float32 scale for each 128 x 128 of them."""
+    """Bytes of a weight as DeepSeek released it: linear layers in 8 bits, a float32 scale for each 128 x 128."""
     blocks = math.ceil(w.inputs / _FP8_BLOCK) * math.ceil(w.outputs / _FP8_BLOCK)
     return w.size + w.copies * blocks * 4 if w.linear else plain_bytes(w)
 

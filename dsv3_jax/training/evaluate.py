@@ -1,10 +1,9 @@
 """Evaluation: sums over complete documents, in which every token is a target exactly once."""
 
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dsv3_jax.cluster.processes import is_first
 from dsv3_jax.data.batch import Batch, stack
 from dsv3_jax.data.batches import PackedWindows
 from dsv3_jax.data.identity import identify
-from dsv3_jax.data.store import TokenStore, load_corpus, read_documents
+from dsv3_jax.data.store import TokenStore
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.parallel.rows import place
 from dsv3_jax.state.train_state import ONE_DEVICE
@@ -111,12 +110,10 @@ def evaluate(run_or_checkpoint: str | Path, data: str | None = None) -> dict[str
     loaded = load_for_evaluation(run_or_checkpoint)
     config = loaded.config
     if data is None:
-        own = replace(config.data, tokenizer=str(loaded.need_tokenizer_file()))
-        store = load_corpus(own, config.model.vocab_size, companions=loaded.companions()).validation
+        store = loaded.corpus().validation
         _note_changes(loaded)
     else:
-        report = functools.partial(print, file=sys.stderr, flush=True)
-        store = read_documents(replace(config.data, path=data), loaded.tokenizer(), report, loaded.special_tokens())
+        store = loaded.read_text(data)
     eval_step = make_eval_step(config, loaded.layout)
     found = evaluate_store(
         eval_step, loaded.params, loaded.router_bias, store, config.data.seq_len, config.data.batch_size, layout=loaded.layout

@@ -65,7 +65,7 @@ LINEAR = Suite(
 def _experts_arguments(
     T: int, D: int, M: int, E: int, K: int, gate_up: IntegerFormat, down: IntegerFormat, dtype: str
 ) -> tuple:
-    """Of the first token's choices the first is nobody's."""
+    """Arguments of `integer_experts`; the first choice of the first token is nobody's."""
     choice, (x, *_, weight) = experts_case(T, D, M, E, K, 0.0, seed=T)
     choice = choice.at[0, 0].set(E)
     w_gate_up = random_weight(T, gate_up, (E,), (D,), (2, M))

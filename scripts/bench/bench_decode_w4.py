@@ -69,7 +69,7 @@ def dense_model(model: Transformer) -> Transformer:
 
 
 def seconds_per_token(model: Transformer) -> float:
-    """Of greedy decoding at batch 1, after the programs were compiled."""
+    """Seconds a token of greedy decoding at batch 1, after the programs were compiled."""
 
     def seconds(tokens: int) -> float:
         begin = time.perf_counter()

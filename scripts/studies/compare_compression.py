@@ -11,7 +11,6 @@ Example: python scripts/studies/compare_compression.py runs/judge-0 --data runs/
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from dsv3_jax.compression.measure import compare, measuring_batches
 from dsv3_jax.compression.profile import known_profiles, load_profile
 from dsv3_jax.compression.sizes import compressed_size, plain_bytes, size_of
 from dsv3_jax.config import load_config
-from dsv3_jax.data.store import read_documents
 from dsv3_jax.model.names import variables_by_name
 from dsv3_jax.model.parameters import ROUTED_EXPERTS, kind_of
 from dsv3_jax.model.transformer import Transformer
@@ -49,7 +47,7 @@ def measure(original: str, data: str, paths: dict[str, str], windows: int | None
     """{name: figures} of the original, of the control, and of the models at these paths, on the documents of `data`."""
     loaded = load_with_config(original)
     config = loaded.config
-    store = read_documents(replace(config.data, path=data), loaded.tokenizer(), special=loaded.special_tokens())
+    store = loaded.read_text(data)
     size = config.data.batch_size
     batches = list(measuring_batches(store, config.data.seq_len, len(loaded.model.mtp), size))
     models = {"original": loaded.model, "zeroed": without_experts(loaded.model)}

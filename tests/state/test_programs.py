@@ -83,7 +83,7 @@ def test_programs_are_of_the_packages_that_traced_them(store, monkeypatch, packa
 
 
 def test_programs_are_of_the_kernels_and_the_platform_that_a_plug_in_brings(store, monkeypatch, tmp_path):
-    """Of the source of its package, also where that changes between two processes, and of what its platform takes."""
+    """Kept for the source of its package, also where that changes between two processes, and for what its platform takes."""
     names = [store()._file("step")]
     monkeypatch.setattr(registry, "_IMPLEMENTATIONS", {k: dict(v) for k, v in registry._IMPLEMENTATIONS.items()})
     monkeypatch.syspath_prepend(tmp_path)
