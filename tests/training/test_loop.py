@@ -168,7 +168,8 @@ def test_a_changed_corpus_is_accepted_once_and_by_name(trained_once, finished_ru
 
 def test_an_evaluation_reads_the_runs_tokenizer(finished_run, tmp_path, monkeypatch, capsys):
     """Also where the corpus, of which one would be trained, has changed; and never another one."""
-    monkeypatch.setattr(evaluate, "load_corpus", lambda data, *_, **__: (_ for _ in ()).throw(LookupError(data.tokenizer)))
+    loading = mock.Mock(side_effect=lambda data, *_, **__: (_ for _ in ()).throw(LookupError(data.tokenizer)))
+    monkeypatch.setattr("dsv3_jax.checkpoint.load.load_corpus", loading)
     with pytest.raises(LookupError, match=f"^{finished_run}/tokenizer.json$"):
         dsv3.evaluate(finished_run)
     checkpoint = open_checkpoint(finished_run)
