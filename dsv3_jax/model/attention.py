@@ -6,6 +6,8 @@ to heads. Decoding absorbs the expansion into the query and the output instead (
 that attention runs over the cached latents themselves.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +24,13 @@ from pallas_kernels.products import einsum
 
 RopeTable = tuple[Array, Array]
 LATENTS = "mla_latents"  # checkpoint_name of the down-projections' results
+
+
+class Absorbed(NamedTuple):
+    """The halves of `w_kv_b_CHX` as decoding multiplies them: one matrix a head."""
+
+    w_k_HNC: Float[Array, "H N C"]
+    w_v_HCU: Float[Array, "H C U"]
 
 
 class Attention(nnx.Module):
@@ -98,6 +107,18 @@ class Attention(nnx.Module):
         out_BLHU = self.layout.attention(q_BLHX, k_BLHX, v_BLHU, segment_BL, attention_scale(self.config), self.core)
         return self.layout.constrain(out_BLHU, "batch", None, "heads", None)
 
+    def absorbed(self, dtype: jnp.dtype) -> Absorbed:
+        """The keys' and values' up-projections, dense: they multiply queries and outputs, not one input."""
+        w_kv_b_CHX = self.w_kv_b_CHX.get_value()
+        if isinstance(w_kv_b_CHX, Absorbed):
+            return w_kv_b_CHX
+        w_k_CHN, w_v_CHU = jnp.split(w_kv_b_CHX.astype(dtype), [self.config.qk_nope_head_dim], axis=-1)
+        return Absorbed(jnp.transpose(w_k_CHN, (1, 2, 0)), jnp.swapaxes(w_v_CHU, 0, 1))
+
+    def absorb(self, dtype: jnp.dtype) -> None:
+        """Keep `absorbed` in place of the weight that it is of, for a model that only decodes."""
+        self.w_kv_b_CHX = nnx.Param(self.absorbed(dtype))
+
     def decode(
         self,
         x_BLD: Float[Array, "B L D"],
@@ -110,13 +131,12 @@ class Attention(nnx.Module):
         # tokens and weights meet on all devices; in between, sequences go to where their cache is
         q_BLHX = self.queries(x_BLD, rope)
         q_nope_BLHN, q_rope_BLHR = (self.layout.constrain(q, "cache_batch", None, "heads", None) for q in q_BLHX)
-        w_kv_b_CHX = self.w_kv_b_CHX.astype(x_BLD.dtype)
-        w_k_CHN, w_v_CHU = jnp.split(w_kv_b_CHX, [self.config.qk_nope_head_dim], axis=-1)
-        q_latent_BLHC = einsum("blhn,chn->blhc", q_nope_BLHN, w_k_CHN)
+        absorbed = self.absorbed(x_BLD.dtype)
+        q_latent_BLHC = einsum("blhn,hnc->blhc", q_nope_BLHN, absorbed.w_k_HNC)
         scores_BHLS = einsum("blhc,bsc->bhls", q_latent_BLHC, c_kv_BSC, dtype=jnp.float32)
         scores_BHLS += einsum("blhr,bsr->bhls", q_rope_BLHR, k_rope_BSR, dtype=jnp.float32)
         scores_BHLS = jnp.where(visible_BLS[:, None], scores_BHLS * attention_scale(self.config), -jnp.inf)
         probs_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(x_BLD.dtype)
         out_latent_BLHC = einsum("bhls,bsc->blhc", probs_BHLS, c_kv_BSC)
-        out_BLHU = einsum("blhc,chu->blhu", out_latent_BLHC, w_v_CHU)
+        out_BLHU = einsum("blhc,hcu->blhu", out_latent_BLHC, absorbed.w_v_HCU)
         return self.output(self.layout.constrain(out_BLHU, None, None, "heads", None))

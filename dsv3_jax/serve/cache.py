@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.attention import Attention
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
 from dsv3_jax.model.rope import rope_table
@@ -68,7 +67,7 @@ def unstack(model: Transformer, tokens: int) -> list[Layer]:
         for i in range(blocks.attention_norm.scale.shape[0]):
             layer = _side_by_side(jax.tree.map(lambda a, i=i: a[i], rest))
             block = nnx.merge(graph, _without_experts(blocks), layer)
-            _absorbable(block.attention, model.dtype)
+            block.attention.absorb(model.dtype)
             experts = _routed_experts(blocks.ffn, i, tokens, model.dtype) if isinstance(blocks.ffn, MoE) else None
             layers.append(Layer(block, experts))
     return layers
@@ -81,12 +80,6 @@ def _side_by_side(tree: Any) -> Any:
         return leaf.side_by_side() if isinstance(leaf, IntegerWeight) else leaf
 
     return jax.tree.map(merged, tree, is_leaf=lambda leaf: isinstance(leaf, IntegerWeight))
-
-
-def _absorbable(attention: Attention, dtype: jnp.dtype) -> None:
-    """Make the keys' and values' up-projection dense, once: its halves multiply queries and outputs, not one input."""
-    if isinstance(w_kv_b_CHX := attention.w_kv_b_CHX[...], IntegerWeight):
-        attention.w_kv_b_CHX = nnx.Param(w_kv_b_CHX.astype(dtype))
 
 
 def _is_expert(path: tuple, variable) -> bool:

@@ -1,0 +1,151 @@
+"""The model as a server's steps read it: layers one by one, in the dtype of their products, with a paged latent cache.
+
+A cache's page holds the latents of PAGE neighbouring positions of one sequence, or of several that begin with the same text;
+a table says which pages a sequence has. A page's number is the same in every layer, the MTP module's one included.
+Page 0 belongs to nobody: what is no token of a sequence is written there.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.model.attention import RopeTable
+from dsv3_jax.model.moe import MoE, RoutedExperts
+from dsv3_jax.model.parameters import is_float32
+from dsv3_jax.model.rope import rope_table
+from dsv3_jax.model.transformer import Block, MTPModule, Transformer
+from pallas_kernels import grouped_swiglu, integer_experts
+from pallas_kernels.integer_weight import IntegerWeight
+from pallas_kernels.products import dot
+
+PAGE = 16  # positions of a page
+
+_EXPERT_AXES = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
+
+
+class LayerPages(NamedTuple):
+    """A layer's latents; P pages."""
+
+    c_kv_PSC: Float[Array, "P S C"]
+    k_rope_PSR: Float[Array, "P S R"]
+
+
+class Tokens(NamedTuple):
+    """Neighbouring tokens of B sequences, and where they and those before them lie in the cache.
+
+    Raises nothing: what is not `real` may have any position.
+    """
+
+    position_BL: Int[Array, "B L"]
+    real_BL: Bool[Array, "B L"]
+    page_BP: Int[Array, "B P"]  # the sequence's pages in order, as many as a step reads; 0: none there yet
+
+
+class Decoder(nnx.Module):
+    """A model taken apart once, so that no step moves or converts a weight."""
+
+    def __init__(self, model: Transformer):
+        self.config, self.layout, self.dtype = model.config, model.layout, model.dtype
+        self.embed_VD = nnx.Param(model.embed_VD.astype(model.dtype))
+        self.layers = nnx.List([block for blocks in (model.dense_blocks, model.moe_blocks) for block in _one_by_one(blocks)])
+        self.norm = model.norm
+        self.head_DV = nnx.Param(model.head_weight().astype(model.dtype))
+        self.mtp = nnx.List([*model.mtp[:1]])
+        for part in (*self.layers, *self.mtp):
+            _as_read(part, model.dtype)
+
+    def empty_pages(self, pages: int) -> list[LayerPages]:
+        """A cache of zeros: a layer's pages for each layer, the MTP module's last."""
+
+        def zeros(size: int) -> Array:
+            return jnp.zeros((pages, PAGE, size), self.dtype)
+
+        count = len(self.layers) + len(self.mtp)
+        return [LayerPages(zeros(self.config.kv_lora_rank), zeros(self.config.qk_rope_head_dim)) for _ in range(count)]
+
+    def hidden(
+        self, pages: list[LayerPages], token_BL: Int[Array, "B L"], tokens: Tokens
+    ) -> tuple[Float[Array, "B L D"], list[LayerPages]]:
+        """Final hidden states, normalised for the head, and the cache with these tokens."""
+        pages, rope = [*pages], rope_table(self.config, tokens.position_BL)
+        x_BLD = self.layout.embed(self.embed_VD[...], token_BL, self.dtype)
+        for i, block in enumerate(self.layers):
+            x_BLD, pages[i] = _run(block, x_BLD, rope, pages[i], tokens)
+        return self.norm(x_BLD), pages
+
+    def mtp_hidden(
+        self, pages: list[LayerPages], hidden_BLD: Array, next_BL: Int[Array, "B L"], tokens: Tokens
+    ) -> tuple[Float[Array, "B L D"], list[LayerPages]]:
+        """The same of the MTP module: what its head predicts is the token after `next_BL`, the one after each place."""
+        module: MTPModule = self.mtp[0]
+        x_BLD = module.joined(hidden_BLD, self.layout.embed(self.embed_VD[...], next_BL, self.dtype))
+        x_BLD, last = _run(module.block, x_BLD, rope_table(self.config, tokens.position_BL), pages[-1], tokens)
+        return module.norm(x_BLD), [*pages[:-1], last]
+
+    def logits(self, hidden_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        return self.layout.constrain(dot(hidden_TD, self.head_DV[...], dtype=jnp.float32), None, None)
+
+
+def take_apart(model: Transformer) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """The decoder of a model, as `nnx.merge` takes it; the state's arrays are new ones."""
+    graph, state = nnx.split(model)
+    return _taken_apart(graph, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _taken_apart(graph: nnx.GraphDef[Transformer], state: nnx.State):
+    return nnx.split(Decoder(nnx.merge(graph, state)))
+
+
+def _one_by_one(blocks: Block | None) -> list[Block]:
+    if blocks is None:
+        return []
+    graph, state = nnx.split(blocks)
+    return [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(blocks.attention_norm.scale.shape[0])]
+
+
+def _as_read(part: Block | MTPModule, dtype: jnp.dtype) -> None:
+    """Give a part's weights the form in which steps read them."""
+    attention = (part if isinstance(part, Block) else part.block).attention
+    attention.absorb(dtype)
+    for _, variable in nnx.iter_graph(part):
+        if not isinstance(variable, nnx.Variable):
+            continue
+        value = variable.get_value()
+        if isinstance(value, IntegerWeight):
+            variable.set_value(value.side_by_side())
+        elif isinstance(value, jax.Array) and not is_float32(variable):
+            variable.set_value(value.astype(dtype))
+
+
+def _routed(moe: MoE) -> RoutedExperts:
+    weights = moe.w_gate_up_ED2M[...], moe.w_down_EMD[...]
+    integers = isinstance(weights[0], IntegerWeight)
+
+    def held(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
+        return (integer_experts if integers else grouped_swiglu)(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)
+
+    return functools.partial(moe.layout.held_experts, held, weights, _EXPERT_AXES)
+
+
+def _run(block: Block, x_BLD: Array, rope: RopeTable, pages: LayerPages, tokens: Tokens) -> tuple[Array, LayerPages]:
+    """x through a block, and the block's pages with x's latents."""
+    normed_BLD = block.attention_norm(x_BLD)
+    pages = _written(pages, block.attention.latents(normed_BLD, rope), tokens)
+    c_kv_BSC, k_rope_BSR = (a[tokens.page_BP].reshape(len(tokens.page_BP), -1, a.shape[-1]) for a in pages)
+    visible_BLS = jnp.arange(c_kv_BSC.shape[1]) <= tokens.position_BL[..., None]
+    x_BLD += block.attention.decode(normed_BLD, rope, c_kv_BSC, k_rope_BSR, visible_BLS)
+    normed_BLD = block.ffn_norm(x_BLD)
+    ffn = block.ffn
+    return x_BLD + (ffn.decode(normed_BLD, _routed(ffn)) if isinstance(ffn, MoE) else ffn(normed_BLD)), pages
+
+
+def _written(pages: LayerPages, latents: tuple[Array, Array], tokens: Tokens) -> LayerPages:
+    index_BL = jnp.minimum(tokens.position_BL // PAGE, tokens.page_BP.shape[1] - 1)
+    page_BL = jnp.where(tokens.real_BL, jnp.take_along_axis(tokens.page_BP, index_BL, axis=1), 0)
+    place_BL = tokens.position_BL % PAGE
+    return LayerPages(*(a.at[page_BL, place_BL].set(new) for a, new in zip(pages, latents, strict=True)))
