@@ -6,13 +6,13 @@ to heads. Decoding absorbs the expansion into the query and the output instead (
 that attention runs over the cached latents themselves.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import NORM_EPS_LATENT, Linear, RMSNorm
@@ -123,20 +123,16 @@ class Attention(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         rope: RopeTable,
-        c_kv_BSC: Float[Array, "B S C"],
-        k_rope_BSR: Float[Array, "B S R"],
-        visible_BLS: Bool[Array, "B L S"],
+        attend: Callable[[Float[Array, "B L H C"], Float[Array, "B L H R"]], Float[Array, "B L H C"]],
     ) -> Float[Array, "B L D"]:
-        """Attention of L new tokens over the cached latents, with the up-projections absorbed."""
+        """Attention of new tokens over cached latents, with the up-projections absorbed.
+
+        `attend` gives the queries' weighted sums of latents (see `serve.attend`).
+        """
         # tokens and weights meet on all devices; in between, sequences go to where their cache is
         q_BLHX = self.queries(x_BLD, rope)
         q_nope_BLHN, q_rope_BLHR = (self.layout.constrain(q, "cache_batch", None, "heads", None) for q in q_BLHX)
         absorbed = self.absorbed(x_BLD.dtype)
-        q_latent_BLHC = einsum("blhn,hnc->blhc", q_nope_BLHN, absorbed.w_k_HNC)
-        scores_BHLS = einsum("blhc,bsc->bhls", q_latent_BLHC, c_kv_BSC, dtype=jnp.float32)
-        scores_BHLS += einsum("blhr,bsr->bhls", q_rope_BLHR, k_rope_BSR, dtype=jnp.float32)
-        scores_BHLS = jnp.where(visible_BLS[:, None], scores_BHLS * attention_scale(self.config), -jnp.inf)
-        probs_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(x_BLD.dtype)
-        out_latent_BLHC = einsum("bhls,bsc->blhc", probs_BHLS, c_kv_BSC)
+        out_latent_BLHC = attend(einsum("blhn,hnc->blhc", q_nope_BLHN, absorbed.w_k_HNC), q_rope_BLHR)
         out_BLHU = einsum("blhc,hcu->blhu", out_latent_BLHC, absorbed.w_v_HCU)
         return self.output(self.layout.constrain(out_BLHU, None, None, "heads", None))

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
-from dsv3_jax.model.rope import rope_table
+from dsv3_jax.model.rope import attention_scale, rope_table
 from dsv3_jax.model.transformer import Block, Transformer
+from dsv3_jax.serve.attend import over_cache
 from pallas_kernels import dense_is_worthwhile, dense_swiglu, grouped_swiglu, integer_experts
 from pallas_kernels.integer_weight import IntegerWeight
 
@@ -158,7 +159,9 @@ def extend(
         c_kv_BLC, k_rope_BLR = block.attention.latents(normed_BLD, rope)
         c_kv_NBSC = jax.lax.dynamic_update_slice(c_kv_NBSC, c_kv_BLC[None], indices(i, 0, start, 0))
         k_rope_NBSR = jax.lax.dynamic_update_slice(k_rope_NBSR, k_rope_BLR[None], indices(i, 0, start, 0))
-        x_BLD += block.attention.decode(normed_BLD, rope, c_kv_NBSC[i], k_rope_NBSR[i], visible_BLS)
+        cached = {"c_kv_BSC": c_kv_NBSC[i], "k_rope_BSR": k_rope_NBSR[i], "visible_BLS": visible_BLS}
+        attend = functools.partial(over_cache, **cached, scale=attention_scale(model.config))
+        x_BLD += block.attention.decode(normed_BLD, rope, attend)
         normed_BLD = block.ffn_norm(x_BLD)
         if isinstance(block.ffn, MoE):
             assert experts is not None

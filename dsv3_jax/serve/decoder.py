@@ -16,33 +16,25 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.model.attention import RopeTable
 from dsv3_jax.model.moe import MoE, RoutedExperts
 from dsv3_jax.model.parameters import is_float32
-from dsv3_jax.model.rope import rope_table
+from dsv3_jax.model.rope import attention_scale, rope_table
 from dsv3_jax.model.transformer import Block, MTPModule, Transformer
+from dsv3_jax.serve.attend import PAGE, LayerPages, over_pages
 from pallas_kernels import grouped_swiglu, integer_experts
 from pallas_kernels.integer_weight import IntegerWeight
 from pallas_kernels.products import dot
 
-PAGE = 16  # positions of a page
-
 _EXPERT_AXES = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
-
-
-class LayerPages(NamedTuple):
-    """A layer's latents; P pages."""
-
-    c_kv_PSC: Float[Array, "P S C"]
-    k_rope_PSR: Float[Array, "P S R"]
 
 
 class Tokens(NamedTuple):
     """Neighbouring tokens of B sequences, and where they and those before them lie in the cache.
 
-    Raises nothing: what is not `real` may have any position.
+    What is not `real` may have any position.
     """
 
     position_BL: Int[Array, "B L"]
     real_BL: Bool[Array, "B L"]
-    page_BP: Int[Array, "B P"]  # the sequence's pages in order, as many as a step reads; 0: none there yet
+    page_BP: Int[Array, "B P"]  # the sequence's pages in order; 0: none there yet
 
 
 class Decoder(nnx.Module):
@@ -136,9 +128,9 @@ def _run(block: Block, x_BLD: Array, rope: RopeTable, pages: LayerPages, tokens:
     """x through a block, and the block's pages with x's latents."""
     normed_BLD = block.attention_norm(x_BLD)
     pages = _written(pages, block.attention.latents(normed_BLD, rope), tokens)
-    c_kv_BSC, k_rope_BSR = (a[tokens.page_BP].reshape(len(tokens.page_BP), -1, a.shape[-1]) for a in pages)
-    visible_BLS = jnp.arange(c_kv_BSC.shape[1]) <= tokens.position_BL[..., None]
-    x_BLD += block.attention.decode(normed_BLD, rope, c_kv_BSC, k_rope_BSR, visible_BLS)
+    where = {"pages": pages, "page_BP": tokens.page_BP, "position_BL": tokens.position_BL}
+    attend = functools.partial(over_pages, **where, scale=attention_scale(block.attention.config))
+    x_BLD += block.attention.decode(normed_BLD, rope, attend)
     normed_BLD = block.ffn_norm(x_BLD)
     ffn = block.ffn
     return x_BLD + (ffn.decode(normed_BLD, _routed(ffn)) if isinstance(ffn, MoE) else ffn(normed_BLD)), pages

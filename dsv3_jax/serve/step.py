@@ -9,17 +9,17 @@ alone, and so texts are the same with drafts and without, sampled ones too. Draf
 which makes them right as often as the two distributions agree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.serve.decoder import Decoder, LayerPages, Tokens
+from dsv3_jax.serve.attend import LayerPages
+from dsv3_jax.serve.decoder import Decoder, Tokens
 from dsv3_jax.serve.request import MOST_ALTERNATIVES
 from dsv3_jax.serve.sampling import RowSampling, choose, log_probabilities
 
@@ -47,12 +47,10 @@ class Logprobs(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The next tokens of a step's slots: `count_N` of `token_N2`."""
+    """The next tokens of a step's slots, and what is known of the rows'."""
 
-    token_N2: Int[Array, "N 2"]
-    count_N: Int[Array, " N"]
-    drafted_N: Bool[Array, " N"]  # whether there was a draft to be right
-    logprobs: Logprobs  # of each row
+    next_N4: Int[Array, "N 4"]  # a slot's next two tokens, how many of them count, and whether there was a draft
+    logprobs: Logprobs
 
 
 class Rows(NamedTuple):
@@ -66,27 +64,39 @@ class Rows(NamedTuple):
     count_B: Int[Array, " B"]  # tokens that are real
     page_BP: Int[Array, "B P"]
 
+    @classmethod
+    def of(cls, packed_BX: Int[Array, "B 3+P"]) -> "Rows":
+        """Of one array, which the host sends more quickly than four."""
+        return cls(*packed_BX[:, :3].T, packed_BX[:, 3:])
+
+
+def admit(slots: Slots, slot, token_S, length, logprobs, sampling: RowSampling) -> Slots:
+    """A new sequence in a slot; `sampling` is one row's."""
+    new = Slots(token_S, length, jnp.int32(NO_DRAFT), logprobs, sampling)
+    return jax.tree.map(lambda all_N, one: all_N.at[slot].set(one), slots, new)
+
+
+def limit(slots: Slots, slot, mask_W) -> Slots:
+    """Other tokens that may come next in a slot."""
+    sampling = slots.sampling._replace(mask_BW=slots.sampling.mask_BW.at[slot].set(mask_W))
+    return slots._replace(sampling=sampling)
+
 
 @dataclass(frozen=True)
 class Programs:
-    """The functions that are compiled; `drafts` says whether the MTP module's cache and drafts are kept."""
+    """The steps of sequences with `length` neighbouring tokens; with `drafts`, the MTP module's cache and drafts are kept.
 
-    graph: nnx.GraphDef[Decoder]
+    `decoder` makes one of its weights.
+    """
+
+    decoder: Callable[[Sequence[Array]], Decoder]
+    length: int
     drafts: bool
 
-    def admit(self, slots: Slots, slot, token_S, length, logprobs, sampling: RowSampling) -> Slots:
-        """A new sequence in a slot; `sampling` is one row's."""
-        new = Slots(token_S, length, jnp.int32(NO_DRAFT), logprobs, sampling)
-        return jax.tree.map(lambda all_N, one: all_N.at[slot].set(one), slots, new)
-
-    def limit(self, slots: Slots, slot, mask_W) -> Slots:
-        """The tokens that may come next in a slot."""
-        sampling = slots.sampling._replace(mask_BW=slots.sampling.mask_BW.at[slot].set(mask_W))
-        return slots._replace(sampling=sampling)
-
-    def fill(self, length: int, weights, pages: list[LayerPages], slots: Slots, rows: Rows) -> tuple[list[LayerPages], Logprobs]:
-        """`length` known tokens a sequence into the cache, none of them its last; their successors' log-probabilities if wanted."""
-        decoder, tokens = nnx.merge(self.graph, weights), _tokens(rows, slots, length)
+    def fill(self, weights, pages: list[LayerPages], slots: Slots, packed_BX) -> tuple[list[LayerPages], Logprobs]:
+        """Known tokens into the cache, none of them its sequence's last; log-probabilities of those after them."""
+        decoder, rows = self.decoder(weights), Rows.of(packed_BX)
+        tokens = _tokens(rows, slots, self.length)
         token_BL, next_BL = (slots.token_NS[rows.slot_B[:, None], tokens.position_BL + i] for i in (0, 1))
         hidden_BLD, pages = decoder.hidden(pages, token_BL, tokens)
         if self.drafts:
@@ -94,14 +104,13 @@ class Programs:
         hidden_TD, wanted = hidden_BLD.reshape(next_BL.size, -1), slots.logprobs_N[rows.slot_B].any()
         return pages, _logprobs_if(wanted, lambda: decoder.logits(hidden_TD), next_BL.reshape(-1))
 
-    def decode(
-        self, length: int, weights, pages: list[LayerPages], slots: Slots, rows: Rows
-    ) -> tuple[list[LayerPages], Slots, Chosen]:
+    def decode(self, weights, pages: list[LayerPages], slots: Slots, packed_BX) -> tuple[list[LayerPages], Slots, Chosen]:
         """The next tokens of slots whose last token, and perhaps draft, is among the rows; other rows do as in `fill`."""
-        decoder, tokens, N = nnx.merge(self.graph, weights), _tokens(rows, slots, length), slots.length_N.size
+        decoder, rows, N = self.decoder(weights), Rows.of(packed_BX), slots.length_N.size
+        tokens = _tokens(rows, slots, self.length)
         drafts_in_NS = _put(slots.token_NS, jnp.arange(N), slots.length_N, jnp.maximum(slots.draft_N, 0))
         slots = slots._replace(token_NS=drafts_in_NS)
-        slot_T = jnp.repeat(rows.slot_B, length)
+        slot_T = jnp.repeat(rows.slot_B, self.length)
         position_T, real_T = tokens.position_BL.reshape(-1), tokens.real_BL.reshape(-1)
         after_T = position_T - (slots.length_N[slot_T] - 1)  # 0: the last token; 1: the draft; negative: known ones
         slot_of_last_T = jnp.where(real_T & (after_T == 0), slot_T, N)
@@ -131,7 +140,10 @@ class Programs:
             mtp_BLD, pages = decoder.mtp_hidden(pages, hidden_BLD, next_T.reshape(token_BL.shape), tokens)
             mtp_logits_TV = decoder.logits(mtp_BLD.reshape(slot_T.size, -1))
             draft_T = choose(mtp_logits_TV, sampling_T, position_T + 2, token_NS[slot_T])
-            after_last_N, after_draft_N = by_slot(slot_of_last_T, draft_T, NO_DRAFT), by_slot(slot_of_draft_T, draft_T, NO_DRAFT)
+            after_last_N, after_draft_N = (
+                by_slot(slot_of_last_T, draft_T, NO_DRAFT),
+                by_slot(slot_of_draft_T, draft_T, NO_DRAFT),
+            )
             # a limit on the next token says nothing of the one after it
             draft_N = jnp.where(slots.sampling.constrained_B, NO_DRAFT, jnp.where(right_N, after_draft_N, after_last_N))
         slots = slots._replace(
@@ -139,7 +151,7 @@ class Programs:
             length_N=slots.length_N + count_N,
             draft_N=jnp.where(running_N, draft_N, slots.draft_N).astype(jnp.int32),
         )
-        return pages, slots, Chosen(jnp.stack([first_N, second_N], axis=1), count_N, drafted_N, logprobs)
+        return pages, slots, Chosen(jnp.stack([first_N, second_N, count_N, drafted_N], axis=1), logprobs)
 
 
 def _tokens(rows: Rows, slots: Slots, length: int) -> Tokens:

@@ -1,0 +1,149 @@
+"""The compiled programs of a server: every shape that a step may have, compiled before the first request.
+
+They are executables, not functions: a shape that was not compiled is an error, never a compilation while somebody waits.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.serve.attend import table_width
+from dsv3_jax.serve.decoder import Decoder, take_apart
+from dsv3_jax.serve.request import SamplingParams
+from dsv3_jax.serve.sampling import row_of
+from dsv3_jax.serve.step import BEYOND, NO_DRAFT, Chosen, Logprobs, Programs, Slots, admit, limit
+
+PIECE = 64  # tokens of a prompt that one program takes at most
+_PIECE_STEP = 8
+
+
+def row_buckets(slots: int) -> list[int]:
+    """Numbers of sequences that a decoding step is compiled for: padding costs 10% if all numbers are equally likely."""
+    return sorted({*(b for b in (1, 2, 4, 8, 12, 16) if b < slots), *range(24, slots, 8), slots})
+
+
+def piece_size(tokens: int) -> int:
+    """The tokens that are computed for a piece of a prompt."""
+    return -(-tokens // _PIECE_STEP) * _PIECE_STEP
+
+
+PIECE_SIZES = range(_PIECE_STEP, PIECE + 1, _PIECE_STEP)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences with L neighbouring tokens, to decode or to fill into the cache; with the MTP module's part or without."""
+
+    decodes: bool
+    sequences: int
+    length: int
+    drafts: bool
+
+
+class Device:
+    """The device's state, and the programs that change it."""
+
+    def __init__(self, model: Any, slots: int, context: int, pages: int, shapes: list[Shape]):
+        graph, state = take_apart(model)
+        # a step is called with a list, which is taken apart more quickly than nnx's state
+        self._weights, structure = jax.tree.flatten(state)
+
+        def decoder(weights: Sequence[jax.Array]) -> Decoder:
+            return nnx.merge(graph, jax.tree.unflatten(structure, weights))
+
+        self.slots, self._width, self._history = slots, table_width(context), context + BEYOND
+        vocab_size = model.config.vocab_size
+        self._pages = jax.jit(lambda weights: decoder(weights).empty_pages(pages))(self._weights)
+        self._slots = _empty_slots(slots, self._history, vocab_size)
+        self.vocab_size, self.compile_s = vocab_size, 0.0
+        self._compile(decoder, shapes)
+
+    def _compile(self, decoder: Callable, shapes: list[Shape]) -> None:
+        began = time.perf_counter()
+        slot, flag = jnp.int32(0), jnp.bool_(False)
+        row = jax.tree.map(lambda a: a[0], self._slots.sampling)
+        history = self._slots.token_NS[0]
+        wanted: dict[Any, tuple[Callable, tuple[int, ...], tuple]] = {
+            "admit": (admit, (0,), (self._slots, slot, history, slot, flag, row)),
+            "limit": (limit, (0,), (self._slots, slot, row.mask_BW)),
+        }
+        for shape in shapes:
+            programs = Programs(decoder, shape.length, shape.drafts)
+            step = programs.decode if shape.decodes else programs.fill
+            arguments = (self._weights, self._pages, self._slots, self.rows(shape, []))
+            wanted[shape] = step, (1, 2) if shape.decodes else (1,), arguments
+
+        def compiled(key):
+            f, donated, arguments = wanted[key]
+            return key, jax.jit(f, donate_argnums=donated).lower(*arguments).compile()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._run = dict(pool.map(compiled, wanted))
+        self.compile_s = time.perf_counter() - began
+
+    def rows(self, shape: Shape, rows: Sequence[tuple[int, int, int, list[int]]]) -> np.ndarray:
+        """(slot, first, count, pages) of each sequence, and as many of nobody's as fill the shape, for `Rows.of`."""
+        packed_BX = np.zeros((shape.sequences, 3 + self._width), np.int32)
+        packed_BX[:, 0] = self.slots
+        for packed_X, (slot, first, count, pages) in zip(packed_BX, rows, strict=False):
+            packed_X[:3] = slot, first, count
+            packed_X[3 : 3 + len(pages)] = pages
+        return packed_BX
+
+    def admit(self, slot: int, tokens: list[int], prompt_length: int, params: SamplingParams, seed: int) -> None:
+        token_S = np.zeros(self._history, np.int32)
+        token_S[: len(tokens)] = tokens
+        logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+        row = row_of(params, prompt_length, self.vocab_size, seed)
+        arguments = np.int32(slot), token_S, np.int32(len(tokens)), np.bool_(logprobs), row
+        self._slots = self._run["admit"](self._slots, *arguments)
+
+    def limit(self, slot: int, mask_W: np.ndarray) -> None:
+        self._slots = self._run["limit"](self._slots, np.int32(slot), mask_W)
+
+    def seconds(self, shape: Shape) -> float:
+        """What a decoding step takes, the quickest of three, with tokens of nobody at different places."""
+        self.admit(self.slots, [(7919 * i) % self.vocab_size for i in range(self._history)], 0, SamplingParams(), 0)
+        places = [(self.slots, i * shape.length, shape.length, []) for i in range(shape.sequences)]
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            jax.block_until_ready(self.decode(shape, self.rows(shape, places)))
+            times.append(time.perf_counter() - began)
+        self.admit(self.slots, [0], 0, SamplingParams(), 0)
+        return min(times)
+
+    def fill(self, shape: Shape, rows: np.ndarray) -> Logprobs:
+        self._pages, logprobs = self._run[shape](self._weights, self._pages, self._slots, rows)
+        return logprobs
+
+    def decode(self, shape: Shape, rows: np.ndarray) -> Chosen:
+        self._pages, self._slots, chosen = self._run[shape](self._weights, self._pages, self._slots, rows)
+        return chosen
+
+
+def _empty_slots(slots: int, history: int, vocab_size: int) -> Slots:
+    N = slots + 1
+    sampling = row_of(SamplingParams(), 0, vocab_size, 0)
+    return Slots(
+        jnp.zeros((N, history), jnp.int32),
+        jnp.ones(N, jnp.int32),  # a last token at place 0
+        jnp.full(N, NO_DRAFT, jnp.int32),
+        jnp.zeros(N, bool),
+        jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (N, *np.shape(a))), sampling),
+    )
+
+
+def bytes_a_token(model: Any) -> int:
+    """Of the cache, the MTP module's included."""
+    config = model.config
+    layers = config.num_hidden_layers + min(config.num_nextn_predict_layers, 1)
+    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize
