@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from dsv3_jax.interop.hf_import import import_hf as import_hf
     from dsv3_jax.interop.hf_load import load_hf as load_hf
     from dsv3_jax.model.transformer import Transformer as Transformer
+    from dsv3_jax.serve.engine import Engine as Engine
     from dsv3_jax.serve.generate import generate as generate
+    from dsv3_jax.serve.request import SamplingParams as SamplingParams
     from dsv3_jax.training.evaluate import evaluate as evaluate
     from dsv3_jax.training.loop import train as train
 
@@ -44,11 +46,13 @@ _HOME = {
     "compress": "compression.compress",
     "load": "checkpoint.load",
     "Transformer": "model.transformer",
+    "Engine": "serve.engine",
+    "SamplingParams": "serve.request",
     "generate": "serve.generate",
 }
 
 __all__ = [
-    "Config", "ModelConfig", "ParallelConfig", "Transformer", "UserError", "compress", "evaluate", "generate", "import_hf",
+    "Config", "Engine", "ModelConfig", "ParallelConfig", "SamplingParams", "Transformer", "UserError", "compress", "evaluate", "generate", "import_hf",
     "load", "load_config", "load_hf", "save_hf", "train",
 ]  # fmt: skip
 

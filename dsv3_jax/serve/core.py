@@ -64,10 +64,8 @@ class Core:
         self.device = Device(model, slots, context, pages, shapes)
         self._buckets, self.rule = buckets, None
         if measured:
-            times = {
-                b: tuple(self.device.seconds(self._shape(b, with_drafts)) for with_drafts in (False, True)) for b in buckets
-            }
-            self.rule = DraftRule(times)
+            seconds = self.device.seconds
+            self.rule = DraftRule({b: (seconds(self._shape(b, False)), seconds(self._shape(b, True))) for b in buckets})
         self.scheduler = Scheduler(slots, PagePool(pages), 2 if self.drafts else 1)
         self._flights: deque[Flight] = deque()
         self.counts = dict.fromkeys(COUNTERS, 0.0)
