@@ -52,8 +52,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Config", "Engine", "ModelConfig", "ParallelConfig", "SamplingParams", "Transformer", "UserError", "compress", "evaluate", "generate", "import_hf",
-    "load", "load_config", "load_hf", "save_hf", "train",
+    "Config", "Engine", "ModelConfig", "ParallelConfig", "SamplingParams", "Transformer", "UserError", "compress", "evaluate",
+    "generate", "import_hf", "load", "load_config", "load_hf", "save_hf", "train",
 ]  # fmt: skip
 
 

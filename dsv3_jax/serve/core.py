@@ -10,7 +10,7 @@ import numpy as np
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.drafts import DraftRule
 from dsv3_jax.serve.pages import PagePool
-from dsv3_jax.serve.programs import PIECE, PIECE_SIZES, Device, Shape, piece_size, row_buckets
+from dsv3_jax.serve.programs import PIECE, Device, Shape, piece_sizes, row_buckets
 from dsv3_jax.serve.request import Event, Finish, TokenLogprob
 from dsv3_jax.serve.scheduler import NOWHERE, Piece, Scheduler, Sequence
 from dsv3_jax.serve.step import DRAFT, LAST
@@ -53,11 +53,11 @@ class Core:
         self._exact, self._prompt_rows = exact, prompt_rows
         self.drafts = model.config.num_nextn_predict_layers > 0 if drafts is None else drafts
         measured = drafts is None and self.drafts and not exact
-        buckets = row_buckets(slots)
+        buckets, self._pieces = row_buckets(slots), piece_sizes(min(prompt_rows, context))
         if exact:
             shapes = [self._exact_shape]
         else:
-            shapes = [Shape(False, 1, size, self.drafts) for size in PIECE_SIZES]
+            shapes = [Shape(False, 1, size, self.drafts) for size in self._pieces]
             shapes += [
                 self._shape(b, with_drafts) for b in buckets for with_drafts in {self.drafts, self.drafts and not measured}
             ]
@@ -141,7 +141,7 @@ class Core:
 
     def _start(self) -> None:
         for piece in self.scheduler.pieces(self._prompt_rows, PIECE):
-            shape = Shape(False, 1, piece_size(piece.count), self.drafts)
+            shape = Shape(False, 1, next(size for size in self._pieces if size >= piece.count), self.drafts)
             self._launch(shape, [Row(piece.sequence, piece.first, piece.count, piece)])
         decoding = self.scheduler.decoding(self.settle)
         if not decoding:

@@ -21,8 +21,8 @@ from dsv3_jax.serve.request import SamplingParams
 from dsv3_jax.serve.sampling import row_of
 from dsv3_jax.serve.step import BEYOND, NO_DRAFT, Chosen, Logprobs, Programs, Slots, admit, limit
 
-PIECE = 64  # tokens of a prompt that one program takes at most
-_PIECE_STEP = 8
+PIECE_SIZES = (8, 16, 24, 32, 48, 64)  # tokens of a prompt that one program computes
+PIECE = PIECE_SIZES[-1]
 
 
 def row_buckets(slots: int) -> list[int]:
@@ -30,12 +30,9 @@ def row_buckets(slots: int) -> list[int]:
     return sorted({*(b for b in (1, 2, 4, 8, 12, 16) if b < slots), *range(24, slots, 8), slots})
 
 
-def piece_size(tokens: int) -> int:
-    """The tokens that are computed for a piece of a prompt."""
-    return -(-tokens // _PIECE_STEP) * _PIECE_STEP
-
-
-PIECE_SIZES = range(_PIECE_STEP, PIECE + 1, _PIECE_STEP)
+def piece_sizes(largest: int) -> list[int]:
+    """The sizes that pieces of `largest` tokens at most need."""
+    return [size for i, size in enumerate(PIECE_SIZES) if i == 0 or PIECE_SIZES[i - 1] < largest]
 
 
 @dataclass(frozen=True)
