@@ -19,7 +19,7 @@ from dsv3_jax.serve.attend import table_width
 from dsv3_jax.serve.decoder import Decoder, take_apart
 from dsv3_jax.serve.request import SamplingParams
 from dsv3_jax.serve.sampling import row_of
-from dsv3_jax.serve.step import BEYOND, NO_DRAFT, Chosen, Logprobs, Programs, Slots, admit, limit
+from dsv3_jax.serve.step import BEYOND, NO_DRAFT, Chosen, Logprobs, Programs, Settings, Slots, admit, limit
 
 PIECE_SIZES = (8, 16, 24, 32, 48, 64)  # tokens of a prompt that one program computes
 PIECE = PIECE_SIZES[-1]
@@ -59,23 +59,22 @@ class Device:
         self.slots, self._width, self._history = slots, table_width(context), context + BEYOND
         vocab_size = model.config.vocab_size
         self._pages = jax.jit(lambda weights: decoder(weights).empty_pages(pages))(self._weights)
-        self._slots = _empty_slots(slots, self._history, vocab_size)
+        self._slots, self._settings = _empty_slots(slots, self._history, vocab_size)
         self.vocab_size, self.compile_s = vocab_size, 0.0
         self._compile(decoder, shapes)
 
     def _compile(self, decoder: Callable, shapes: list[Shape]) -> None:
         began = time.perf_counter()
-        slot, flag = jnp.int32(0), jnp.bool_(False)
-        row = jax.tree.map(lambda a: a[0], self._slots.sampling)
-        history = self._slots.token_NS[0]
+        slot = jnp.int32(0)
+        history, its = jax.tree.map(lambda a: a[0], (self._slots.token_NS, self._settings))
         wanted: dict[Any, tuple[Callable, tuple[int, ...], tuple]] = {
-            "admit": (admit, (0,), (self._slots, slot, history, slot, flag, row)),
-            "limit": (limit, (0,), (self._slots, slot, row.mask_BW)),
+            "admit": (admit, (0, 1), (self._slots, self._settings, slot, history, slot, its)),
+            "limit": (limit, (0,), (self._settings, slot, its.sampling.mask_BW)),
         }
         for shape in shapes:
             programs = Programs(decoder, shape.length, shape.drafts)
             step = programs.decode if shape.decodes else programs.fill
-            arguments = (self._weights, self._pages, self._slots, self.rows(shape, []))
+            arguments = (self._weights, self._pages, self._slots, self._settings, self.rows(shape, []))
             wanted[shape] = step, (1, 2) if shape.decodes else (1,), arguments
 
         def compiled(key):
@@ -98,13 +97,12 @@ class Device:
     def admit(self, slot: int, tokens: list[int], prompt_length: int, params: SamplingParams, seed: int) -> None:
         token_S = np.zeros(self._history, np.int32)
         token_S[: len(tokens)] = tokens
-        logprobs = params.logprobs is not None or params.prompt_logprobs is not None
-        row = row_of(params, prompt_length, self.vocab_size, seed)
-        arguments = np.int32(slot), token_S, np.int32(len(tokens)), np.bool_(logprobs), row
-        self._slots = self._run["admit"](self._slots, *arguments)
+        its = _settings(params, prompt_length, self.vocab_size, seed)
+        arguments = self._slots, self._settings, np.int32(slot), token_S, np.int32(len(tokens)), its
+        self._slots, self._settings = self._run["admit"](*arguments)
 
     def limit(self, slot: int, mask_W: np.ndarray) -> None:
-        self._slots = self._run["limit"](self._slots, np.int32(slot), mask_W)
+        self._settings = self._run["limit"](self._settings, np.int32(slot), mask_W)
 
     def seconds(self, shape: Shape) -> float:
         """What a decoding step takes, the quickest of three, with tokens of nobody at different places."""
@@ -119,24 +117,26 @@ class Device:
         return min(times)
 
     def fill(self, shape: Shape, rows: np.ndarray) -> Logprobs:
-        self._pages, logprobs = self._run[shape](self._weights, self._pages, self._slots, rows)
+        self._pages, logprobs = self._run[shape](self._weights, self._pages, self._slots, self._settings, rows)
         return logprobs
 
     def decode(self, shape: Shape, rows: np.ndarray) -> Chosen:
-        self._pages, self._slots, chosen = self._run[shape](self._weights, self._pages, self._slots, rows)
+        self._pages, self._slots, chosen = self._run[shape](self._weights, self._pages, self._slots, self._settings, rows)
         return chosen
 
 
-def _empty_slots(slots: int, history: int, vocab_size: int) -> Slots:
+def _empty_slots(slots: int, history: int, vocab_size: int) -> tuple[Slots, Settings]:
     N = slots + 1
-    sampling = row_of(SamplingParams(), 0, vocab_size, 0)
-    return Slots(
-        jnp.zeros((N, history), jnp.int32),
-        jnp.ones(N, jnp.int32),  # a last token at place 0
-        jnp.full(N, NO_DRAFT, jnp.int32),
-        jnp.zeros(N, bool),
-        jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (N, *np.shape(a))), sampling),
-    )
+    token_NS, length_N = jnp.zeros((N, history), jnp.int32), jnp.ones(N, jnp.int32)  # a last token at place 0
+    row = _settings(SamplingParams(), 0, vocab_size, 0)
+    settings = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (N, *np.shape(a))), row)
+    return Slots(token_NS, length_N, jnp.full(N, NO_DRAFT, jnp.int32)), settings
+
+
+def _settings(params: SamplingParams, prompt_length: int, vocab_size: int, seed: int) -> Settings:
+    """One sequence's."""
+    logprobs: Any = np.bool_(params.logprobs is not None or params.prompt_logprobs is not None)
+    return Settings(logprobs, row_of(params, prompt_length, vocab_size, seed))
 
 
 def bytes_a_token(model: Any) -> int:

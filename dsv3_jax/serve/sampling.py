@@ -71,13 +71,27 @@ def choose(
         position_B: i32[B] where the tokens will be.
         history_BS: i32[B, S] the tokens at positions 0.. of each row; those at its position or after don't count.
     """
+    changed = (rows.bias_BK != 0).any() | rows.constrained_B.any() | _penalises(rows).any()
+    greedy = ~((rows.temperature_B > 0).any() | changed)
+    return jax.lax.cond(
+        greedy,
+        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+        lambda: _drawn(logits_BV, rows, position_B, history_BS),
+    )
+
+
+def _penalises(rows: RowSampling) -> Bool[Array, " B"]:
+    return (rows.presence_B != 0) | (rows.frequency_B != 0) | (rows.repetition_B != 1)
+
+
+def _drawn(logits_BV: Array, rows: RowSampling, position_B: Array, history_BS: Array) -> Int[Array, " B"]:
     processed_BV = processed_logits(logits_BV, rows, position_B, history_BS)
     noise_BV = jax.lax.cond(
         (rows.temperature_B > 0).any(),
         lambda: jnp.where(rows.temperature_B[:, None] > 0, _gumbel(rows.seed_B, position_B, logits_BV.shape[1]), 0),
         lambda: jnp.zeros_like(logits_BV),
     )
-    return jnp.argmax(processed_BV + noise_BV, axis=-1).astype(jnp.int32)
+    return _first_of_largest(processed_BV + noise_BV)
 
 
 def processed_logits(
@@ -131,8 +145,7 @@ def _penalised(logits_BV: Array, rows: RowSampling, position_B: Array, history_B
         repeated_BV, by_count_BV = jax.lax.optimization_barrier((repeated_BV, by_count_BV))
         return (repeated_BV - by_count_BV) - jnp.where(count_BV > 0, rows.presence_B[:, None], 0)
 
-    asked_B = (rows.presence_B != 0) | (rows.frequency_B != 0) | (rows.repetition_B != 1)
-    return jax.lax.cond(asked_B.any(), penalised, lambda: logits_BV)
+    return jax.lax.cond(_penalises(rows).any(), penalised, lambda: logits_BV)
 
 
 def _biased(logits_BV: Array, rows: RowSampling) -> Array:

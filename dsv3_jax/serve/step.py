@@ -34,6 +34,11 @@ class Slots(NamedTuple):
     token_NS: Int[Array, "N S"]
     length_N: Int[Array, " N"]  # tokens of the sequence
     draft_N: Int[Array, " N"]  # the token after them, perhaps
+
+
+class Settings(NamedTuple):
+    """What stays as it is while a sequence has its slot."""
+
     logprobs_N: Bool[Array, " N"]  # whether log-probabilities are wanted
     sampling: RowSampling
 
@@ -70,16 +75,16 @@ class Rows(NamedTuple):
         return cls(packed_BX[:, 0], packed_BX[:, 1], packed_BX[:, 2], packed_BX[:, 3:])
 
 
-def admit(slots: Slots, slot, token_S, length, logprobs, sampling: RowSampling) -> Slots:
-    """A new sequence in a slot; `sampling` is one row's."""
-    new = Slots(token_S, length, jnp.int32(NO_DRAFT), logprobs, sampling)
-    return jax.tree.map(lambda all_N, one: all_N.at[slot].set(one), slots, new)
+def admit(slots: Slots, settings: Settings, slot, token_S, length, its: Settings) -> tuple[Slots, Settings]:
+    """A new sequence in a slot, with its settings."""
+    new = Slots(token_S, length, jnp.int32(NO_DRAFT)), its
+    return jax.tree.map(lambda all_N, one: all_N.at[slot].set(one), (slots, settings), new)
 
 
-def limit(slots: Slots, slot, mask_W) -> Slots:
+def limit(settings: Settings, slot, mask_W) -> Settings:
     """Other tokens that may come next in a slot."""
-    sampling = slots.sampling._replace(mask_BW=slots.sampling.mask_BW.at[slot].set(mask_W))
-    return slots._replace(sampling=sampling)
+    sampling = settings.sampling._replace(mask_BW=settings.sampling.mask_BW.at[slot].set(mask_W))
+    return settings._replace(sampling=sampling)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,9 @@ class Programs:
     length: int
     drafts: bool
 
-    def fill(self, weights, pages: list[LayerPages], slots: Slots, packed_BX) -> tuple[list[LayerPages], Logprobs]:
+    def fill(
+        self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX
+    ) -> tuple[list[LayerPages], Logprobs]:
         """Known tokens into the cache, none of them its sequence's last; log-probabilities of those after them."""
         decoder, rows = self.decoder(weights), Rows.of(packed_BX)
         tokens = _tokens(rows, slots, self.length)
@@ -101,10 +108,12 @@ class Programs:
         hidden_BLD, pages = decoder.hidden(pages, token_BL, tokens)
         if self.drafts:
             pages = decoder.mtp_hidden(pages, hidden_BLD, next_BL, tokens)[1]
-        hidden_TD, wanted = hidden_BLD.reshape(next_BL.size, -1), slots.logprobs_N[rows.slot_B].any()
+        hidden_TD, wanted = hidden_BLD.reshape(next_BL.size, -1), settings.logprobs_N[rows.slot_B].any()
         return pages, _logprobs_if(wanted, lambda: decoder.logits(hidden_TD), next_BL.reshape(-1))
 
-    def decode(self, weights, pages: list[LayerPages], slots: Slots, packed_BX) -> tuple[list[LayerPages], Slots, Chosen]:
+    def decode(
+        self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX
+    ) -> tuple[list[LayerPages], Slots, Chosen]:
         """The next tokens of slots whose last token, and perhaps draft, is among the rows; other rows do as in `fill`."""
         decoder, rows, N = self.decoder(weights), Rows.of(packed_BX), slots.length_N.size
         tokens = _tokens(rows, slots, self.length)
@@ -122,14 +131,14 @@ class Programs:
         token_BL = slots.token_NS[rows.slot_B[:, None], tokens.position_BL]
         hidden_BLD, pages = decoder.hidden(pages, token_BL, tokens)
         logits_TV = decoder.logits(hidden_BLD.reshape(slot_T.size, -1))
-        sampling_T = jax.tree.map(lambda a: a[slot_T], slots.sampling)
+        sampling_T = jax.tree.map(lambda a: a[slot_T], settings.sampling)
         chosen_T = choose(logits_TV, sampling_T, position_T + 1, slots.token_NS[slot_T])
         running_N = by_slot(slot_of_last_T, real_T, False)
         first_N, second_N = by_slot(slot_of_last_T, chosen_T, 0), by_slot(slot_of_draft_T, chosen_T, 0)
         drafted_N = by_slot(slot_of_draft_T, real_T, False) & (slots.draft_N >= 0)
         right_N = drafted_N & (slots.draft_N == first_N)
         known_T = slots.token_NS[slot_T, position_T + 1]
-        logprobs = _logprobs_if(slots.logprobs_N[slot_T].any(), lambda: logits_TV, jnp.where(after_T < 0, known_T, chosen_T))
+        logprobs = _logprobs_if(settings.logprobs_N[slot_T].any(), lambda: logits_TV, jnp.where(after_T < 0, known_T, chosen_T))
 
         token_NS = _put(slots.token_NS, jnp.where(running_N, jnp.arange(N), N), slots.length_N, first_N)
         token_NS = _put(token_NS, jnp.where(right_N, jnp.arange(N), N), slots.length_N + 1, second_N)
@@ -145,7 +154,7 @@ class Programs:
                 by_slot(slot_of_draft_T, draft_T, NO_DRAFT),
             )
             # a limit on the next token says nothing of the one after it
-            draft_N = jnp.where(slots.sampling.constrained_B, NO_DRAFT, jnp.where(right_N, after_draft_N, after_last_N))
+            draft_N = jnp.where(settings.sampling.constrained_B, NO_DRAFT, jnp.where(right_N, after_draft_N, after_last_N))
         slots = slots._replace(
             token_NS=token_NS,
             length_N=slots.length_N + count_N,
