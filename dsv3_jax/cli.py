@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -430,6 +431,79 @@ def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes:
         raise SystemExit(code)
 
 
+@contextlib.contextmanager
+def _serving_packages() -> Iterator[None]:
+    """Turns the lack of an optional package into one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "jinja2", "llguidance"):
+            raise
+        raise UserError(f"{error.name} is not installed; pip install 'dsv3-jax[serve]'") from None
+
+
+def serve(
+    model: Annotated[Path, tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: Path | None = None,
+    slots: int = 64,
+    context: int | None = None,
+    prompt_rows: int = 64,
+    exact: bool = False,
+) -> None:
+    """Serve a model: OpenAI's HTTP API (completions, chat, streams), metrics for Prometheus, and a page to try it by.
+
+    The port opens once all programs are compiled, and then the address is printed. SIGTERM and Ctrl-C let running requests end
+    first. Needs the packages of dsv3-jax[serve].
+
+    Example: dsv3 serve runs/tiny --port 8000
+
+    Args:
+        model: A run (its latest checkpoint), a checkpoint, also a compressed one, or a Hugging Face checkpoint's directory.
+        host: The address to listen at; one that others can reach needs --api-key-file.
+        port: The port; 0 for a free one.
+        api_key_file: A file with one key on each line. Every path but /health then takes one, as `Authorization: Bearer KEY`.
+        slots: The number of sequences that are computed together.
+        context: The longest prompt with its output, in tokens; the model's if not given.
+        prompt_rows: Tokens of prompts that are computed beside the running sequences in a step: more for throughput, fewer for
+            even gaps between tokens.
+        exact: A request's text depends on nothing but the request, to the bit; slower.
+    """
+    with _serving_packages():
+        from dsv3_jax.http_api.server import serve as run
+
+    run(model, host, port, api_key_file, slots, context, prompt_rows, exact)
+
+
+def chat(
+    model: Annotated[str, tyro.conf.Positional],
+    api_key_file: Path | None = None,
+    temperature: float = 0.7,
+    max_tokens: int | None = None,
+    system: str | None = None,
+) -> None:
+    """Talk to a model in the terminal: one that `dsv3 serve` (or another server with OpenAI's API) serves, or one loaded here.
+
+    A model without a chat template continues each line. Ctrl-C ends an answer, Ctrl-D the conversation.
+
+    Example: dsv3 chat http://127.0.0.1:8000
+
+    Example: dsv3 chat runs/tiny --max-tokens 60
+
+    Args:
+        model: A server's address, or what `dsv3 serve` takes.
+        api_key_file: A file whose first line is the server's key.
+        temperature: 0 takes the likeliest token.
+        max_tokens: The longest answer.
+        system: What the model is told before the conversation.
+    """
+    with _serving_packages():
+        from dsv3_jax.http_api.chat import chat as run
+
+        run(model, api_key_file, temperature, max_tokens, system)
+
+
 _VERBS = {
     "train": train,
     "resume": resume,
@@ -438,6 +512,8 @@ _VERBS = {
     "import": import_,
     "export": export,
     "compress": compress,
+    "serve": serve,
+    "chat": chat,
     "report": report,
     "describe": describe,
     "platforms": platforms,
@@ -453,7 +529,7 @@ def _protect_command(args: list[str]) -> list[str]:
     return args if args[:1] != ["launch"] or verb is None or "--" in args else [*args[:verb], "--", *args[verb:]]
 
 
-_PRINTING = {"eval", "generate", "report", "describe", "platforms", "plan", "overlap"}  # verbs whose result is what they print
+_PRINTING = {"eval", "generate", "chat", "report", "describe", "platforms", "plan", "overlap"}  # verbs whose result they print
 
 
 def main(args: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.attend import PAGE
 from dsv3_jax.serve.core import Core
 from dsv3_jax.serve.programs import PIECE, bytes_a_token
-from dsv3_jax.serve.request import Completion, Event, Finish, OnEvent, Prompt, QueueFullError, SamplingParams
+from dsv3_jax.serve.request import Completion, Event, Finish, OnEvent, Prompt, QueueFullError, SamplingParams, StoppedError
 from dsv3_jax.serve.scheduler import Sequence
 
 _CONTEXT = 4096  # of an engine whose context is not given, at most
@@ -104,15 +104,16 @@ class Engine:
             cache_salt: Requests of other salts don't share cached prefixes with it, so that nobody learns of them by timing.
 
         Raises:
-            UserError: The prompt is empty, too long or not of the vocabulary, or the engine is closed.
+            UserError: The prompt is empty, too long or not of the vocabulary.
+            StoppedError: The engine is closing or has failed.
             QueueFullError: As many requests wait as may.
         """
         tokens = self._checked(prompt, params)
         seed = secrets.randbits(32) if params.seed is None else params.seed
         deadline = None if params.deadline_s is None else time.monotonic() + params.deadline_s
         with self._lock:
-            require(not self._broken, f"the engine has failed: {self._broken}")
-            require(self._stop_at is None, "the engine is closing")
+            if why := self.stopped:
+                raise StoppedError(why)
             waiting = self._open - self.core.scheduler.slots
             if waiting >= self._most_waiting:
                 raise QueueFullError(waiting, _RETRY_S)
@@ -181,6 +182,17 @@ class Engine:
                     return
         finally:
             handle.cancel()
+
+    @property
+    def stopped(self) -> str:
+        """Why it takes no requests; "" if it does."""
+        return (
+            f"the engine has failed: {self._broken}"
+            if self._broken
+            else ""
+            if self._stop_at is None
+            else "the engine is closing"
+        )
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is so now (docs/serving.md says what each is)."""

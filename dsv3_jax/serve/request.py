@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv3_jax.checks import require
 from dsv3_jax.config import LARGEST_SEED
+from dsv3_jax.errors import UserError
 
 MOST_ALTERNATIVES = 20  # log-probabilities of other tokens beside a token's own
 MOST_BIASES = 300  # tokens that one request may bias, as in OpenAI's API
@@ -123,6 +124,10 @@ class Completion:
     prompt_logprobs: list[TokenLogprob | None] | None
     finish: Finish
     cached_tokens: int = 0
+
+
+class StoppedError(UserError):
+    """The engine takes no more requests: it is closing, or has failed."""
 
 
 class QueueFullError(Exception):
