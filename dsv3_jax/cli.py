@@ -410,6 +410,73 @@ def overlap(trace: Annotated[Path, tyro.conf.Positional], plan: Path | None = No
     show_overlap(trace, plan, make_console())
 
 
+def bench(
+    target: Annotated[str, tyro.conf.Positional],
+    requests: int = 200,
+    load: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95, float("inf")),
+    rate: tuple[float, ...] = (),
+    trace: Path | None = None,
+    prompts: Path | None = None,
+    prompt_lengths: str = "8:50:128",
+    output_lengths: str = "4:40:120",
+    ttft_ms: float = 1000.0,
+    gap_ms: float = 100.0,
+    seed: int = 0,
+    slots: int = 64,
+    prompt_rows: int = 64,
+    exact: bool = False,
+    batch: int = 64,
+    single: int = 50,
+    api_key_file: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure serving under an open load: requests that arrive by chance, however far behind the server is.
+
+    Prints, for each load, tokens and requests a second, goodput, row utilisation, decode fill, slot occupancy while somebody
+    waits, busy, accepted drafts, and percentiles of the time to the first token and of the gaps between tokens (docs/serving.md
+    says what each is). With a run instead of an address, the engine is in this process, and static batches and one request at
+    a time are measured beside it.
+
+    Example: dsv3 bench runs/tiny --out bench.json
+
+    Example: dsv3 bench http://127.0.0.1:8000 --rate 2 4 8 --prompts runs/tiny
+
+    Example: dsv3 bench http://127.0.0.1:8000 --trace trace.jsonl --ttft-ms 500 --gap-ms 50
+
+    Args:
+        target: A server's address, or a run, a checkpoint or a Hugging Face checkpoint's directory.
+        requests: The number of requests of each load.
+        load: Shares of the capacity, which is what all requests at once are served at, and which is measured first.
+        rate: Requests a second, beside or (with --load alone) instead of shares.
+        trace: A JSONL file with arrival_s, prompt or prompt_tokens, and max_tokens in each line, instead of random requests.
+        prompts: A run whose held-out documents the prompts are of; TARGET's if it is a run, random token ids otherwise.
+        prompt_lengths: LOW:MEDIAN:HIGH in tokens, lognormal.
+        output_lengths: The same of outputs.
+        ttft_ms: For goodput, the longest time to the first token.
+        gap_ms: For goodput, the most of a request's 99th percentile of gaps.
+        seed: Of lengths, prompts and arrivals.
+        slots: The engine's, as for `dsv3 serve`.
+        prompt_rows: The engine's, as for `dsv3 serve`.
+        exact: The engine's, as for `dsv3 serve`.
+        batch: The size of static batches; 0 for none.
+        single: How many requests are served one at a time; 0 for none.
+        api_key_file: A file whose first line is the server's key.
+        out: A JSON file for all figures.
+    """
+    from dsv3_jax.bench.command import Options
+    from dsv3_jax.bench.command import bench as run
+    from dsv3_jax.bench.figures import Limits
+    from dsv3_jax.bench.workload import Lengths
+
+    options = Options(
+        requests, load, rate, trace, prompts, Lengths.parse("--prompt-lengths", prompt_lengths),
+        Lengths.parse("--output-lengths", output_lengths), Limits(ttft_ms / 1000, gap_ms / 1000), seed, slots, prompt_rows,
+        exact, batch, single,
+    )  # fmt: skip
+    key = None if api_key_file is None else api_key_file.read_text().partition("\n")[0].strip()
+    run(target, key, options, out, make_console())
+
+
 def launch(command: Annotated[tuple[str, ...], tyro.conf.Positional], processes: int = 2, devices: int = 4) -> None:
     """Run another verb in several processes on this machine's CPU, as on a cluster; the first failure ends them all.
 
@@ -520,6 +587,7 @@ _VERBS = {
     "plan": plan,
     "overlap": overlap,
     "launch": launch,
+    "bench": bench,
 }
 
 
@@ -529,7 +597,8 @@ def _protect_command(args: list[str]) -> list[str]:
     return args if args[:1] != ["launch"] or verb is None or "--" in args else [*args[:verb], "--", *args[verb:]]
 
 
-_PRINTING = {"eval", "generate", "chat", "report", "describe", "platforms", "plan", "overlap"}  # verbs whose result they print
+# verbs whose result is what they print
+_PRINTING = {"eval", "generate", "chat", "report", "describe", "platforms", "plan", "overlap", "bench"}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 # From low to high: a room imports only its own modules, rooms before it and the modules that stand beside the rooms.
 ROOMS = [
     "cluster", "data", "precision", "model", "optim", "parallel", "exchange", "state", "checkpoint", "runs", "cost", "serve",
-    "training", "interop", "http_api", "compression", "plan", "elastic",
+    "training", "interop", "http_api", "compression", "plan", "elastic", "bench",
 ]  # fmt: skip
 # modules of the package that every room may import
 BELOW_ROOMS = {"checks", "errors", "config", "config_input", "files", "pages", "progress", "records", "streams", "yaml_reader"}
@@ -116,7 +116,7 @@ def test_counts_equal_a_hand_count():
 
 
 def test_help_has_examples():
-    for verb in ("train", "resume", "eval", "generate", "import", "export", "serve", "chat", "describe", "launch"):
+    for verb in ("train", "resume", "eval", "generate", "import", "export", "serve", "chat", "describe", "launch", "bench"):
         done = dsv3(verb, "--help", cwd=ROOT)
         assert done.returncode == 0
         assert f"Example: dsv3 {verb}" in done.stdout

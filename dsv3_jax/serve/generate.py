@@ -11,12 +11,14 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from dsv3_jax.checks import is_text, require, shortened
-from dsv3_jax.config import LARGEST_SEED
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.special_tokens import SpecialTokens
 from dsv3_jax.data.tokenizer import tokenizer_errors
 from dsv3_jax.errors import UserError
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.cache import LatentCache, empty_cache, extend, indices, unstack
+from dsv3_jax.serve.request import SamplingParams
+from dsv3_jax.serve.sampling import RowSampling, choose, row_of
 from pallas_kernels.products import dot
 
 _PREFILL_CHUNK = 64  # tokens at most: bounds the score matrix, and few programs serve prompts of every length
@@ -38,25 +40,11 @@ def _prefill(graph, state, cache: LatentCache, token_BL, start, last):
     return _head(model, jax.lax.dynamic_index_in_dim(x_BLD, last, 1, keepdims=False)), cache
 
 
-def _sample(logits_BV: Array, key: Array, temperature: Array, top_p: Array) -> Int[Array, " B"]:
-    """Greedy at temperature 0; otherwise from the smallest set of tokens whose probability reaches top_p."""
-
-    def draw():
-        scaled_BV = logits_BV / temperature
-        sorted_BV = -jnp.sort(-scaled_BV, axis=-1)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
-        # the most likely token stays whatever top_p
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        return jax.random.categorical(key, jnp.where(scaled_BV >= least_B1, scaled_BV, -jnp.inf))
-
-    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, temperature, top_p, seed, ends_E):
+def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, rows: RowSampling, ends_E):
     """Fill token_BS[:, begin:end]; rows that reached one of `ends_E` (-1: none) repeat it, and all rows there end the loop."""
     model = nnx.merge(graph, state)
-    layers, key = unstack(model, token_BS.shape[0]), jax.random.key(seed)
+    layers = unstack(model, token_BS.shape[0])
 
     def running(carry):
         position, *_, done_B = carry
@@ -64,7 +52,7 @@ def _decode(graph, state, cache: LatentCache, token_BS, logits_BV, begin, end, t
 
     def step(carry):
         position, token_BS, logits_BV, cache, before_B, done_B = carry
-        token_B = _sample(logits_BV, jax.random.fold_in(key, position), temperature, top_p)
+        token_B = choose(logits_BV, rows, jnp.broadcast_to(position, token_BS.shape[:1]), token_BS)
         token_B = jnp.where(done_B, before_B, token_B)
         token_BS = jax.lax.dynamic_update_slice(token_BS, token_B[:, None], indices(0, position))
         x_B1D, cache = extend(model, layers, cache, token_B[:, None], position)
@@ -89,6 +77,14 @@ def _rectangle(prompt_ids: Array | np.ndarray | list[list[int]]) -> np.ndarray:
         ) from None
 
 
+def _alike(params: SamplingParams, prompt_length: int, batch: int, config: ModelConfig) -> RowSampling:
+    """One request's parameters for all rows, each with a seed of its own."""
+    assert params.seed is not None
+    row = row_of(params, prompt_length, config.vocab_size, params.seed)
+    rows = jax.tree.map(lambda entry: np.broadcast_to(entry, (batch, *entry.shape)), row)
+    return rows._replace(seed_B=rows.seed_B + np.arange(batch, dtype=np.uint32))
+
+
 def generate(
     model: Transformer,
     prompt_ids: Int[Array, "B T"] | np.ndarray | list[list[int]],
@@ -107,7 +103,7 @@ def generate(
         max_new_tokens: The number N of tokens to add.
         temperature: Divides the logits before sampling; 0 takes the likeliest token.
         top_p: Sample from the smallest set of tokens that has this probability.
-        seed: Seed of the sampling, 0 to 2^32 - 1.
+        seed: Seed of the first row's sampling, 0 to 2^32 - 1; each further row has the next one.
         eos_id: A row that produces this token, or one of these, repeats it to the end. None: no token ends a row.
 
     Returns:
@@ -129,10 +125,7 @@ def generate(
             f"max_new_tokens={max_new_tokens} after a prompt of {T}: use 1 to {config.max_position_embeddings - T} "
             f"(model.max_position_embeddings={config.max_position_embeddings})"
         )
-    if not temperature >= 0 or not 0 < top_p <= 1:  # NaN is neither
-        raise UserError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed={seed} is out of range; use 0 to {LARGEST_SEED}")
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
 
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int | np.integer) else [*eos_id]
     ends_E = np.full(max(-(-len(ends) // _ENDS_STEP), 1) * _ENDS_STEP, -1, np.int32)
@@ -149,9 +142,16 @@ def generate(
         last = min(T - start, size) - 1
         logits_BV, cache = _prefill(graph, state, cache, token_BS[:, start : start + size], np.int32(start), np.int32(last))
     out_BS = _decode(
-        graph, state, cache, token_BS, logits_BV, np.int32(T), np.int32(T + max_new_tokens), np.float32(temperature),
-        np.float32(top_p), np.uint32(seed), ends_E,
-    )  # fmt: skip
+        graph,
+        state,
+        cache,
+        token_BS,
+        logits_BV,
+        np.int32(T),
+        np.int32(T + max_new_tokens),
+        _alike(params, T, B, config),
+        ends_E,
+    )
     return out_BS[:, : T + max_new_tokens]
 
 

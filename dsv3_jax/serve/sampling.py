@@ -4,8 +4,9 @@ A row's token is a function of its own inputs, bit for bit, whatever its neighbo
 
 - Sums over the vocabulary are of integers, which have no order. top_p and top_k need no sort either: a threshold on the logits
   is found bit by bit.
-- What only some requests ask for is computed if any row does, under `lax.cond`. All rows' tokens come from one expression
-  outside of it, in which thresholds and noise of rows that did not ask are neutral.
+- What only some requests ask for is computed if any row does, under `lax.cond`. All rows' tokens then come from one expression
+  outside of it, in which thresholds and noise of rows that did not ask are neutral: a greedy row's is the argmax of its logits,
+  which is all that is computed if all rows are greedy.
 - Where a product meets a sum, a barrier keeps compilers from making one rounding of the two in some programs only.
 
 A token is the argmax of logits and Gumbel noise, which is a draw from their softmax. The noise depends on a request's seed and
