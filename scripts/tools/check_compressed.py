@@ -29,7 +29,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 from _packed import numbers_of_gguf, of_gguf, of_hf_gptq, of_hf_w4, tensors_of
-from _peer import ask, clients_python
+from _peer import ask, peer_python
 from check_export import TEXT, damaged
 from tokenizers import Tokenizer
 
@@ -108,7 +108,7 @@ def theirs(client: str, paths: list[Path], ids: np.ndarray, scratch: Path) -> tu
     out = Path(tempfile.mkdtemp(dir=scratch))
     np.save(out / "ids.npy", ids)
     request = {"client": client, "paths": list(map(str, paths)), "ids": str(out / "ids.npy"), "out": str(out)}
-    said = ask(clients_python(), "tools/_clients_compressed.py", request, False)["said"]
+    said = ask(peer_python("clients"), "tools/_clients_compressed.py", request, False)["said"]
     return [np.load(out / f"{i}.npz")["logits"] for i in range(len(paths))], said
 
 
