@@ -36,11 +36,11 @@ _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
 class Api:
     """The endpoints of one served model."""
 
-    def __init__(self, service: Service, metrics: Metrics):
+    def __init__(self, service: Service, metrics: Metrics, with_keys: bool):
         self._service, self._metrics = service, metrics
         self._inbox: Inbox | None = None  # of the loop that serves
         self._page = (files("dsv3_jax.http_api") / "page.html").read_text(encoding="utf-8")
-        self._openapi = openapi.document()
+        self._openapi = openapi.document(with_keys)
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(self._page, headers={"Content-Security-Policy": _PAGE_POLICY})
@@ -189,7 +189,9 @@ def _body_limit(context: int) -> int:
 
 def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return refusal(ApiError(error.status_code, error.detail.lower()))
+    response = refusal(ApiError(error.status_code, error.detail.lower()))
+    response.headers.update(error.headers or {})  # such as which methods a path allows
+    return response
 
 
 def _refuse(request: Request, error: Exception) -> Response:
@@ -211,7 +213,7 @@ def _refuse(request: Request, error: Exception) -> Response:
 def make_app(service: Service, keys: Collection[str] = ()) -> ASGIApp:
     """The application that answers for a service, to callers with one of the keys."""
     metrics = Metrics()
-    api = Api(service, metrics)
+    api = Api(service, metrics, bool(keys))
     kinds = (ApiError, QueueFullError, UserError, DisconnectedError, ClientDisconnect, Exception)
     app = Starlette(
         routes=[

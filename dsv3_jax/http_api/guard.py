@@ -77,10 +77,12 @@ def check_json(headers: Headers) -> None:
 
 def refusal(error: ApiError) -> JSONResponse:
     """The response of an error."""
-    # of these the body may not have been read
-    headers = {"Connection": "close"} if error.status in (401, 403, 408, 413, 415) else {}
+    response = JSONResponse(error_object(error), error.status)
+    if error.status in (401, 403, 408, 413, 415):
+        response.headers["Connection"] = "close"  # of these the body may not have been read
     if error.status == 401:
-        headers["WWW-Authenticate"] = 'Bearer, Basic realm="dsv3", charset="UTF-8"'
+        for scheme in ("Bearer", 'Basic realm="dsv3", charset="UTF-8"'):  # browsers read one scheme a line
+            response.headers.append("WWW-Authenticate", scheme)
     if error.retry_s:
-        headers["Retry-After"] = str(max(round(error.retry_s), 1))
-    return JSONResponse(error_object(error), error.status, headers)
+        response.headers["Retry-After"] = str(max(round(error.retry_s), 1))
+    return response

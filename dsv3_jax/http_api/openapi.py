@@ -34,7 +34,8 @@ def _get(what: str, content: dict[str, Any], *errors: int, **more: Any) -> dict[
 
 
 def _post(what: str, request: str, answer: str) -> dict[str, Any]:
-    content = _json(answer) | {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # JSON, at last [DONE]
+    content = _json(answer) | {"text/event-stream": {"schema": event}}
     return {
         "post": {
             "summary": what,
@@ -44,8 +45,8 @@ def _post(what: str, request: str, answer: str) -> dict[str, Any]:
     }
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1, true to what is taken."""
+def document(with_keys: bool) -> dict[str, Any]:
+    """OpenAPI 3.1, true to what is taken, with or without a key."""
     kinds = (requests.CompletionRequest, requests.ChatRequest)
     _, taken = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REF)
     schemas = taken["$defs"]
@@ -59,7 +60,7 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "dsv3_jax", "version": version("dsv3-jax")},
-        "security": [{"key": []}],
+        "security": [{"key": []}] if with_keys else [],
         "paths": {
             "/v1/completions": _post("Continue prompts", "CompletionRequest", "Completion"),
             "/v1/chat/completions": _post("Answer a conversation", "ChatRequest", "ChatCompletion"),

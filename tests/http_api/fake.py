@@ -77,7 +77,10 @@ class FakeEngine:
         return request
 
     def stats(self) -> dict[str, float]:
-        return {"requests_running": len(self.running), "slots": 64, "steps": 7, "busy_s": 1.5}
+        return {
+            "requests_running": len(self.running), "requests_waiting": 0, "requests_finished": 3, "output_tokens": 5,
+            "slots_live": len(self.running), "slots": 64, "pages": 8, "pages_free": 8, "steps": 7, "busy_s": 1.5,
+        }  # fmt: skip
 
     def close(self, drain_s: float = 0) -> None:
         self._closed.set()
