@@ -3,7 +3,8 @@
 A linear layer y = x w with the inputs' second moments H = sum x^T x loses tr(dw^T H dw) by rounding. Rounding input j with an
 error e is best made up for by moving the weights of the inputs after it by -U[j, j+1:] e / U[j, j], where H^-1 = U^T U with U
 upper triangular. Inputs with the largest moments come first, while most others can still make up for them; scales are those of
-the original order, fixed before ("static"), so that no client has to know the order.
+the original order, fixed before ("static"), so that no client has to know the order. In 2 bits, coordinate descent goes on
+from there, over codes and scales.
 """
 
 import math
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float16, Float32, UInt8
 
-from dsv3_jax.compression.grid import Grid, choose_grid, nearest_code
-from pallas_kernels.integer_weight import IntegerFormat
+from dsv3_jax.compression.grid import SMALLEST_SCALE, Grid, choose_grid, nearest_code
+from pallas_kernels.integer_weight import IntegerFormat, storable
 from pallas_kernels.products import dot
 
 _BLOCK = 128  # inputs whose errors are collected before they are carried over to the inputs after the block
+SWEEPS = 4  # over all groups: eight lose 1% less
 
 
 class Rounded(NamedTuple):
@@ -58,6 +60,11 @@ def inverse_factor(moments_KK: Float32[Array, "K K"]) -> Float32[Array, "K K"]:
     return jax.scipy.linalg.solve_triangular(lower_KK[::-1, ::-1], unit_KK, lower=False)
 
 
+def descends(format: IntegerFormat) -> bool:
+    """Whether GPTQ's codes are improved by `descend`: 2 bits lose a quarter less by it, 4 bits a tenth: not worth it."""
+    return format.bits < 4
+
+
 def block_of(inputs: int) -> int:
     """How many inputs are rounded before their errors are carried over to those after them: a divisor."""
     return max(b for b in range(1, min(inputs, _BLOCK) + 1) if inputs % b == 0)
@@ -94,6 +101,47 @@ def _round_in_order(w_KN: Array, grid: Grid, u_KK: Array, format: IntegerFormat,
     return codes_KN[jnp.argsort(order_K)]
 
 
+def descend(
+    w_KN: Float32[Array, "K N"], codes_KN: Float32[Array, "K N"], grid: Grid, moments_KK: Float32[Array, "K K"],
+    format: IntegerFormat,
+) -> tuple[Float32[Array, "K N"], Grid]:  # fmt: skip
+    """Codes and scales that lose less than these, by coordinate descent on tr(dw^T H dw), dw = rounded - w.
+
+    A group at a time: the scale that is the best for its codes, then each code that is the best for all the others. GPTQ
+    decides over an input once, before those after it are rounded, and its scales know of the moments' diagonal alone.
+    """
+    group, groups = format.group, len(grid.scale_GN)
+    scale_KN, zero_KN = grid.per_input(group)
+
+    def of_group(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        codes_KN, scale_GN, slope_KN = carry  # slope: H dw
+        g = i % groups
+        old_gN, slope_gN, zero_gN = (jax.lax.dynamic_slice_in_dim(a, g * group, group) for a in (codes_KN, slope_KN, zero_KN))
+        h_Kg = jax.lax.dynamic_slice_in_dim(moments_KK, g * group, group, 1)
+        h_gg = jax.lax.dynamic_slice_in_dim(h_Kg, g * group, group)
+        number_gN, old_N = old_gN - zero_gN, scale_GN[g]  # dw's part is old * number - w
+        curvature_N = jnp.sum(number_gN * dot(h_gg, number_gN), 0)
+        best_N = old_N - jnp.sum(number_gN * slope_gN, 0) / jnp.where(curvature_N > 0, curvature_N, 1)
+        scale_N = jnp.where(best_N > SMALLEST_SCALE, storable(best_N).astype(jnp.float32), old_N)
+
+        def of_input(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            codes_gN, slope_gN = carry
+            wanted_N = scale_N * (codes_gN[j] - zero_gN[j]) - slope_gN[j] / h_gg[j, j]
+            code_N = nearest_code(wanted_N, scale_N, zero_gN[j], format.levels)
+            slope_gN += h_gg[:, j, None] * (scale_N * (code_N - codes_gN[j]))
+            return codes_gN.at[j].set(code_N), slope_gN
+
+        slope_gN += dot(h_gg, (scale_N - old_N) * number_gN)
+        codes_gN, _ = jax.lax.fori_loop(0, group, of_input, (old_gN, slope_gN))
+        slope_KN += dot(h_Kg, scale_N * (codes_gN - zero_gN) - old_N * number_gN)
+        return jax.lax.dynamic_update_slice_in_dim(codes_KN, codes_gN, g * group, 0), scale_GN.at[g].set(scale_N), slope_KN
+
+    slope_KN = dot(moments_KK, scale_KN * (codes_KN - zero_KN) - w_KN)
+    carry = codes_KN, grid.scale_GN.astype(jnp.float32), slope_KN
+    codes_KN, scale_GN, _ = jax.lax.fori_loop(0, SWEEPS * groups, of_group, carry)
+    return codes_KN, grid._replace(scale_GN=scale_GN.astype(jnp.float16))
+
+
 def round_to_nearest(w_KN: Float32[Array, "K N"], format: IntegerFormat) -> Rounded:
     """Every weight to the nearest number of its group's grid, without a look at inputs: what GPTQ is compared with."""
     grid = choose_grid(w_KN, format)
@@ -117,6 +165,8 @@ def gptq(
     order_K = jnp.argsort(-jnp.diagonal(moments_KK), stable=True)
     u_KK = inverse_factor(moments_KK[order_K][:, order_K])
     codes_KN = _round_in_order(w_KN, grid, u_KK, format, order_K)
+    if descends(format):
+        codes_KN, grid = descend(w_KN, codes_KN, grid, moments_KK, format)
     return Rounded(codes_KN.astype(jnp.uint8), *grid, jnp.isfinite(u_KK).all() & jnp.isfinite(codes_KN).all())
 
 

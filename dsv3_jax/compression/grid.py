@@ -16,7 +16,7 @@ from pallas_kernels.integer_weight import IntegerFormat, storable
 
 _FACTORS = np.linspace(1.05, 0.5, 23, dtype=np.float32)
 _NORM = 2.4
-_SMALLEST_SCALE = 2.0**-24  # of float16; a group of zeros gets it
+SMALLEST_SCALE = 2.0**-24  # of float16; a group of zeros gets it
 
 
 class Grid(NamedTuple):
@@ -53,7 +53,7 @@ def choose_grid(w_KN: Float32[Array, "K N"], format: IntegerFormat, moment_K: Fl
     weight_Gg1 = jnp.ones(1) if moment_K is None else moment_K.reshape(K // format.group, format.group, 1)
 
     def tried(factor: Array) -> tuple[Grid, Float32[Array, "G N"]]:
-        scale_GN = storable(jnp.maximum(factor * (high_GN - low_GN) / (format.levels - 1), _SMALLEST_SCALE))
+        scale_GN = storable(jnp.maximum(factor * (high_GN - low_GN) / (format.levels - 1), SMALLEST_SCALE))
         s_GN = scale_GN.astype(jnp.float32)
         if format.symmetric:
             zero_GN = jnp.full_like(s_GN, format.middle)

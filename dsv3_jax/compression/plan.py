@@ -8,6 +8,8 @@ The formulas count what layer.py and gptq.py do. A linear layer of K inputs and 
 - Rounding, in blocks of B inputs: input j moves the block's weights, 2 B N each, so 2 B K N; each block moves all inputs,
   2 B K N, K / B times. Together 2 K N (B + K). One block is read and written for each input, the weight for each block, in
   float32: 8 K N (B + K / B) bytes. The K inputs follow each other: K steps, for all experts at once.
+- Descent, where there is one: a sweep is the same with groups for blocks, and each group's scale takes two products more of the
+  group with itself, 4 K N g. Before the first, H dw takes 2 K^2 N.
 - Forward: what a stage reads is computed anew from the block's input (blocks.py), and then the block is run. Of each weight it
   takes 2 R K N as often as `_PASSES` says; attention's core runs twice, with 2 H (X + U) for each of the (L + 1) / 2 keys
   that a query sees in the mean.
@@ -20,13 +22,14 @@ from dataclasses import dataclass, field
 
 from dsv3_jax.compression.blocks import Place, places
 from dsv3_jax.compression.experts import TOGETHER
-from dsv3_jax.compression.gptq import block_of
+from dsv3_jax.compression.gptq import SWEEPS, block_of, descends
 from dsv3_jax.compression.profile import Profile, is_routed
 from dsv3_jax.compression.sizes import Weight, weights_of
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.cost.efficiency import ASSUMED
 from dsv3_jax.cost.estimate import PASSES_OF_FLOAT32
 from dsv3_jax.cost.topologies import Topology
+from pallas_kernels.integer_weight import IntegerFormat
 
 FACTORISATION = 0.1  # of the products' rate: what a factorisation of a few thousand rows reaches
 STEP_S = 30e-6  # a step of the loop over inputs: five kernels of 5 us that wait for each other, and the loop's condition
@@ -61,17 +64,18 @@ def linears_of(config: ModelConfig, place: Place) -> list[Weight]:
     return [Weight(w.name, True, w.copies // layers, w.inputs, w.outputs, w.bytes) for w in of_block]
 
 
-def gptq_work(w: Weight, rows: float) -> Work:
-    """Moments, factorisation and rounding of a layer's matrices, each of which reads so many rows."""
+def gptq_work(w: Weight, rows: float, format: IntegerFormat) -> Work:
+    """Moments, factorisation, rounding and descent of a layer's matrices, each of which reads so many rows."""
     K, N, B = w.inputs, w.outputs, block_of(w.inputs)
+    g, sweeps = format.of(K).group, SWEEPS if descends(format) else 0
     shared = w.name.endswith("w_kv_a_DX")  # has the moments of q_a, or of q
     flops = {
         "moments": 0.0 if shared else 2.0 * rows * K**2 * w.copies,
         "factorisation": (K**3 / 3 + K**3) * w.copies,
-        "rounding": 2.0 * K * N * (B + K) * w.copies,
+        "rounding": 2.0 * K * N * (B + K + sweeps * (3 * g + K) + K * (sweeps > 0)) * w.copies,
         "forward": 0.0,
     }
-    return Work(flops, 8.0 * K * N * (B + K / B) * w.copies, K)
+    return Work(flops, 8.0 * K * N * (B + K / B + sweeps * (g + K / g)) * w.copies, K * (1 + sweeps))
 
 
 def forward_flops(config: ModelConfig, linears: list[Weight], tokens: int, seq_len: int) -> float:
@@ -158,8 +162,9 @@ def plan_compression(config: Config, profile: Profile, topology: Topology) -> Co
         linears = linears_of(model, place)
         first.flops["forward"] += forward_flops(model, linears, tokens, config.data.seq_len)
         for w in linears:
-            if profile.method == "gptq" and profile.integer_format_of(w.name) is not None:
+            format = profile.integer_format_of(w.name)
+            if profile.method == "gptq" and format is not None:
                 routed = is_routed(w.name)
-                (spread if routed else first).add(gptq_work(w, per_expert if routed else tokens))
+                (spread if routed else first).add(gptq_work(w, per_expert if routed else tokens, format))
         memory = max(memory, _memory(model, profile, place, tokens, devices), key=lambda m: sum(m[0].values()))
     return CompressionPlan(topology, devices, tokens, per_expert, first, spread, *memory)

@@ -1,5 +1,7 @@
 """GPTQ against the algorithm that it speeds up, grids against a search by hand, experts that nobody reaches."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from dsv3_jax.compression.experts import Moments, add_moments, gptq_experts, no_moments
-from dsv3_jax.compression.gptq import add_products, gptq, loss_of_rounding, round_to_nearest
+from dsv3_jax.compression.gptq import SWEEPS, add_products, descend, gptq, loss_of_rounding, round_to_nearest
 from dsv3_jax.compression.grid import Grid, choose_grid
 from pallas_kernels.integer_weight import IntegerFormat
 
@@ -53,7 +55,31 @@ def optimal_brain_codes(w_KN, moments_KK, format, damping):
         codes[i] = np.clip(np.round(w[i] / s) + z, 0, format.levels - 1)
         inverse = np.linalg.inv(h[i:, i:])
         w[i:] -= np.outer(inverse[:, 0] / inverse[0, 0], w[i] - s * (codes[i] - z))
-    return codes[np.argsort(order)]
+    codes = codes[np.argsort(order)]
+    return codes if format.bits >= 4 else descended(w_KN, codes, grid, h[np.argsort(order)][:, np.argsort(order)], format)
+
+
+def descended(w_KN, codes, grid, h, format):
+    """Codes after the sweeps of `descend`, in float64: scales by least squares, each code by trying all of them."""
+    codes, root = codes.copy(), np.linalg.cholesky(h).T
+    scale, zero = np.array(grid.scale_GN, np.float64), np.asarray(grid.zero_GN, np.float64)
+    group = format.group
+    for _, g, n in itertools.product(range(SWEEPS), range(len(scale)), range(w_KN.shape[1])):
+        rows = slice(g * group, (g + 1) * group)
+
+        def rounded(codes, n=n):
+            return np.repeat(scale[:, n], group) * (codes - np.repeat(zero[:, n], group))
+
+        number = np.zeros(len(w_KN))
+        number[rows] = codes[rows, n] - zero[g, n]
+        others = rounded(codes[:, n]) - scale[g, n] * number
+        if (found := np.linalg.lstsq(root @ number[:, None], root @ (w_KN[:, n] - others))[0][0]) > 2.0**-24:
+            scale[g, n] = np.float64(jnp.float16(jnp.bfloat16(jnp.float16(found))))
+        for k in range(rows.start, rows.stop):
+            tried = np.repeat(codes[:, n][None], format.levels, 0)
+            tried[:, k] = range(format.levels)
+            codes[k, n] = np.square((rounded(tried) - w_KN[:, n]) @ root.T).sum(1).argmin()
+    return codes
 
 
 @pytest.mark.parametrize("format", [W4, W2, IntegerFormat(8, 24)], ids=str)
@@ -69,6 +95,19 @@ def test_several_blocks_carry_their_errors_over(rng):
     w, x = rng.normal(size=(160, 4)).astype(np.float32), rng.normal(size=(400, 160)) @ rng.normal(size=(160, 160))
     found = gptq(jnp.asarray(w), jnp.asarray(moments_of(x)), W4, 0.01)
     assert (np.asarray(found.codes_KN) != optimal_brain_codes(w, moments_of(x), W4, 0.01)).mean() < 0.01
+
+
+def test_descent_takes_loss_away_and_none_from_what_is_rounded_already(w_KN, moments_KK):
+    """A grid of 2 bits, from the nearest codes; a weight that is on its grid stays there."""
+    w_KN, moments_KK, start = jnp.asarray(w_KN), jnp.asarray(moments_KK), round_to_nearest(w_KN, W2)
+    grid = Grid(start.scale_GN, start.zero_GN)
+    codes_KN, found = descend(w_KN, start.codes_KN.astype(jnp.float32), grid, moments_KK, W2)
+    on_grid = dequantised(start._replace(codes_KN=codes_KN, scale_GN=found.scale_GN), W2)
+    losses = [float(loss_of_rounding(w_KN, jnp.asarray(a), moments_KK)) for a in (on_grid, dequantised(start, W2))]
+    assert losses[0] < 0.5 * losses[1]
+    again_KN, again = descend(jnp.asarray(on_grid), codes_KN, found, moments_KK, W2)
+    np.testing.assert_array_equal(again_KN, codes_KN)
+    np.testing.assert_array_equal(again.scale_GN, found.scale_GN)
 
 
 def test_loses_less_of_the_output_than_rounding(w_KN, moments_KK):
@@ -156,19 +195,20 @@ def test_moments_are_those_of_each_experts_tokens(routed, devices):
             np.testing.assert_allclose(found.xx_EKK[e], moments_of(read), rtol=1e-4, atol=1e-3)  # float32 sums
 
 
-def test_any_number_of_devices_gives_the_same_codes(routed, rng):
+@pytest.mark.parametrize("format", [W4, W2], ids=str)
+def test_any_number_of_devices_gives_the_same_codes(routed, rng, format):
     x_TD, expert_TK, _ = routed
     w_EKN = rng.normal(size=(E, K, N)).astype(np.float32)
 
     def codes(devices: int):
         mesh = mesh_of(devices)
         moments = add_moments(mesh, no_moments(mesh, E, K), jnp.asarray(x_TD), jnp.asarray(expert_TK))
-        found = gptq_experts(mesh, w_EKN, moments, W4, 0.01)
+        found = gptq_experts(mesh, w_EKN, moments, format, 0.01)
         assert found.sound.all()
-        return np.asarray(found.codes_KN)
+        return jax.device_get(found)
 
-    np.testing.assert_array_equal(codes(1), codes(2))
-    np.testing.assert_array_equal(codes(1), codes(4))
+    jax.tree.map(np.testing.assert_array_equal, codes(1), codes(2))
+    jax.tree.map(np.testing.assert_array_equal, codes(1), codes(4))
 
 
 def test_an_expert_without_tokens_gets_the_layers_mean(routed, rng):

@@ -9,6 +9,7 @@ import pytest
 
 from dsv3_jax.compression.blocks import places
 from dsv3_jax.compression.container import CompressedWriter, integer_arrays_of
+from dsv3_jax.compression.gptq import SWEEPS
 from dsv3_jax.compression.plan import gptq_work, linears_of, plan_compression
 from dsv3_jax.compression.profile import load_profile
 from dsv3_jax.compression.sizes import (
@@ -26,6 +27,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.cost.topologies import parse_topology
 from dsv3_jax.interop.hf_tensors import sources
 from dsv3_jax.model.counts import count_parameters
+from pallas_kernels.integer_weight import IntegerFormat
 from tests.compression.test_compress import MODEL
 
 CONFIG = load_config(Path(__file__).parents[2] / "configs" / "v3_671b.yaml")
@@ -92,7 +94,7 @@ def test_linear_layers_are_those_of_the_checkpoints_tensors():
 def test_the_work_of_one_matrix_counted_by_hand():
     """K = 256 is two blocks of 128; two experts; 10 rows each. Sums over the loops, not the closed formulas."""
     K, N, copies = 256, 3, 2
-    work = gptq_work(Weight("moe_blocks/ffn/w_down_EMD", True, copies, K, N, 2), 10)
+    work = gptq_work(Weight("moe_blocks/ffn/w_down_EMD", True, copies, K, N, 2), 10, IntegerFormat(4, 64))
     in_block = sum(2 * 128 * N for _ in range(K))
     across = sum(2 * K * 128 * N for _ in range(K // 128))
     assert work.flops["rounding"] == copies * (in_block + across)
@@ -102,6 +104,18 @@ def test_the_work_of_one_matrix_counted_by_hand():
     assert work.flops["factorisation"] == pytest.approx(copies * (cholesky + solve), rel=0.01)  # but for terms in K^2
     assert work.rounding_bytes == copies * (K * 2 * 128 * N * 4 + (K // 128) * 2 * K * N * 4)
     assert work.steps == K
+
+
+def test_the_work_of_a_descent_counted_by_hand():
+    """K = 256 is eight groups of 32; what it adds to GPTQ, whose codes in 4 bits have none."""
+    K, N, g, weight = 256, 3, 32, Weight("moe_blocks/ffn/w_down_EMD", True, 1, 256, 3, 2)
+    with_one, without = (gptq_work(weight, 10, IntegerFormat(bits, g)) for bits in (2, 4))
+    of_group = 2 * 2 * g * g * N + sum(2 * g * N for _ in range(g)) + 2 * K * g * N
+    sweeps = sum(of_group for _ in range(SWEEPS * K // g))
+    assert with_one.flops["rounding"] - without.flops["rounding"] == 2 * K * K * N + sweeps
+    moved = SWEEPS * (K * 2 * g * N * 4 + K // g * 2 * K * N * 4)
+    assert with_one.rounding_bytes - without.rounding_bytes == moved
+    assert with_one.steps - without.steps == SWEEPS * K
 
 
 def test_a_plan_of_v3():
