@@ -117,7 +117,7 @@ class Attention(nnx.Module):
 
     def absorb(self, dtype: jnp.dtype) -> None:
         """Keep `absorbed` in place of the weight that it is of, for a model that only decodes."""
-        self.w_kv_b_CHX = nnx.Param(self.absorbed(dtype))
+        self.w_kv_b_CHX = nnx.Param(self.absorbed(dtype), logical_axes=("heads",), kind=ATTENTION)
 
     def decode(
         self,
@@ -127,11 +127,10 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """Attention of new tokens over cached latents, with the up-projections absorbed.
 
-        `attend` gives the queries' weighted sums of latents (see `serve.attend`).
+        `attend` gives the queries' weighted sums of latents (see `serve.attend`). Tokens and weights meet on all devices; in
+        between, sequences go to where their cache is, which is for `attend` to say.
         """
-        # tokens and weights meet on all devices; in between, sequences go to where their cache is
-        q_BLHX = self.queries(x_BLD, rope)
-        q_nope_BLHN, q_rope_BLHR = (self.layout.constrain(q, "cache_batch", None, "heads", None) for q in q_BLHX)
+        q_nope_BLHN, q_rope_BLHR = self.queries(x_BLD, rope)
         absorbed = self.absorbed(x_BLD.dtype)
         out_latent_BLHC = attend(einsum("blhn,hnc->blhc", q_nope_BLHN, absorbed.w_k_HNC), q_rope_BLHR)
         out_BLHU = einsum("blhc,hcu->blhu", out_latent_BLHC, absorbed.w_v_HCU)

@@ -214,3 +214,8 @@ class Layout:
     def serving(self) -> "Layout":
         """The layout with which a model decodes whose weights are stored in this one."""
         return self
+
+    @property
+    def decoding(self) -> "Layout":
+        """The layout of an engine's decoder, whose weights are brought into it once."""
+        return self

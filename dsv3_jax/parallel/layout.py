@@ -54,6 +54,10 @@ class MeshLayout(OnMesh):
         return ServingLayout(self.mesh)
 
     @property
+    def decoding(self):
+        return self.serving.decoding
+
+    @property
     def _table(self):
         return OUTSIDE_PIPELINE if self.is_outside_pipeline else COMPUTED
 

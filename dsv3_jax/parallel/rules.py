@@ -55,6 +55,17 @@ SERVED: dict[str, MeshAxes | list[MeshAxes]] = {
     "ffn": ("tensor",),
     "moe_ffn": ("tensor",),
 }  # fmt: skip
+# An engine's decoder (see `serve/decoder.py`): weights lie as a step multiplies them and never move. Tokens are on every
+# device; what they meet is split over as many devices as divide it, and sequences with their pages over all of them.
+_EVERY: list[MeshAxes] = [
+    ("data", "pipe", "fsdp", "expert", "tensor"), ("pipe", "fsdp", "expert", "tensor"), ("fsdp", "expert", "tensor"),
+    ("expert", "tensor"), ("tensor",), (),
+]  # fmt: skip
+DECODED: dict[str, MeshAxes | list[MeshAxes]] = {
+    "cache_batch": _EVERY[0],
+    "experts": [("data", "pipe", "fsdp", "expert"), ("pipe", "fsdp", "expert"), ("fsdp", "expert"), ("expert",)],
+    "moe_ffn": ("tensor",),
+} | dict.fromkeys(("heads", "ffn", "vocab", "embed_in", "embed_and_hidden"), _EVERY)
 BATCH = ("data", "fsdp", "expert")  # rows of a batch
 
 

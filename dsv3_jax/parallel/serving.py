@@ -14,20 +14,28 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.parallel.collectives import all_reduce, index
 from dsv3_jax.parallel.on_mesh import OnMesh
-from dsv3_jax.parallel.rules import SERVED, mesh_axes, spec
+from dsv3_jax.parallel.rules import DECODED, SERVED, mesh_axes, spec
 
 
 @dataclass(frozen=True)
 class ServingLayout(OnMesh):
+    @property
+    def _table(self):
+        return SERVED
+
+    @property
+    def decoding(self) -> "DecodingLayout":
+        return DecodingLayout(self.mesh)
+
     def constrain(self, x, *axes):
-        return lax.with_sharding_constraint(x, self.sharding(spec(axes, x.shape, SERVED, self.mesh)))
+        return lax.with_sharding_constraint(x, self.sharding(spec(axes, x.shape, self._table, self.mesh)))
 
     def tokenwise(self, f, *arrays):
         # XLA's partitioner would gather top_k's operand from where it finds it
         return jax.shard_map(f, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
 
     def held_experts(self, f, weights, axes, x_TD, expert_TK, weight_TK):
-        specs = tuple(spec(a, w.shape, SERVED, self.mesh) for a, w in zip(axes, weights, strict=True))
+        specs = tuple(spec(a, w.shape, self._table, self.mesh) for a, w in zip(axes, weights, strict=True))
         where = axes[1].index("experts")
         ranks, ffn = mesh_axes(specs[1][where]), mesh_axes(specs[1][axes[1].index("moe_ffn")])
 
@@ -40,3 +48,19 @@ class ServingLayout(OnMesh):
 
         run = jax.shard_map(local, mesh=self.mesh, in_specs=(specs, P(), P(), P()), out_specs=P(), check_vma=False)
         return run(weights, x_TD, expert_TK, weight_TK)
+
+
+@dataclass(frozen=True)
+class DecodingLayout(ServingLayout):
+    """That of an engine's decoder: its sequences are those of all devices, each with as many places."""
+
+    @property
+    def _table(self):
+        return DECODED
+
+    def axes(self, name):
+        assert name == "cache_batch", name
+        return tuple(a for a in DECODED[name] if self.mesh.shape[a] > 1)
+
+    def spec(self, *names):
+        return P(*(self.axes(name) or None if name else None for name in names))

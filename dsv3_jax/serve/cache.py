@@ -139,6 +139,13 @@ def _of_stack(layer: int, experts: Callable[..., Array]) -> Callable[..., Array]
     return held
 
 
+def _where_the_cache_is(layout: Layout, attend: Callable[..., Array]) -> Callable[..., Array]:
+    def moved(*queries: Array) -> Array:
+        return attend(*(layout.constrain(q, "cache_batch", None, "heads", None) for q in queries))
+
+    return moved
+
+
 def extend(
     model: Transformer, layers: list[Layer], cache: LatentCache, token_BL: Int[Array, "B L"], start: Int[Array, ""]
 ) -> tuple[Float[Array, "B L D"], LatentCache]:
@@ -161,6 +168,7 @@ def extend(
         k_rope_NBSR = jax.lax.dynamic_update_slice(k_rope_NBSR, k_rope_BLR[None], indices(i, 0, start, 0))
         cached = {"c_kv_BSC": c_kv_NBSC[i], "k_rope_BSR": k_rope_NBSR[i], "visible_BLS": visible_BLS}
         attend = functools.partial(over_cache, **cached, scale=attention_scale(model.config))
+        attend = _where_the_cache_is(model.layout, attend)
         x_BLD += block.attention.decode(normed_BLD, rope, attend)
         normed_BLD = block.ffn_norm(x_BLD)
         if isinstance(block.ffn, MoE):

@@ -1,7 +1,7 @@
 """The engine without its thread: each turn starts a step and deals with the tokens of the one before."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,13 @@ class Core:
         self._exact, self._prompt_rows = exact, prompt_rows
         self.drafts = model.config.num_nextn_predict_layers > 0 if drafts is None else drafts
         measured = drafts is None and self.drafts and not exact
-        buckets, self._pieces = row_buckets(slots), piece_sizes(min(prompt_rows, context))
+        devices = model.layout.decoding.shards("cache_batch")
+        buckets = [devices * each for each in row_buckets(slots // devices)]
+        self._pieces = piece_sizes(min(prompt_rows, context))
         if exact:
             shapes = [self._exact_shape]
         else:
-            shapes = [Shape(False, 1, size, self.drafts) for size in self._pieces]
+            shapes = [self._piece_shape(size, devices) for size in self._pieces]
             shapes += [
                 self._shape(b, with_drafts) for b in buckets for with_drafts in {self.drafts, self.drafts and not measured}
             ]
@@ -66,7 +68,7 @@ class Core:
         if measured:
             seconds = self.device.seconds
             self.rule = DraftRule({b: (seconds(self._shape(b, False)), seconds(self._shape(b, True))) for b in buckets})
-        self.scheduler = Scheduler(slots, PagePool(pages), 2 if self.drafts else 1)
+        self.scheduler = Scheduler(slots, [PagePool(pages) for _ in range(devices)], 2 if self.drafts else 1)
         self._flights: deque[Flight] = deque()
         self.counts = dict.fromkeys(COUNTERS, 0.0)
         self._idle_since = time.monotonic()
@@ -74,6 +76,9 @@ class Core:
     @property
     def _exact_shape(self) -> Shape:
         return Shape(True, EXACT_ROWS, 1, self.drafts)
+
+    def _piece_shape(self, size: int, devices: int) -> Shape:
+        return Shape(False, devices, size, self.drafts)
 
     @staticmethod
     def _shape(sequences: int, drafts: bool) -> Shape:
@@ -140,15 +145,29 @@ class Core:
     # --- starting a step -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        for piece in self.scheduler.pieces(self._prompt_rows, PIECE):
-            shape = Shape(False, 1, next(size for size in self._pieces if size >= piece.count), self.drafts)
-            self._launch(shape, [Row(piece.sequence, piece.first, piece.count, piece)])
+        for pieces in self._one_a_device(self.scheduler.pieces(self._prompt_rows, PIECE)):
+            size = next(size for size in self._pieces if size >= max(piece.count for piece in pieces))
+            rows = [Row(piece.sequence, piece.first, piece.count, piece) for piece in pieces]
+            self._launch(self._piece_shape(size, self.device.devices), rows)
         decoding = self.scheduler.decoding(self.settle)
         if not decoding:
             return
-        bucket = next(b for b in self._buckets if b >= len(decoding))
+        on_busiest = max(Counter(map(self.scheduler.device_of, decoding)).values())
+        bucket = next(b for b in self._buckets if b >= on_busiest * self.device.devices)
         drafts = self.drafts and (self.rule is None or self.rule.pay(bucket))
         self._launch(self._shape(bucket, drafts), [Row(s, LAST, 2 if drafts else 1) for s in decoding])
+
+    def _one_a_device(self, pieces: list[Piece]) -> list[list[Piece]]:
+        """Pieces for one program each: every device takes one at a time."""
+        launches: list[list[Piece]] = []
+        taken = Counter()
+        for piece in pieces:
+            device = self.scheduler.device_of(piece.sequence)
+            if taken[device] == len(launches):
+                launches.append([])
+            launches[taken[device]].append(piece)
+            taken[device] += 1
+        return launches
 
     def _start_exact(self) -> None:
         rows = []
@@ -165,8 +184,8 @@ class Core:
             constraint = row.sequence.params.constraint
             if constraint and row.first == LAST:
                 self.device.limit(row.sequence.slot, constraint.mask())
-        started, index = time.monotonic(), [b * shape.length for b in range(len(rows))]
-        arrays = self.device.rows(shape, [(r.sequence.slot, r.first, r.count, r.sequence.pages) for r in rows])
+        started = time.monotonic()
+        arrays, places = self.device.rows(shape, [(r.sequence.slot, r.first, r.count, r.sequence.pages) for r in rows])
         chosen = None
         if shape.decodes:
             chosen = self.device.decode(shape, arrays)
@@ -176,7 +195,7 @@ class Core:
         for row in rows:
             if row.first == LAST:
                 row.sequence.in_flight += 1
-        self._flights.append(Flight(started, chosen, logprobs, rows, index))
+        self._flights.append(Flight(started, chosen, logprobs, rows, [b * shape.length for b in places]))
         self._count(shape, rows)
 
     def _count(self, shape: Shape, rows: list[Row]) -> None:

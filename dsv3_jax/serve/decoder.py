@@ -2,7 +2,8 @@
 
 A cache's page holds the latents of PAGE neighbouring positions of one sequence, or of several that begin with the same text;
 a table says which pages a sequence has. A page's number is the same in every layer, the MTP module's one included.
-Page 0 belongs to nobody: what is no token of a sequence is written there.
+Page 0 belongs to nobody: what is no token of a sequence is written there. On a mesh every device has pages of its own, numbered
+from 0, and as many of a step's sequences as any other.
 """
 
 import functools
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.model.attention import RopeTable
+from dsv3_jax.model.attention import Absorbed, RopeTable
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
-from dsv3_jax.model.parameters import is_float32
+from dsv3_jax.model.parameters import EMBEDDING, HEAD, is_float32
 from dsv3_jax.model.rope import attention_scale, rope_table
 from dsv3_jax.model.transformer import Block, MTPModule, Transformer
 from dsv3_jax.serve.attend import PAGE, LayerPages, over_pages
@@ -38,23 +40,32 @@ class Tokens(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """A model taken apart once, so that no step moves or converts a weight."""
+    """A model taken apart once, so that no step moves or converts a weight.
+
+    On a mesh all devices have all tokens, and what they meet is split among them. The sequences' pages are split, too:
+    attention runs where they are, between two exchanges of a few numbers a head.
+    """
 
     def __init__(self, model: Transformer):
-        self.config, self.layout, self.dtype = model.config, model.layout, model.dtype
-        self.embed_VD = nnx.Param(model.embed_VD.astype(model.dtype))
+        self.config, self.layout, self.dtype = model.config, model.layout.decoding, model.dtype
+        self.embed_VD = nnx.Param(model.embed_VD.astype(model.dtype), logical_axes=("vocab_in", "embed_in"), kind=EMBEDDING)
         self.layers = nnx.List([block for blocks in (model.dense_blocks, model.moe_blocks) for block in _one_by_one(blocks)])
         self.norm = model.norm
-        self.head_DV = nnx.Param(model.head_weight().astype(model.dtype))
+        self.head_DV = nnx.Param(model.head_weight().astype(model.dtype), logical_axes=("embed", "vocab"), kind=HEAD)
         self.mtp = nnx.List([*model.mtp[:1]])
-        for part in (*self.layers, *self.mtp):
-            _as_read(part, model.dtype)
+        for block in (*self.layers, *(module.block for module in self.mtp)):
+            block.attention.absorb(model.dtype)
+        for _, node in nnx.iter_graph(self):
+            if isinstance(node, nnx.Variable):
+                _as_read(node, model.dtype, self.layout)
+            elif hasattr(node, "layout"):
+                node.layout = self.layout
 
     def empty_pages(self, pages: int) -> list[LayerPages]:
-        """A cache of zeros: a layer's pages for each layer, the MTP module's last."""
+        """A cache of zeros: the pages, of all devices together, of each layer, the MTP module's last."""
 
         def zeros(size: int) -> Array:
-            return jnp.zeros((pages, PAGE, size), self.dtype)
+            return self.layout.constrain(jnp.zeros((pages, PAGE, size), self.dtype), "cache_batch", None, None)
 
         count = len(self.layers) + len(self.mtp)
         return [LayerPages(zeros(self.config.kv_lora_rank), zeros(self.config.qk_rope_head_dim)) for _ in range(count)]
@@ -64,7 +75,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], list[LayerPages]]:
         """Final hidden states, normalised for the head, and the cache with these tokens."""
         pages, rope = [*pages], rope_table(self.config, tokens.position_BL)
-        x_BLD = self.layout.embed(self.embed_VD[...], token_BL, self.dtype)
+        x_BLD = self._embed(token_BL)
         for i, block in enumerate(self.layers):
             x_BLD, pages[i] = _run(block, x_BLD, rope, pages[i], tokens)
         return self.norm(x_BLD), pages
@@ -74,12 +85,15 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], list[LayerPages]]:
         """The same of the MTP module: what its head predicts is the token after `next_BL`, the one after each place."""
         module: MTPModule = self.mtp[0]
-        x_BLD = module.joined(hidden_BLD, self.layout.embed(self.embed_VD[...], next_BL, self.dtype))
+        x_BLD = module.joined(hidden_BLD, self._embed(next_BL))
         x_BLD, last = _run(module.block, x_BLD, rope_table(self.config, tokens.position_BL), pages[-1], tokens)
         return module.norm(x_BLD), [*pages[:-1], last]
 
+    def _embed(self, token_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.layout.constrain(self.layout.embed(self.embed_VD[...], token_BL, self.dtype), None, None, None)
+
     def logits(self, hidden_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        return self.layout.constrain(dot(hidden_TD, self.head_DV[...], dtype=jnp.float32), None, None)
+        return self.layout.constrain(dot(hidden_TD, self.head_DV[...], dtype=jnp.float32), None, "vocab")
 
 
 def take_apart(model: Transformer) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
@@ -100,18 +114,16 @@ def _one_by_one(blocks: Block | None) -> list[Block]:
     return [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(blocks.attention_norm.scale.shape[0])]
 
 
-def _as_read(part: Block | MTPModule, dtype: jnp.dtype) -> None:
-    """Give a part's weights the form in which steps read them."""
-    attention = (part if isinstance(part, Block) else part.block).attention
-    attention.absorb(dtype)
-    for _, variable in nnx.iter_graph(part):
-        if not isinstance(variable, nnx.Variable):
-            continue
-        value = variable.get_value()
-        if isinstance(value, IntegerWeight):
-            variable.set_value(value.side_by_side())
-        elif isinstance(value, jax.Array) and not is_float32(variable):
-            variable.set_value(value.astype(dtype))
+def _as_read(variable: nnx.Variable, dtype: jnp.dtype, layout: Layout) -> None:
+    """Give a weight the dtype and the place in which steps read it."""
+    value, axes = variable.get_value(), variable.get_metadata("logical_axes")
+    if isinstance(value, IntegerWeight):
+        variable.set_value(value.side_by_side())
+    elif isinstance(value, Absorbed):
+        variable.set_value(Absorbed(*(layout.constrain(w, "heads", None, None) for w in value)))
+    else:
+        value = value if is_float32(variable) else value.astype(dtype)
+        variable.set_value(layout.constrain(value, *axes))
 
 
 def _routed(moe: MoE) -> RoutedExperts:
@@ -127,10 +139,17 @@ def _routed(moe: MoE) -> RoutedExperts:
 def _run(block: Block, x_BLD: Array, rope: RopeTable, pages: LayerPages, tokens: Tokens) -> tuple[Array, LayerPages]:
     """x through a block, and the block's pages with x's latents."""
     normed_BLD = block.attention_norm(x_BLD)
-    pages = _written(pages, block.attention.latents(normed_BLD, rope), tokens)
-    where = {"pages": pages, "page_BP": tokens.page_BP, "position_BL": tokens.position_BL}
-    attend = functools.partial(over_pages, **where, scale=attention_scale(block.attention.config))
-    x_BLD += block.attention.decode(normed_BLD, rope, attend)
+    layout, here = block.attention.layout, block.attention.layout.spec("cache_batch")
+    latents = tuple(layout.constrain(a, "cache_batch", None, None) for a in block.attention.latents(normed_BLD, rope))
+    pages = layout.on_each_device(_written, (here, here, here), here)(pages, latents, tokens)
+
+    def attend(*queries: Array) -> Array:
+        queries = tuple(layout.constrain(q, "cache_batch", None, None, None) for q in queries)
+        local = functools.partial(over_pages, scale=attention_scale(block.attention.config))
+        where = pages, tokens.page_BP, tokens.position_BL
+        return layout.constrain(layout.on_each_device(local, here, here)(*queries, *where), None, None, "heads", None)
+
+    x_BLD = layout.constrain(x_BLD + block.attention.decode(normed_BLD, rope, attend), None, None, None)
     normed_BLD = block.ffn_norm(x_BLD)
     ffn = block.ffn
     return x_BLD + (ffn.decode(normed_BLD, _routed(ffn)) if isinstance(ffn, MoE) else ffn(normed_BLD)), pages

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
+import jax
 import numpy as np
 
 from dsv3_jax.checks import require
@@ -83,7 +84,14 @@ class Engine:
         require(has_mtp or not drafts, "drafts=true needs an MTP module, which this model has not; use drafts=false")
         if cache_tokens is None:
             cache_tokens = min(slots * self.context, max(_CACHE_BYTES // bytes_a_token(model), self.context))
-        self.core = Core(model, slots, self.context, -(-cache_tokens // PAGE) + 1, exact, drafts, prompt_rows)
+        devices = model.layout.decoding.shards("cache_batch")
+        require(jax.process_count() == 1, f"an engine runs in one process, and there are {jax.process_count()}")
+        require(
+            slots % devices == 0, f"slots={slots} are not as many on each of {devices} devices; use a multiple of {devices}"
+        )
+        require(devices == 1 or not exact, f"exact=true is for one device, and the model is on {devices}; use exact=false")
+        pages = -(-cache_tokens // (PAGE * devices)) + 1
+        self.core = Core(model, slots, self.context, pages, exact, drafts, prompt_rows)
         self._most_waiting = most_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._numbers, self._lock, self._open = itertools.count(), threading.Lock(), 0
@@ -196,10 +204,11 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is so now (docs/serving.md says what each is)."""
-        scheduler, pool = self.core.scheduler, self.core.scheduler.pool
+        scheduler = self.core.scheduler
+        running = len(scheduler.running)
         now = {
-            "requests_running": len(scheduler.running), "requests_waiting": max(self._open - len(scheduler.running), 0),
-            "slots_live": len(scheduler.running), "slots": scheduler.slots, "pages_free": pool.available, "pages": pool.size,
+            "requests_running": running, "requests_waiting": max(self._open - running, 0), "slots_live": running,
+            "slots": scheduler.slots, "pages_free": scheduler.free_pages, "pages": sum(pool.size for pool in scheduler.pools),
             "preemptions": scheduler.preemptions,
         }  # fmt: skip
         return self.core.counts | now
@@ -227,7 +236,7 @@ class Engine:
         )
         asked = f"a prompt of {len(array)} tokens and max_tokens={params.max_tokens} are {total}"
         require(total <= self.context, f"{asked}; {self.context} is the longest here")
-        room = self.core.scheduler.pool.size * PAGE
+        room = self.core.scheduler.pools[0].size * PAGE
         require(total <= room, f"{asked}; the cache has room for {room}")
         for token in (*params.logit_bias, *params.end_ids):
             require(0 <= token < size, f"token {token} of logit_bias or end_ids is outside [0, {size})")

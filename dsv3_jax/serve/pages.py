@@ -52,15 +52,16 @@ class PagePool:
         self._users[page] = 1
         return page
 
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many pages `find` would give."""
+        return next((i for i, key in enumerate(keys) if key not in self._page_of), len(keys))
+
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest known prefix, each with one user more."""
-        pages = []
-        for key in keys:
-            if (page := self._page_of.get(key)) is None:
-                break
+        pages = [self._page_of[key] for key in keys[: self.known(keys)]]
+        for page in pages:
             self._idle.pop(page, None)
             self._users[page] += 1
-            pages.append(page)
         return pages
 
     def publish(self, page: int, key: bytes) -> None:

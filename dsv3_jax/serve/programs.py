@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.attend import table_width
 from dsv3_jax.serve.decoder import Decoder, take_apart
 from dsv3_jax.serve.request import SamplingParams
@@ -46,10 +47,15 @@ class Shape:
 
 
 class Device:
-    """The device's state, and the programs that change it."""
+    """The state on the device, or on all of a mesh, and the programs that change it.
 
-    def __init__(self, model: Any, slots: int, context: int, pages: int, shapes: list[Shape]):
+    A mesh's devices have `pages` and `slots` / devices each; a shape's sequences are as many of every device, in order.
+    """
+
+    def __init__(self, model: Transformer, slots: int, context: int, pages: int, shapes: list[Shape]):
         graph, state = take_apart(model)
+        self._layout = layout = model.layout.decoding
+        self.devices = layout.shards("cache_batch")
         # a step is called with a list, which is taken apart more quickly than nnx's state
         self._weights, structure = jax.tree.flatten(state)
 
@@ -58,41 +64,55 @@ class Device:
 
         self.slots, self._width, self._history = slots, table_width(context), context + BEYOND
         vocab_size = model.config.vocab_size
-        self._pages = jax.jit(lambda weights: decoder(weights).empty_pages(pages))(self._weights)
-        self._slots, self._settings = _empty_slots(slots, self._history, vocab_size)
+        self._pages = jax.jit(lambda weights: decoder(weights).empty_pages(self.devices * pages))(self._weights)
+        self._slots, self._settings = jax.device_put(_empty_slots(slots, self._history, vocab_size), layout.replicated)
         self.vocab_size, self.compile_s = vocab_size, 0.0
         self._compile(decoder, shapes)
 
     def _compile(self, decoder: Callable, shapes: list[Shape]) -> None:
         began = time.perf_counter()
-        slot = jnp.int32(0)
+        slot, everywhere = jnp.int32(0), self._layout.replicated
         history, its = jax.tree.map(lambda a: a[0], (self._slots.token_NS, self._settings))
-        wanted: dict[Any, tuple[Callable, tuple[int, ...], tuple]] = {
-            "admit": (admit, (0, 1), (self._slots, self._settings, slot, history, slot, its)),
-            "limit": (limit, (0,), (self._settings, slot, its.sampling.mask_BW)),
+        # what is compiled, which arguments it may overwrite, and where its arguments and results lie
+        wanted: dict[Any, tuple[Callable, tuple[int, ...], tuple, tuple, Any]] = {
+            "admit": (admit, (0, 1), (self._slots, self._settings, slot, history, slot, its), (everywhere,) * 6, everywhere),
+            "limit": (limit, (0,), (self._settings, slot, its.sampling.mask_BW), (everywhere,) * 3, everywhere),
         }
+        weights_lie = [w.sharding for w in self._weights]
+        pages_lie = self._layout.sharding(self._layout.spec("cache_batch"))
         for shape in shapes:
             programs = Programs(decoder, shape.length, shape.drafts)
-            step = programs.decode if shape.decodes else programs.fill
-            arguments = (self._weights, self._pages, self._slots, self._settings, self.rows(shape, []))
-            wanted[shape] = step, (1, 2) if shape.decodes else (1,), arguments
+            arguments = self._weights, self._pages, self._slots, self._settings, self.rows(shape, [])[0]
+            lie = weights_lie, pages_lie, everywhere, everywhere, everywhere
+            if shape.decodes:
+                wanted[shape] = programs.decode, (1, 2), arguments, lie, (pages_lie, everywhere, everywhere)
+            else:
+                wanted[shape] = programs.fill, (1,), arguments, lie, (pages_lie, everywhere)
 
         def compiled(key):
-            f, donated, arguments = wanted[key]
-            return key, jax.jit(f, donate_argnums=donated).lower(*arguments).compile()
+            f, donated, arguments, lie, results_lie = wanted[key]
+            return key, self._layout.jit(f, lie, results_lie, donated).lower(*arguments).compile()
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self._run = dict(pool.map(compiled, wanted))
         self.compile_s = time.perf_counter() - began
 
-    def rows(self, shape: Shape, rows: Sequence[tuple[int, int, int, list[int]]]) -> np.ndarray:
-        """(slot, first, count, pages) of each sequence, and as many of nobody's as fill the shape, for `Rows.of`."""
+    def rows(self, shape: Shape, rows: Sequence[tuple[int, int, int, list[int]]]) -> tuple[np.ndarray, list[int]]:
+        """(slot, first, count, pages) of each sequence for `Rows.of`, filled up with rows of nobody, and where each one is.
+
+        Sequences that are on one device must not be more than the shape has of it.
+        """
         packed_BX = np.zeros((shape.sequences, 3 + self._width), np.int32)
         packed_BX[:, 0] = self.slots
-        for packed_X, (slot, first, count, pages) in zip(packed_BX, rows, strict=False):
-            packed_X[:3] = slot, first, count
-            packed_X[3 : 3 + len(pages)] = pages
-        return packed_BX
+        each, used, index = shape.sequences // self.devices, [0] * self.devices, []
+        for slot, first, count, pages in rows:
+            device = min(slot * self.devices // self.slots, self.devices - 1)
+            b = device * each + used[device]
+            used[device] += 1
+            packed_BX[b, :3] = slot, first, count
+            packed_BX[b, 3 : 3 + len(pages)] = pages
+            index.append(b)
+        return packed_BX, index
 
     def admit(self, slot: int, tokens: list[int], prompt_length: int, params: SamplingParams, seed: int) -> None:
         token_S = np.zeros(self._history, np.int32)
@@ -107,11 +127,12 @@ class Device:
     def seconds(self, shape: Shape) -> float:
         """What a decoding step takes, the quickest of three, with tokens of nobody at different places."""
         self.admit(self.slots, [(7919 * i) % self.vocab_size for i in range(self._history)], 0, SamplingParams(), 0)
-        places = [(self.slots, i * shape.length, shape.length, []) for i in range(shape.sequences)]
+        packed_BX, _ = self.rows(shape, [])
+        packed_BX[:, 1], packed_BX[:, 2] = np.arange(shape.sequences) * shape.length, shape.length
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            jax.block_until_ready(self.decode(shape, self.rows(shape, places)))
+            jax.block_until_ready(self.decode(shape, packed_BX))
             times.append(time.perf_counter() - began)
         self.admit(self.slots, [0], 0, SamplingParams(), 0)
         return min(times)
@@ -139,7 +160,7 @@ def _settings(params: SamplingParams, prompt_length: int, vocab_size: int, seed:
     return Settings(logprobs, row_of(params, prompt_length, vocab_size, seed))
 
 
-def bytes_a_token(model: Any) -> int:
+def bytes_a_token(model: Transformer) -> int:
     """Of the cache, the MTP module's included."""
     config = model.config
     layers = config.num_hidden_layers + min(config.num_nextn_predict_layers, 1)

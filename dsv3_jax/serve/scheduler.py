@@ -2,7 +2,8 @@
 
 A sequence waits, is admitted to a slot, has its known tokens filled into the cache piece by piece, and decodes. All that decode
 have a row in every step, and prompts share a budget of rows beside them, so that a long prompt delays nobody by more than
-that. When pages run out the youngest sequence gives its own back and waits again, with what it has.
+that. When pages run out the youngest sequence gives its own back and waits again, with what it has. On a mesh each device has
+slots and pages of its own.
 """
 
 from collections import deque
@@ -65,23 +66,40 @@ class Piece:
 
 
 class Scheduler:
-    """`tokens_a_step` is how many a sequence may gain in one: 2 with drafts."""
+    """`pools` has the pages of each device, which has as many of the slots; slot s is on device s // (slots / devices).
 
-    def __init__(self, slots: int, pool: PagePool, tokens_a_step: int):
-        self.pool, self.tokens_a_step = pool, tokens_a_step
+    `tokens_a_step` is how many a sequence may gain in one: 2 with drafts.
+    """
+
+    def __init__(self, slots: int, pools: list[PagePool], tokens_a_step: int):
+        assert slots % len(pools) == 0, (slots, len(pools))
+        self.pools, self.tokens_a_step = pools, tokens_a_step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
-        self._free_slots = list(range(slots - 1, -1, -1))
+        each = slots // len(pools)
+        self._free_slots = [list(range((d + 1) * each - 1, d * each - 1, -1)) for d in range(len(pools))]
         self.slots, self.preemptions = slots, 0
+
+    def device_of(self, sequence: Sequence) -> int:
+        return sequence.slot * len(self.pools) // self.slots
+
+    def _pool(self, sequence: Sequence) -> PagePool:
+        return self.pools[self.device_of(sequence)]
+
+    @property
+    def free_pages(self) -> int:
+        return sum(pool.available for pool in self.pools)
+
+    @property
+    def all_free(self) -> bool:
+        """Whether no slot and no page is anybody's."""
+        return self.free_pages == sum(pool.size for pool in self.pools) and sum(map(len, self._free_slots)) == self.slots
 
     def admit(self) -> list[Sequence]:
         """Give slots to those who wait the longest, as far as there are slots and pages for their prompts."""
         admitted = []
-        while self.waiting and self._free_slots:
-            sequence = self.waiting[0]
-            if not self._start(sequence):
-                break
-            self.waiting.popleft()
+        while self.waiting and self._start(self.waiting[0]):
+            sequence = self.waiting.popleft()
             self.running.append(sequence)
             admitted.append(sequence)
         self.running.sort(key=lambda s: s.number)
@@ -90,15 +108,22 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         sequence.to_fill = len(sequence.tokens) - 1
         keys = extend_keys(sequence.keys, sequence.tokens, sequence.salt)[: sequence.to_fill // PAGE]
-        found = [] if sequence.params.prompt_logprobs is not None else self.pool.find(keys)
-        needed = -(-len(sequence.tokens) // PAGE) - len(found)
-        if needed + len(self.running) > self.pool.available:  # those that run may soon want a page each
-            self.pool.release(found)
+        if sequence.params.prompt_logprobs is not None:
+            keys = []  # what is found has none
+        with_slots = [d for d, slots in enumerate(self._free_slots) if slots]
+        best = max(with_slots, key=lambda d: (self.pools[d].known(keys), self.pools[d].available), default=None)
+        if best is None:
             return False
-        sequence.pages = found + [self.pool.take() for _ in range(needed)]
+        pool, neighbours = self.pools[best], sum(self.device_of(s) == best for s in self.running)
+        found = pool.find(keys)
+        needed = -(-len(sequence.tokens) // PAGE) - len(found)
+        if needed + neighbours > pool.available:  # those that run may soon want a page each
+            pool.release(found)
+            return False
+        sequence.pages = found + [pool.take() for _ in range(needed)]
         sequence.filled = len(found) * PAGE
         sequence.cached_tokens = max(sequence.cached_tokens, sequence.filled)
-        sequence.slot = self._free_slots.pop()
+        sequence.slot = self._free_slots[best].pop()
         return True
 
     def pieces(self, budget: int, largest: int) -> list[Piece]:
@@ -123,16 +148,17 @@ class Scheduler:
             while sequence.decodes and not self._grow(sequence):
                 settle()  # tokens may end sequences, and with them free pages
                 if sequence.decodes and not self._grow(sequence):
-                    self._preempt(max(self.running, key=lambda s: s.number))
+                    neighbours = (s for s in self.running if self.device_of(s) == self.device_of(sequence))
+                    self._preempt(max(neighbours, key=lambda s: s.number))
         return [s for s in ready if s.decodes and s.left > 0]
 
     def _grow(self, sequence: Sequence) -> bool:
         """Whether there are pages for all tokens that a sequence may have after another step."""
         most = len(sequence.tokens) + (sequence.in_flight + 1) * self.tokens_a_step
-        needed = -(-min(most, sequence.limit) // PAGE) - len(sequence.pages)
-        if needed > self.pool.available:
+        needed, pool = -(-min(most, sequence.limit) // PAGE) - len(sequence.pages), self._pool(sequence)
+        if needed > pool.available:
             return False
-        sequence.pages += [self.pool.take() for _ in range(needed)]
+        sequence.pages += [pool.take() for _ in range(needed)]
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -153,12 +179,12 @@ class Scheduler:
             filled = min(filled, sequence.filled)
         keys = extend_keys(sequence.keys, sequence.tokens, sequence.salt)
         for i in range(sequence.published, filled // PAGE):
-            self.pool.publish(sequence.pages[i], keys[i])
+            self._pool(sequence).publish(sequence.pages[i], keys[i])
         sequence.published = max(sequence.published, filled // PAGE)
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.slot != NOWHERE
         self.running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        self.pool.release(sequence.pages)
+        self._free_slots[self.device_of(sequence)].append(sequence.slot)
+        self._pool(sequence).release(sequence.pages)
         sequence.slot, sequence.pages, sequence.filled, sequence.in_flight, sequence.published = NOWHERE, [], 0, 0, 0

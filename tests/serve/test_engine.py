@@ -40,8 +40,7 @@ def is_empty(its: Engine) -> bool:
     while its.core.busy or not its._commands.empty():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    scheduler = its.core.scheduler
-    return scheduler.pool.available == scheduler.pool.size and len(scheduler._free_slots) == scheduler.slots
+    return its.core.scheduler.all_free
 
 
 def test_greedy_texts_are_those_of_generate(fast):
