@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.model.attention import Absorbed, RopeTable
+from dsv3_jax.model.layers import Linear, linear, swiglu
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
 from dsv3_jax.model.parameters import EMBEDDING, HEAD, is_float32
@@ -23,7 +24,7 @@ from dsv3_jax.model.transformer import Block, MTPModule, Transformer
 from dsv3_jax.serve.attend import PAGE, LayerPages, over_pages
 from pallas_kernels import grouped_swiglu, integer_experts
 from pallas_kernels.integer_weight import IntegerWeight
-from pallas_kernels.products import dot
+from pallas_kernels.products import dot, dot_general
 
 _EXPERT_AXES = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
 
@@ -58,8 +59,11 @@ class Decoder(nnx.Module):
         for _, node in nnx.iter_graph(self):
             if isinstance(node, nnx.Variable):
                 _as_read(node, model.dtype, self.layout)
-            elif hasattr(node, "layout"):
+                continue
+            if hasattr(node, "layout"):
                 node.layout = self.layout
+            if isinstance(getattr(node, "linear", None), Linear):
+                node.linear = Product(self.layout)
 
     def empty_pages(self, pages: int) -> list[LayerPages]:
         """A cache of zeros: the pages, of all devices together, of each layer, the MTP module's last."""
@@ -94,6 +98,19 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
         return self.layout.constrain(dot(hidden_TD, self.head_DV[...], dtype=jnp.float32), None, "vocab")
+
+
+class Product(Linear):
+    """A product without a gradient: w's axes are not made one, which would bring together what a mesh keeps apart."""
+
+    def __init__(self, layout: Layout):
+        self.gemms, self.layout, self.switch = None, layout, None
+
+    def __call__(self, x: Array, w: Array | IntegerWeight, *axes: str | None) -> Array:
+        operand = swiglu(x) if x.ndim == 4 else x
+        if isinstance(w, IntegerWeight):
+            return linear(operand, w)
+        return dot_general(operand, w, (((operand.ndim - 1,), (0,)), ((), ())))
 
 
 def take_apart(model: Transformer) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
@@ -144,6 +161,8 @@ def _run(block: Block, x_BLD: Array, rope: RopeTable, pages: LayerPages, tokens:
     pages = layout.on_each_device(_written, (here, here, here), here)(pages, latents, tokens)
 
     def attend(*queries: Array) -> Array:
+        # in two steps, or XLA would rather move the weights that made the queries
+        queries = tuple(layout.constrain(q, None, None, "heads", None) for q in queries)
         queries = tuple(layout.constrain(q, "cache_batch", None, None, None) for q in queries)
         local = functools.partial(over_pages, scale=attention_scale(block.attention.config))
         where = pages, tokens.page_BP, tokens.position_BL
