@@ -504,9 +504,10 @@ def _serving_packages() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "jinja2", "llguidance"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn", "jinja2"):
             raise
-        raise UserError(f"{error.name} is not installed; pip install 'dsv3-jax[serve]'") from None
+        raise UserError(f"{package} is not installed; pip install 'dsv3-jax[serve]'") from None
 
 
 def serve(

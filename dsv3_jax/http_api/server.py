@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from dsv3_jax.checks import require
 from dsv3_jax.errors import UserError
 from dsv3_jax.http_api.api import make_app
 from dsv3_jax.http_api.connections import Connection, Limits
@@ -29,12 +30,13 @@ _BACKLOG = 4096
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket with the address; nobody can connect to it before it listens. Raises `UserError` if it cannot be had."""
+    require(0 <= port <= 65535, f"--port={port} is out of range; use 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise _address_error(host, port, error) from None
     return bound
 

@@ -5,6 +5,7 @@ for lm-eval, and browser (a path, or null). Prints one JSON line.
 """
 
 import json
+import re
 import sys
 
 import openai
@@ -87,20 +88,20 @@ def by_browser(url: str, key: str, browser: str) -> dict:
         complaints = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(url)
-        page.wait_for_function("document.getElementById('model').textContent.includes('tokens')")
+        page.locator("#model", has_text="tokens").wait_for()
         page.fill("#most", "12")
         page.fill("#text", "<b>hi</b>")
         page.click("#send")
-        page.wait_for_function("document.querySelector('.assistant')?.textContent && !document.getElementById('send').disabled")
+        page.locator("#stop:disabled").wait_for()
         page.fill("#text", "again")
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('.assistant')[1]?.textContent")
-        page.wait_for_function("!document.getElementById('send').disabled")
+        page.locator(".assistant").nth(1).wait_for(state="attached")
+        page.locator("#stop:disabled").wait_for()
         page.fill("#most", "1000000")
         page.fill("#text", "too long")
         page.click("#send")
         page.wait_for_selector(".error")
-        page.wait_for_function("/finished\\s*[2-9]/.test(document.getElementById('figures').innerText)")
+        page.locator("#figures div", has_text=re.compile(r"finished\s*[2-9]")).wait_for()
         seen = {
             "asked": page.locator(".user").all_inner_texts(), "answers": page.locator(".assistant").all_inner_texts(),
             "error": page.inner_text(".error"), "figures": page.inner_text("#figures"), "complaints": complaints,

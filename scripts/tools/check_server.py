@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from _peer import ask, peer_python
 
@@ -67,7 +68,7 @@ def our_likelihoods(directory: Path) -> list[tuple[float, bool]]:
     for context, continuation in PAIRS:
         ids = tokenizer.encode(context + continuation, add_special_tokens=False).ids
         begin = len(tokenizer.encode(context, add_special_tokens=False).ids)
-        logits = np.asarray(model(np.asarray([ids], np.int32))[0, begin - 1 : -1], np.float64)
+        logits = np.asarray(model(jnp.asarray([ids]))[0, begin - 1 : -1], np.float64)
         logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
         expected = np.asarray(ids[begin:])
         total = float(logprobs[np.arange(len(expected)), expected].sum())
