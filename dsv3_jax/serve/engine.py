@@ -86,9 +86,7 @@ class Engine:
             cache_tokens = min(slots * self.context, max(_CACHE_BYTES // bytes_a_token(model), self.context))
         devices = model.layout.decoding.shards("cache_batch")
         require(jax.process_count() == 1, f"an engine runs in one process, and there are {jax.process_count()}")
-        require(
-            slots % devices == 0, f"slots={slots} are not as many on each of {devices} devices; use a multiple of {devices}"
-        )
+        require(slots % devices == 0, f"slots={slots} is no multiple of the {devices} devices that share the sequences")
         require(devices == 1 or not exact, f"exact=true is for one device, and the model is on {devices}; use exact=false")
         pages = -(-cache_tokens // (PAGE * devices)) + 1
         self.core = Core(model, slots, self.context, pages, exact, drafts, prompt_rows)
