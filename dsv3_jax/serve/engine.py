@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import queue
 import secrets
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -24,6 +25,7 @@ from dsv3_jax.serve.core import Core
 from dsv3_jax.serve.programs import PIECE, bytes_a_token
 from dsv3_jax.serve.request import Completion, Event, Finish, OnEvent, Prompt, QueueFullError, SamplingParams, StoppedError
 from dsv3_jax.serve.scheduler import Sequence
+from dsv3_jax.streams import say
 
 _CONTEXT = 4096  # of an engine whose context is not given, at most
 _CACHE_BYTES = 2**30  # of a cache whose size is not given, at most
@@ -106,7 +108,7 @@ class Engine:
         Args:
             prompt: Token ids, one at least.
             params: How its tokens are chosen.
-            on_event: Must be quick and raise nothing.
+            on_event: Must be quick. If it raises, the request is cancelled.
             cache_salt: Requests of other salts don't share cached prefixes with it, so that nobody learns of them by timing.
 
         Raises:
@@ -130,7 +132,11 @@ class Engine:
             if event.finish is not None:
                 with self._lock:
                     self._open -= 1
-            on_event(event)
+            try:
+                on_event(event)
+            except Exception as error:  # one listener's fault is nobody else's
+                say(f"a request is cancelled: its on_event raised {type(error).__name__}: {error}", sys.stderr)
+                self._commands.put(lambda: self.core.end(sequence, Finish.CANCELLED))
 
         sequence = Sequence(number, len(tokens), tokens, params, seed, cache_salt, heard, deadline)
         self._commands.put(lambda: self.core.add(sequence))

@@ -138,5 +138,5 @@ class QueueFullError(Exception):
         self.waiting, self.retry_after_s = waiting, retry_after_s
 
 
-type OnEvent = Callable[[Event], None]  # called by the engine's thread: must be quick and raise nothing
+type OnEvent = Callable[[Event], None]  # called by the engine's thread: must be quick
 type Prompt = Sequence[int]

@@ -200,6 +200,20 @@ def test_cancelled_at_any_time(fast):
     assert set(finished) <= {Finish.CANCELLED, Finish.LENGTH}
 
 
+def test_a_listener_that_fails_loses_its_own_request_alone(fast, capsys):
+    heard = []
+
+    def fails(event):
+        heard.append(event)
+        raise ValueError("no")
+
+    fast.submit([1], SamplingParams(max_tokens=100), fails)
+    assert len(fast.complete([[2]], SamplingParams(max_tokens=20))[0].tokens) == 20
+    assert is_empty(fast)
+    assert heard[-1].finish is Finish.CANCELLED
+    assert "a request is cancelled: its on_event raised ValueError: no" in capsys.readouterr().err
+
+
 def test_a_deadline_ends_a_request_with_what_it_has(fast):
     (late,) = fast.complete([[1]], SamplingParams(max_tokens=120, deadline_s=1e-9))
     assert (late.tokens, late.finish) == ([], Finish.DEADLINE)
