@@ -91,12 +91,16 @@ def corpus_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_overrides_in(corpus_dir):
-    """Overrides of configs/tiny.yaml that train in seconds, with their data's cache in a directory."""
+    """Overrides of configs/tiny.yaml that train in seconds, with their data's cache in a directory.
+
+    Without MTP, which takes half as long again to trace and compile: a test that is about it, or whole runs, turns it on.
+    """
     return lambda directory: [
         "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48", "model.moe_intermediate_size=16",
         "model.num_hidden_layers=3", "model.num_attention_heads=2", "model.q_lora_rank=16", "model.kv_lora_rank=16",
         "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8", "model.n_routed_experts=8",
-        "data.seq_len=32", "data.batch_size=4", f"data.path={corpus_dir}/*.txt", f"data.cache_dir={directory}/cache",
+        "model.num_nextn_predict_layers=0", "data.seq_len=32", "data.batch_size=4", f"data.path={corpus_dir}/*.txt",
+        f"data.cache_dir={directory}/cache",
         "train.steps=6", "train.eval_every=3", "train.eval_batches=2", "optim.warmup_steps=2",
     ]  # fmt: skip
 

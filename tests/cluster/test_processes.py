@@ -120,7 +120,7 @@ def test_two_with_one_number_are_refused():
 
 @pytest.mark.slow
 def test_two_processes_equal_one_device():
-    meshes = ["fsdp=8", "expert=8", "data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"]
+    meshes = ["fsdp=8", "expert=8", "data=2 pipe=2 expert=2"]
     port = free_port()
     program = ["-m", "tests.cluster.two_processes", *meshes]
     first, second = (start(program, process, 2, port) for process in (0, 1))

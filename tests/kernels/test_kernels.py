@@ -52,7 +52,7 @@ def assert_same(program, static, arguments, tolerance):
     compare(program.__name__, found, expected, dict.fromkeys(found, tolerance))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     T=st.sampled_from([1, 2, 7, 64, 130]), D=st.sampled_from([3, 8, 16]), M=st.sampled_from([1, 5, 16]),
     E=st.sampled_from([2, 5, 8]), K=st.integers(1, 2), skew=st.sampled_from([0.0, 100.0]),
@@ -86,7 +86,7 @@ def test_cpu_runs_the_blocked_experts():
     assert "tpu_custom_call" not in f.lower(*args).as_text()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     L=st.sampled_from([1, 5, 8, 127, 128, 129, 300]), H=st.integers(1, 3), X=st.sampled_from([3, 24]),
     U=st.sampled_from([5, 16]), segments=st.integers(1, 4),
@@ -124,7 +124,7 @@ def test_attention_never_holds_the_square_of_scores():
     assert f"{L},{L}" in jax.jit(loss("reference")).lower(shape, shape, shape, segment).compile().as_text()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(T=st.sampled_from([1, 6, 511, 512, 513, 1100]), D=st.sampled_from([4, 17]), V=st.sampled_from([2, 33, 257]))
 def test_cross_entropy_equals_its_reference(T, D, V):
     x, w = normal(T, T, D), normal(V, D, V)

@@ -24,7 +24,7 @@ def swiglu(gate_up):
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2", "fsdp=2 expert=2 tensor=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2"])
 def test_a_mesh_runs_the_same_swiglu(mesh):
     """Gate and up [B, L, 2, F] with the product after them; and near what 16 bits compute."""
     layout = layout_for(config_of(MESHES[mesh]))
@@ -39,7 +39,7 @@ def test_a_mesh_runs_the_same_swiglu(mesh):
         assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.08  # three operands of 2.6% each
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=4", "fsdp=4 tensor=2", "fsdp=2 expert=2 tensor=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2 expert=2 tensor=2"])
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [

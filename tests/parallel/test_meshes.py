@@ -1,4 +1,4 @@
-"""Every mesh computes what one device computes: loss, all gradients, loads, 20 steps of training, checkpoints.
+"""A mesh computes what one device computes: loss, all gradients, loads, 20 steps of training, checkpoints.
 
 float32; sums over devices come in another order, so losses may differ by 2e-6 and gradients by 1e-4 of a tensor's largest.
 """
@@ -14,8 +14,8 @@ from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.state.train_state import abstract_state
 from dsv3_jax.training.step import make_eval_step
 from tests.parallel.cases import (
-    FAST,
     MESHES,
+    TRAINED,
     WITH_MTP,
     assert_same_gradients,
     batch_of,
@@ -27,12 +27,12 @@ from tests.parallel.cases import (
     state_on,
 )
 
-STEPS = 20
 
-
-@pytest.mark.parametrize("mesh", [mesh if mesh in FAST else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES])
+@pytest.mark.parametrize(
+    "mesh", [m if when == "fast" else pytest.param(m, marks=pytest.mark.slow) for m, when in TRAINED.items()]
+)
 def test_mesh_equals_one_device(mesh):
-    for ours, theirs in zip(results(overrides_of(mesh), STEPS), one_device(STEPS, mesh in WITH_MTP), strict=True):
+    for ours, theirs in zip(results(overrides_of(mesh)), one_device(mesh in WITH_MTP), strict=True):
         (grads, metrics), (expected_grads, expected) = ours.first, theirs.first
         assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=2e-6)
         assert_same_gradients(grads, expected_grads, rtol=1e-4)
@@ -43,7 +43,7 @@ def test_mesh_equals_one_device(mesh):
     assert float(expected.load[0].max()) == 16 * 20 - padding  # of the hot ones: every token went to the first experts
 
 
-@pytest.mark.parametrize("mesh", ["pipe=2 tensor=2", "fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2 expert=2 tensor=2", "data=2 pipe=2 expert=2"])
 def test_evaluation_on_a_mesh(mesh):
     def sums(overrides):
         config = config_of(overrides)
@@ -57,10 +57,10 @@ def test_evaluation_on_a_mesh(mesh):
 
 
 def test_a_checkpoint_of_any_mesh_is_read_on_any_other(tmp_path):
-    """Round through all of them: each mesh reads what the one before wrote, and the last is what the first was."""
+    """Round through them: each mesh reads what the one before wrote, and the last is what the first was."""
     config = config_of([])
     expected = state = initial_state()
-    names = [*MESHES, None]
+    names = ["data=8", "fsdp=8", "expert=8", "tensor=4", "data=2 pipe=2 fsdp=2 pipe_chunks=2", "fsdp=2 expert=2 tensor=2", None]
     for i, name in enumerate(names):
         manager = CheckpointManager(tmp_path / str(i), CheckpointConfig(keep=1))
         manager.save(state, {"config": {}, "data": {}})

@@ -16,9 +16,6 @@ from dsv3_jax.serve.cache import empty_cache
 from dsv3_jax.state.train_state import serving_graph
 from tests.parallel.cases import MESHES, config_of, initial_state, state_on
 
-SERVED = ["expert=8", "tensor=4", "fsdp=4 tensor=2", "fsdp=2 expert=4", "data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"]
-FAST = {"data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"}  # every axis; the others are slow tests
-
 
 def model_on(mesh: str):
     """The same weights on any mesh; no name of one is one device."""
@@ -33,7 +30,7 @@ def alone():
     return model_on("")
 
 
-@pytest.mark.parametrize("mesh", [mesh if mesh in FAST else pytest.param(mesh, marks=pytest.mark.slow) for mesh in SERVED])
+@pytest.mark.parametrize("mesh", ["data=2 pipe=2 expert=2", "fsdp=2 expert=2 tensor=2"])  # every axis
 def test_a_mesh_generates_what_one_device_does(alone, mesh):
     """Both ways of running experts (few tokens and many), batches that devices divide and that they don't."""
     model = model_on(mesh)

@@ -28,7 +28,7 @@ from dsv3_jax.training.step import make_train_step
 from pallas_kernels import devices, quantize, scaled_matmul, swiglu_quantize
 from pallas_kernels.grouped_swiglu.reference import grouped_swiglu as experts_by_definition
 from tests.conftest import ROOT
-from tests.parallel.cases import batch_of, config_of
+from tests.parallel.cases import WITHOUT_MTP, batch_of, config_of
 
 # (what JAX calls the device, with the strings of real compilers' and data sheets' devices) -> platform, what auto takes there
 DEVICES = [
@@ -90,7 +90,7 @@ def test_other_options_stay_and_auto_alone_is_replaced():
 
 
 def test_a_run_keeps_what_auto_was(micro_overrides, tmp_path):
-    overrides = [*micro_overrides, "precision.recipe=auto", "name=auto", "train.steps=2", "train.eval_every=2"]
+    overrides = [*micro_overrides, "precision.recipe=auto", "name=auto", "train.steps=2", "train.eval_every=9"]
     config = load_config(ROOT / "configs" / "tiny.yaml", overrides)
     result = train(config, tmp_path)
     assert load_config(result.run.config_file).precision.recipe == "auto"  # as it was asked for
@@ -123,7 +123,8 @@ def fakechip(calls: list[str]) -> Platform:
 def test_a_plug_in_brings_its_formats_and_operations(registry):
     calls: list[str] = []
     platforms.register(fakechip(calls))
-    config = resolve(config_of(["precision.recipe=auto", "model.num_hidden_layers=2"]), jax.devices()[0])
+    small = "model.num_hidden_layers=2", "train.grad_accum_steps=1", WITHOUT_MTP
+    config = resolve(config_of(["precision.recipe=auto", *small]), jax.devices()[0])
     assert config.precision.recipe == "int8"
     _, metrics = make_train_step(config)(new_state(config), batch_of(config, 0))
     assert np.isfinite(metrics.objective.loss)

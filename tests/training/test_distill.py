@@ -160,7 +160,7 @@ def test_a_run_learns_from_a_checkpoint_and_goes_on(teacher_run, tmp_path):
     ("extra", "message"),
     [
         (["distill.teacher=/nowhere"], "/nowhere does not exist"),
-        (["train.init_from=null", "model.num_nextn_predict_layers=0"], "predict_layers=0, and distill.teacher=.* has 1"),
+        (["train.init_from=null", "model.num_nextn_predict_layers=1"], "predict_layers=1, and distill.teacher=.* has 0"),
         (["train.init_from=null", "model.vocab_size=320"], "model.vocab_size=320, and distill.teacher=.* has 300"),
         (["parallel.pipe=2"], "parallel.pipe=2: a pipeline's stages do not hold distill.teacher"),
         (["distill.temperature=0"], "distill.temperature=0.* must be positive"),

@@ -31,28 +31,43 @@ def batch_of(config, seed=0):
     return Batch(random.integers(0, config.model.vocab_size, shape).astype(np.int32), segments)
 
 
-def run(overrides, steps, same_batch=True):
+def run(overrides, steps):
     config = load_config(TINY, overrides)
     state, step = new_state(config), make_train_step(config)
     rows = []
-    for i in range(steps):
-        state, metrics = step(state, batch_of(config, 0 if same_batch else i))
+    for _ in range(steps):
+        state, metrics = step(state, batch_of(config))
         rows.append(jax.device_get(metrics))
     assert step._cache_size() == 1
     return state, rows
 
 
-def test_overfits_one_batch(micro_overrides):
-    _, rows = run([*micro_overrides, "optim.lr=1e-2"], 80)
-    assert float(rows[0].objective.cross_entropy) == pytest.approx(np.log(300), rel=0.02)
-    assert float(rows[-1].objective.cross_entropy) < 1.0
-    assert float(rows[-1].objective.mtp_cross_entropy) < 2.0
+MTP = "model.num_nextn_predict_layers=1"
+
+
+@pytest.fixture(scope="module")
+def learned(micro_overrides_in, tmp_path_factory):
+    """What 80 steps on one batch report; MTP's weight changes at the third, and no other loss is added."""
+    options = [MTP, "optim.lr=1e-2", "train.mtp_switch_step=2", "train.sequence_balance_alpha=0"]
+    return run([*micro_overrides_in(tmp_path_factory.mktemp("learned")), *options], 80)[1]
+
+
+def test_overfits_one_batch(learned):
+    assert float(learned[0].objective.cross_entropy) == pytest.approx(np.log(300), rel=0.02)
+    assert float(learned[-1].objective.cross_entropy) < 1.0
+    assert float(learned[-1].objective.mtp_cross_entropy) < 2.0
+
+
+def test_mtp_weight_switches_without_recompilation(learned):
+    losses = [row.objective for row in learned[:4]]
+    weights = [(float(o.loss) - float(o.cross_entropy)) / float(o.mtp_cross_entropy) for o in losses]
+    np.testing.assert_allclose(weights, [0.3, 0.3, 0.1, 0.1], rtol=1e-3)
 
 
 def test_accumulation_equals_the_whole_batch(micro_overrides):
     """The same loss, gradient norm and loads; parameters to rounding, which Adam's first steps blow up to its lr."""
-    whole, a = run(micro_overrides, 2)
-    parts, b = run([*micro_overrides, "train.grad_accum_steps=4"], 2)
+    whole, a = run([*micro_overrides, MTP], 2)
+    parts, b = run([*micro_overrides, MTP, "train.grad_accum_steps=4"], 2)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x.objective.loss, y.objective.loss, rtol=2e-5)
         np.testing.assert_allclose(x.grad_norm, y.grad_norm, rtol=1e-3)
@@ -60,14 +75,6 @@ def test_accumulation_equals_the_whole_batch(micro_overrides):
         np.testing.assert_array_equal(x, y)
     for x, y in zip(jax.tree.leaves(whole.router_bias), jax.tree.leaves(parts.router_bias), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
-
-
-def test_mtp_weight_switches_without_recompilation(micro_overrides):
-    _, rows = run([*micro_overrides, "train.mtp_switch_step=2", "train.sequence_balance_alpha=0"], 4, same_batch=False)
-    weights = [
-        (float(r.objective.loss) - float(r.objective.cross_entropy)) / float(r.objective.mtp_cross_entropy) for r in rows
-    ]
-    np.testing.assert_allclose(weights, [0.3, 0.3, 0.1, 0.1], rtol=1e-3)
 
 
 def test_options_learn_as_well(micro_overrides):
