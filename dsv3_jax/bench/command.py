@@ -83,6 +83,7 @@ def _in_process(path: Path, options: Options) -> dict[str, Any]:
         require(not isinstance(request.prompt, str), f"{options.trace} has texts, which need a server; give prompt_tokens")
     context = max(len(request.prompt) + request.max_tokens for request in at_once)
     shape = {"slots": options.slots, "prompt_rows": options.prompt_rows, "exact": options.exact}
+    say("compiling the engine's programs")
     with Engine(model, context=context, most_waiting=len(at_once), **shape) as engine:
         serve_load(engine, at_once[:_WARM_UP], "warm-up")
         result = _loads(options, prompts, lambda requests, name: serve_load(engine, requests, name))
@@ -96,10 +97,12 @@ def _older_ways(model: Transformer, at_once: Sequence[Request], options: Options
     found, ratios = {}, {}
     for name, (batch, count) in ways.items():
         if batch and count:
+            say(f"{name}: {count} requests, twice")
             served = serve_in_batches(model, at_once[:count], batch)
-            found[name] = asdict(served) | {"batch": batch, "requests": count, "tokens_per_s": served.tokens_per_s}
+            rates = {"tokens_per_s": served.tokens / served.wall_s, "tokens_per_cpu_s": served.tokens / served.cpu_s}
+            found[name] = asdict(served) | {"batch": batch, "requests": count} | rates
             if reference is not None:
-                ratios[name] = reference["tokens_per_s"] / served.tokens_per_s
+                ratios[name] = {rate: reference[rate] / value for rate, value in rates.items()}
     return {"older_ways": found, "ratios": ratios}
 
 
@@ -125,10 +128,13 @@ def _loads(options: Options, prompts: Prompts, serve: Callable[[list[Request], s
     loads: dict[str, Any] = {}
 
     def run(name: str, requests: list[Request]) -> dict[str, Any]:
+        say(f"{name}: {len(requests)} requests")
         served = serve(requests, name)
         for error in sorted({outcome.error for outcome in served.outcomes if outcome.error})[:3]:
             say(f"{name}: requests failed: {error}")
         loads[name] = report(served.outcomes, served.counts or None, options.limits, served.wall_s)
+        if served.cpu_s is not None:
+            loads[name]["tokens_per_cpu_s"] = sum(outcome.tokens for outcome in served.outcomes) / served.cpu_s
         return loads[name]
 
     if options.trace is not None:
@@ -149,7 +155,7 @@ def _loads(options: Options, prompts: Prompts, serve: Callable[[list[Request], s
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a result as a table."""
     columns = {
-        "tokens/s": "tokens_per_s", "requests/s": "requests_per_s", "goodput": "goodput_per_s", "rows": "row_utilisation",
+        "tokens/s": "tokens_per_s", "a CPU s": "tokens_per_cpu_s", "requests/s": "requests_per_s", "goodput": "goodput_per_s", "rows": "row_utilisation",
         "decode": "decode_fill", "slots": "slot_occupancy_while_waiting", "busy": "busy", "drafts": "drafts_accepted",
     }  # fmt: skip
     table = Table("load", *columns, "first token", "gap", "failed", title="ms: p50 / p90 / p99")
@@ -162,7 +168,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(f"{name} ({figures['batch']})", *cells)
     console.print(table)
     for name, ratio in result.get("ratios", {}).items():
-        console.print(f"tokens/s over {name}: {ratio:.2f}x")
+        of_cpu = ratio["tokens_per_cpu_s"]  # other processes that want the same cores don't change it much
+        console.print(
+            f"over {name}: {ratio['tokens_per_s']:.2f}x the tokens a second, {of_cpu:.2f}x a second of this process's CPU"
+        )
     console.print(f"{result['processor']}, load average {result['load_average'][0]:.1f}")
 
 

@@ -23,6 +23,7 @@ class Served:
     outcomes: list[Outcome]
     counts: dict[str, float]  # of the engine, meanwhile
     wall_s: float
+    cpu_s: float | None = None  # of this process, if the engine is in it
 
 
 def serve_load(engine: Engine, requests: Sequence[Request], salt: str) -> Served:
@@ -41,7 +42,7 @@ def serve_load(engine: Engine, requests: Sequence[Request], salt: str) -> Served
 
         return on_event
 
-    before, began = engine.stats(), time.monotonic()
+    before, began, cpu_began = engine.stats(), time.monotonic(), time.process_time()
     for request, events in zip(requests, heard, strict=True):
         time.sleep(max(began + request.arrival_s - time.monotonic(), 0))
         assert not isinstance(request.prompt, str), request
@@ -51,9 +52,9 @@ def serve_load(engine: Engine, requests: Sequence[Request], salt: str) -> Served
             listener(events)(Event(finish=Finish.ERROR, error=str(error)))
     for _ in requests:
         ended.acquire()
-    wall_s = time.monotonic() - began
+    wall_s, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
     counts = {name: value - before[name] for name, value in engine.stats().items()}
-    return Served([_outcome(*both, began) for both in zip(requests, heard, strict=True)], counts, wall_s)
+    return Served([_outcome(*both, began) for both in zip(requests, heard, strict=True)], counts, wall_s, cpu_s)
 
 
 def _outcome(request: Request, events: list[tuple[float, Event]], began: float) -> Outcome:
@@ -69,12 +70,9 @@ class Rectangles:
 
     tokens: int  # that were asked for
     wall_s: float
+    cpu_s: float
     row_utilisation: float
     decode_fill: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.wall_s
 
 
 def serve_in_batches(model: Transformer, requests: Sequence[Request], batch: int) -> Rectangles:
@@ -85,15 +83,15 @@ def serve_in_batches(model: Transformer, requests: Sequence[Request], batch: int
     """
     rectangles = [_rectangle(requests[i : i + batch]) for i in range(0, len(requests), batch)]
     for _ in range(2):
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         for prompts, most in rectangles:
             np.asarray(generate(model, prompts, most))
-        wall_s = time.monotonic() - began
+        wall_s, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
     tokens = sum(request.max_tokens for request in requests)
     decoded = sum(len(prompts) * most for prompts, most in rectangles)
     filled = sum(prompts.size for prompts, _ in rectangles)
     live = tokens + sum(len(request.prompt) for request in requests)
-    return Rectangles(tokens, wall_s, live / (decoded + filled), tokens / decoded)
+    return Rectangles(tokens, wall_s, cpu_s, live / (decoded + filled), tokens / decoded)
 
 
 def _rectangle(requests: Sequence[Request]) -> tuple[np.ndarray, int]:

@@ -1,4 +1,4 @@
-"""Our side of bench_train.py and bench_decode.py, in a process of its own so that peak memory is its own."""
+"""Our side of bench_train.py, bench_decode.py and bench_serve.py, in a process of its own so that peak memory is its own."""
 
 import json
 import resource
@@ -11,10 +11,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.checkpoint.load import load
 from dsv3_jax.config import Config, load_config
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.precision.recipes import RECIPES
+from dsv3_jax.serve.engine import Engine
 from dsv3_jax.serve.generate import generate
+from dsv3_jax.serve.request import SamplingParams
 from dsv3_jax.state.train_state import make_model, new_state
 from dsv3_jax.training.step import make_train_step
 
@@ -50,6 +53,18 @@ def decode(config: Config, request: dict) -> dict:
     return {"seconds": result}
 
 
+def serve(request: dict) -> dict:
+    """Greedy texts of all requests, ([ids], number of tokens) each, by the engine."""
+    requests = json.loads(Path(request["requests"]).read_text())
+    prompts, params = [ids for ids, _ in requests], [SamplingParams(max_tokens=n) for _, n in requests]
+    context = max(len(ids) + n for ids, n in requests)
+    with Engine(load(request["model"]), slots=request["batch"], context=context) as engine:
+        engine.complete([ids[::-1] for ids in prompts[:8]], params[:8])  # no prompt that counts is in the cache
+        start = time.perf_counter()
+        found = engine.complete(prompts, params)
+        return {"seconds": time.perf_counter() - start, "texts": [completion.tokens for completion in found]}
+
+
 def matmul(config: Config, request: dict) -> dict:
     """GFLOP/s of plain float32 products of the model's shapes: the rate that a step made of them alone would reach."""
     tokens, m = config.data.batch_size * config.data.seq_len, config.model
@@ -77,8 +92,11 @@ def matmul(config: Config, request: dict) -> dict:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    config = load_config(ROOT / "configs" / request["preset"], request.get("overrides", []))
-    result = {"train": train, "decode": decode, "matmul": matmul}[request["task"]](config, request)
+    if request["task"] == "serve":
+        result = serve(request)
+    else:
+        config = load_config(ROOT / "configs" / request["preset"], request.get("overrides", []))
+        result = {"train": train, "decode": decode, "matmul": matmul}[request["task"]](config, request)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps(result | {"peak_gb": peak, "jax": jax.__version__}))
 

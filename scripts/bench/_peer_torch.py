@@ -1,7 +1,7 @@
-"""The peer of bench_train.py and bench_decode.py: transformers' DeepSeek-V3 on torch, in an environment of its own.
+"""The peer of bench_train.py, bench_decode.py and bench_serve.py: transformers' DeepSeek-V3 on torch, in its own environment.
 
 Run by those scripts with another interpreter, never imported. Reads a JSON request on the command line, prints one
-JSON line: {"task": "train"|"decode", "config": {DeepseekV3Config fields}, ...}.
+JSON line: {"task": "train"|"decode"|"serve", ...}.
 """
 
 import json
@@ -9,9 +9,10 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import ContinuousBatchingConfig, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
 
 def peak_gb() -> float:
@@ -76,10 +77,52 @@ def decode(request: dict) -> dict:
     return {"seconds": result}
 
 
+def serve(request: dict) -> dict:
+    """Greedy texts of all requests, ([ids], number of tokens) each: in batches by `generate`, or by continuous batching."""
+    model = DeepseekV3ForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
+    requests = json.loads(Path(request["requests"]).read_text())
+    work = {"generate": _in_batches, "continuous": _continuously}[request["way"]]
+    with torch.no_grad():
+        work(model, requests[:8], request["batch"])
+        start = time.perf_counter()
+        texts = work(model, requests, request["batch"])
+    return {"seconds": time.perf_counter() - start, "texts": texts}
+
+
+def _in_batches(model, requests: list, batch: int) -> list[list[int]]:
+    texts = []
+    for i in range(0, len(requests), batch):
+        part = requests[i : i + batch]
+        longest, most = max(len(ids) for ids, _ in part), max(n for _, n in part)
+        ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in part])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in part])
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0
+        )
+        texts += [row[longest : longest + n] for row, (_, n) in zip(out.tolist(), part, strict=True)]
+    return texts
+
+
+def _continuously(model, requests: list, batch: int) -> list[list[int]]:
+    most = max(len(ids) + n for ids, n in requests)
+    pages = ContinuousBatchingConfig(page_size=32, num_blocks=batch * -(-most // 32), max_batch_tokens=2 * batch)
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with model.continuous_batching_context_manager(config, continuous_batching_config=pages) as manager:
+        names = [manager.add_request(ids, max_new_tokens=n) for ids, n in requests]
+        done = {}
+        while len(done) < len(names):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                done[result.request_id] = result.generated_tokens
+            elif result is None and not manager.is_running():
+                raise RuntimeError("continuous batching has ended early")
+    return [done[name] for name in names]
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    result = {"train": train, "decode": decode}[request["task"]](request)
+    result = {"train": train, "decode": decode, "serve": serve}[request["task"]](request)
     print(json.dumps(result | {"peak_gb": peak_gb(), "torch": torch.__version__}))
 
 
