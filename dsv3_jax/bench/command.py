@@ -79,8 +79,7 @@ def _in_process(path: Path, options: Options) -> dict[str, Any]:
     else:
         prompts, model = _held_out(options.prompts or path), load_with_config(path, keep_integers=True).model
     at_once = _at_once(options, prompts)
-    for request in at_once:
-        require(not isinstance(request.prompt, str), f"{options.trace} has texts, which need a server; give prompt_tokens")
+    _require_ids(at_once, options.trace)
     context = max(len(request.prompt) + request.max_tokens for request in at_once)
     shape = {"slots": options.slots, "prompt_rows": options.prompt_rows, "exact": options.exact}
     say("compiling the engine's programs")
@@ -88,6 +87,11 @@ def _in_process(path: Path, options: Options) -> dict[str, Any]:
         serve_load(engine, at_once[:_WARM_UP], "warm-up")
         result = _loads(options, prompts, lambda requests, name: serve_load(engine, requests, name))
     return result | {"engine": shape} | _older_ways(model, at_once, options, result)
+
+
+def _require_ids(requests: Sequence[Request], trace: Path | str | None) -> None:
+    texts = any(isinstance(request.prompt, str) for request in requests)
+    require(not texts, f"{trace} has texts, which need a server; give prompt_tokens")
 
 
 def _older_ways(model: Transformer, at_once: Sequence[Request], options: Options, result: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +159,9 @@ def _loads(options: Options, prompts: Prompts, serve: Callable[[list[Request], s
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a result as a table."""
     columns = {
-        "tokens/s": "tokens_per_s", "a CPU s": "tokens_per_cpu_s", "requests/s": "requests_per_s", "goodput": "goodput_per_s", "rows": "row_utilisation",
-        "decode": "decode_fill", "slots": "slot_occupancy_while_waiting", "busy": "busy", "drafts": "drafts_accepted",
+        "tokens/s": "tokens_per_s", "a CPU s": "tokens_per_cpu_s", "requests/s": "requests_per_s", "goodput": "goodput_per_s",
+        "rows": "row_utilisation", "decode": "decode_fill", "slots": "slot_occupancy_while_waiting", "busy": "busy",
+        "drafts": "drafts_accepted",
     }  # fmt: skip
     table = Table("load", *columns, "first token", "gap", "failed", title="ms: p50 / p90 / p99")
     for name, figures in result["loads"].items():

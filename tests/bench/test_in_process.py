@@ -12,7 +12,7 @@ REQUESTS = [Request(0.02 * i, tuple(prompt), 2 + i % 3) for i, prompt in enumera
 
 
 def test_a_load_is_served_as_it_arrives():
-    with Engine(cases.model(), slots=2, context=64, cache_tokens=256, drafts=False, prompt_rows=8) as engine:
+    with Engine(cases.model(), slots=2, context=64, cache_tokens=256, drafts=False, exact=True) as engine:
         served = serve_load(engine, [*REQUESTS, Request(0.15, tuple(range(60)), 50)], "a")
         again = serve_load(engine, REQUESTS[:1], "b")
     *served_well, too_long = served.outcomes
