@@ -51,6 +51,7 @@ class FakeEngine:
         most_waiting: How many requests it takes at once.
         running: Those that are not done.
         salts: Of all requests, in order.
+        cancelled: How many have been cancelled.
         failing: What the next step fails with.
     """
 
@@ -60,6 +61,7 @@ class FakeEngine:
         self.script = its.encode(SCRIPT, add_special_tokens=False).ids
         self.running: list[_Request] = []
         self.salts: list[str] = []
+        self.cancelled = 0
         self.failing: str | None = None
         self.stopped = ""
         self._closed = threading.Event()
@@ -101,6 +103,7 @@ class FakeEngine:
     def _step(self, request: _Request) -> Event:
         params = request.params
         if request.cancelled:
+            self.cancelled += 1
             return Event(finish=Finish.CANCELLED)
         if self.failing:
             return Event(finish=Finish.ERROR, error=self.failing)

@@ -125,6 +125,7 @@ def test_stop_is_cancelled_in_the_engine(client):
     assert choice["text"] == "The quick brown "
     assert choice["finish_reason"] == "stop"
     client.settled()
+    assert client.engine.cancelled == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -260,6 +261,7 @@ def test_a_full_queue(client):
     status, headers, answer = client.ask("POST", "/v1/completions", {"prompt": "x", "n": 3, "max_tokens": 100})
     assert (status, headers["Retry-After"], answer["error"]["code"]) == (503, "2", "queue_full")
     client.settled()
+    assert client.engine.cancelled == 2
     assert client.complete(prompt="x", n=2, max_tokens=1)
 
 

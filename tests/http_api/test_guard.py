@@ -10,6 +10,7 @@ import time
 import pytest
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.http_api import api
 from dsv3_jax.http_api.connections import Limits
 from dsv3_jax.http_api.keys import is_loopback, read_keys
 from tests.http_api.fake import serving
@@ -109,6 +110,7 @@ def test_a_client_that_goes_frees_its_place(client, stream):
         time.sleep(0.005)
     connection.close()
     client.settled()
+    assert client.engine.cancelled == 3
 
 
 def test_headers_and_readers_have_a_time():
@@ -121,14 +123,14 @@ def test_headers_and_readers_have_a_time():
         again.sendall(b"GET /health")  # and no more
         for connection in (silent, slow, again):
             assert b"200" not in ended(connection)
-        reader = socket.socket()
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before connecting: it decides on TCP's window
-        reader.settimeout(10)
-        reader.connect(client.address)
-        reader.sendall(request({"prompt": "x", "max_tokens": 200_000, "stream": True, "logprobs": 20}))
-        assert reader.recv(10).startswith(b"HTTP")
-        client.settled()  # cancelled: the engine would take a minute
-        reader.close()
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before connecting: it decides on TCP's window
+            reader.settimeout(10)
+            reader.connect(client.address)
+            reader.sendall(request({"prompt": "x", "max_tokens": 50_000, "stream": True, "logprobs": 20}))
+            assert reader.recv(10).startswith(b"HTTP")
+            client.settled()
+            assert client.engine.cancelled == 1
 
 
 def test_there_are_only_so_many_connections():
@@ -171,3 +173,24 @@ def test_strangers_disturb_nobody(client):
             connection.close()
     asking.join()
     assert answers[0]["usage"]["completion_tokens"] == 200
+
+
+def test_a_body_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(api, "BODY_S", 0.2)
+    with serving() as client:
+        connection = connected(client)
+        connection.sendall(request({"prompt": "x"})[:-1])
+        assert ended(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_one_callers_full_request_is_not_anothers(client):
+    """A request that finds no room leaves those that run alone."""
+    client.engine.step_s, client.engine.most_waiting = 0.005, 2
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(client.complete(prompt="x", max_tokens=60)))
+    asking.start()
+    while not client.engine.running:
+        time.sleep(0.001)
+    assert client.ask("POST", "/v1/completions", {"prompt": "x", "n": 2})[0] == 503
+    asking.join()
+    assert answers[0]["usage"]["completion_tokens"] == 60
