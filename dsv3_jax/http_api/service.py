@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dsv3_jax.http_api.grammar import Grammars
 
 _COMPLETION_TOKENS = 16  # max_tokens of /v1/completions, as OpenAI has it
-_MASKED = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
+_PASSED_ON = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")  # as they came
 
 
 class Handle(Protocol):
@@ -130,7 +130,7 @@ class Service:
         self, request: CompletionRequest | ChatRequest, most: int, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         """Parameters that answers share."""
-        given = {name: value for name in _MASKED if (value := getattr(request, name)) is not None}
+        given = {name: value for name in _PASSED_ON if (value := getattr(request, name)) is not None}
         return SamplingParams(
             max_tokens=most,
             temperature=1.0 if request.temperature is None else request.temperature,
