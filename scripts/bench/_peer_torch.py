@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import ContinuousBatchingConfig, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 
 def peak_gb() -> float:
@@ -81,6 +82,8 @@ def serve(request: dict) -> dict:
     """Greedy texts of all requests, ([ids], number of tokens) each: in batches by `generate`, or by continuous batching."""
     model = DeepseekV3ForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
     requests = json.loads(Path(request["requests"]).read_text())
+    if request["way"] == "continuous":
+        _widen_cache(model)
     work = {"generate": _in_batches, "continuous": _continuously}[request["way"]]
     with torch.no_grad():
         work(model, requests[:8], request["batch"])
@@ -103,6 +106,20 @@ def _in_batches(model, requests: list, batch: int) -> list[list[int]]:
     return texts
 
 
+def _widen_cache(model) -> None:
+    """Let transformers 5.23's paged cache, which has one width for keys and values, the rotary keys', hold MLA's."""
+    model.config.head_dim = model.config.qk_head_dim  # after loading: the rotary tables are made
+    update = PagedAttentionCache.update
+
+    def widened(self, key_states, value_states, **options):
+        width = value_states.shape[-1]
+        padded = torch.nn.functional.pad(value_states, (0, key_states.shape[-1] - width))
+        keys, values = update(self, key_states=key_states, value_states=padded, **options)
+        return keys, values[..., :width]
+
+    PagedAttentionCache.update = widened
+
+
 def _continuously(model, requests: list, batch: int) -> list[list[int]]:
     most = max(len(ids) + n for ids, n in requests)
     pages = ContinuousBatchingConfig(page_size=32, num_blocks=batch * -(-most // 32), max_batch_tokens=2 * batch)
@@ -113,6 +130,8 @@ def _continuously(model, requests: list, batch: int) -> list[list[int]]:
         while len(done) < len(names):
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
+                if result.error:
+                    raise RuntimeError(result.error)
                 done[result.request_id] = result.generated_tokens
             elif result is None and not manager.is_running():
                 raise RuntimeError("continuous batching has ended early")
