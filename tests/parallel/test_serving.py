@@ -13,6 +13,7 @@ import dsv3_jax as dsv3
 from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.serve import generate as serving
 from dsv3_jax.serve.cache import empty_cache
+from dsv3_jax.serve.request import SamplingParams
 from dsv3_jax.state.train_state import serving_graph
 from tests.parallel.cases import MESHES, config_of, initial_state, state_on
 
@@ -65,8 +66,9 @@ def test_a_step_moves_tokens_and_no_weights(mesh):
     graph, state = nnx.split(model)
     cache = empty_cache(m, model.layout, batch, 128, model.dtype)
     token_BS, logits_BV = np.zeros((batch, 128), np.int32), jax.ShapeDtypeStruct((batch, m.vocab_size), jnp.float32)
-    scalars = np.int32(3), np.int32(9), np.float32(0), np.float32(1), np.uint32(0), np.int32(-1)
-    hlo = serving._decode.lower(graph, state, cache, token_BS, logits_BV, *scalars).compile().as_text()
+    rows, ends_E = serving._alike(SamplingParams(seed=0), 3, batch, m), np.full(8, -1, np.int32)
+    arguments = cache, token_BS, logits_BV, np.int32(3), np.int32(9), rows, ends_E
+    hlo = serving._decode.lower(graph, state, *arguments).compile().as_text()
     widest = max(2 * m.intermediate_size, m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), m.vocab_size)
     found = [
         math.prod(map(int, filter(None, shape.split(","))))
