@@ -517,7 +517,9 @@ def serve(
     api_key_file: Path | None = None,
     slots: int = 64,
     context: int | None = None,
+    cache_tokens: int | None = None,
     prompt_rows: int = 64,
+    drafts: bool | None = None,
     exact: bool = False,
 ) -> None:
     """Serve a model: OpenAI's HTTP API (completions, chat, streams), metrics for Prometheus, and a page to try it by.
@@ -534,14 +536,17 @@ def serve(
         api_key_file: A file with one key on each line. Every path but /health then takes one, as `Authorization: Bearer KEY`.
         slots: The number of sequences that are computed together.
         context: The longest prompt with its output, in tokens; the model's if not given.
+        cache_tokens: Tokens that the cache has room for; if not given, --slots contexts or 1 GiB, if that is less.
         prompt_rows: Tokens of prompts that are computed beside the running sequences in a step: more for throughput, fewer for
             even gaps between tokens.
+        drafts: Let the MTP module draft a token ahead; if not given, while that is measured to pay.
         exact: A request's text depends on nothing but the request, to the bit; slower.
     """
     with _serving_packages():
         from dsv3_jax.http_api.server import serve as run
 
-    run(model, host, port, api_key_file, slots, context, prompt_rows, exact)
+    engine = {"slots": slots, "context": context, "cache_tokens": cache_tokens, "prompt_rows": prompt_rows}
+    run(model, host, port, api_key_file, **engine, drafts=drafts, exact=exact)
 
 
 def chat(

@@ -104,10 +104,8 @@ async def _run(app: ASGIApp, engine: Engine, bound: socket.socket, name: str) ->
     await serving
 
 
-def serve(
-    path: Path, host: str, port: int, api_key_file: Path | None, slots: int, context: int | None, prompt_rows: int, exact: bool
-) -> None:
-    """Serve a run, checkpoint or Hugging Face directory until SIGTERM or SIGINT.
+def serve(path: Path, host: str, port: int, api_key_file: Path | None, **engine_options: Any) -> None:
+    """Serve a run, checkpoint or Hugging Face directory until SIGTERM or SIGINT; `engine_options` are `Engine`'s.
 
     The port opens once all is compiled. Raises `UserError`.
     """
@@ -116,10 +114,12 @@ def serve(
     if not keys and not is_loopback(bound.getsockname()[0]):
         raise UserError(f"--host={host} lets others connect: give --api-key-file, a file with one key on each line")
     served = load_served(path)
-    engine = Engine(served.model, slots=slots, context=context, prompt_rows=prompt_rows, exact=exact)
+    engine = Engine(served.model, **engine_options)
+    app, name = make_app(served.service(engine), keys), served.name
+    del served  # with the model's weights, of which the engine has its own
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # a stranger's bad request is no news
     try:
-        asyncio.run(_run(make_app(served.service(engine), keys), engine, bound, served.name))
+        asyncio.run(_run(app, engine, bound, name))
     except OSError as error:
         raise _address_error(host, port, error) from None
     finally:

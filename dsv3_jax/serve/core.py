@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,13 +150,30 @@ class Core:
             size = next(size for size in self._pieces if size >= max(piece.count for piece in pieces))
             rows = [Row(piece.sequence, piece.first, piece.count, piece) for piece in pieces]
             self._launch(self._piece_shape(size, self.device.devices), rows)
-        decoding = self.scheduler.decoding(self.settle)
+        decoding = self._decoding()
         if not decoding:
             return
         on_busiest = max(Counter(map(self.scheduler.device_of, decoding)).values())
         bucket = next(b for b in self._buckets if b >= on_busiest * self.device.devices)
         drafts = self.drafts and (self.rule is None or self.rule.pay(bucket))
         self._launch(self._shape(bucket, drafts), [Row(s, LAST, 2 if drafts else 1) for s in decoding])
+
+    def _decoding(self) -> list[Sequence]:
+        """The sequences that decode in a step, with what limits their next tokens."""
+        decoding = self.scheduler.decoding(self.settle)
+        for sequence in decoding:
+            if constraint := sequence.params.constraint:
+                mask_W = self._asked(sequence, constraint.mask)
+                if mask_W is not None:
+                    self.device.limit(sequence.slot, mask_W)
+        return [s for s in decoding if s.finish is None]
+
+    def _asked(self, sequence: Sequence, question: Callable, *arguments: Any) -> Any:
+        """What a sequence's constraint answers; if it raises, the sequence ends, and no other."""
+        try:
+            return question(*arguments)
+        except Exception as error:
+            self.end(sequence, Finish.ERROR, error=f"its constraint raised {type(error).__name__}: {error}")
 
     def _one_a_device(self, pieces: list[Piece]) -> list[list[Piece]]:
         """Pieces for one program each: every device takes one at a time."""
@@ -171,7 +189,7 @@ class Core:
 
     def _start_exact(self) -> None:
         rows = []
-        for sequence in self.scheduler.decoding(self.settle):
+        for sequence in self._decoding():
             rows += [Row(sequence, place, 1) for place in ((LAST, DRAFT) if self.drafts else (LAST,))]
         free = max(-len(rows) % EXACT_ROWS, 0 if rows else EXACT_ROWS)
         for piece in self.scheduler.pieces(min(free, self._prompt_rows), EXACT_ROWS):
@@ -180,10 +198,6 @@ class Core:
             self._launch(self._exact_shape, rows[i : i + EXACT_ROWS])
 
     def _launch(self, shape: Shape, rows: list[Row]) -> None:
-        for row in rows:
-            constraint = row.sequence.params.constraint
-            if constraint and row.first == LAST:
-                self.device.limit(row.sequence.slot, constraint.mask())
         started = time.monotonic()
         arrays, places = self.device.rows(shape, [(r.sequence.slot, r.first, r.count, r.sequence.pages) for r in rows])
         chosen = None
@@ -272,7 +286,9 @@ class Core:
             if params.logprobs is not None:
                 found.append(_logprob(logprobs, place, token, params.logprobs))
             if params.constraint:
-                params.constraint.accept(token)
+                self._asked(sequence, params.constraint.accept, token)
+                if sequence.finish is not None:
+                    return
             if len(sequence.tokens) + len(taken) == sequence.limit:
                 finish = Finish.LENGTH
                 break

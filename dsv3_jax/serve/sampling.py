@@ -50,13 +50,12 @@ def row_of(params: SamplingParams, prompt_length: int, vocab_size: int, seed: in
     bias_token_K, bias_K = np.full(MOST_BIASES, vocab_size, np.int32), np.zeros(MOST_BIASES, np.float32)
     bias_token_K[: len(params.logit_bias)] = [*params.logit_bias]
     bias_K[: len(params.logit_bias)] = [*params.logit_bias.values()]
-    limited = params.constraint
-    mask_W = limited.mask() if limited else np.full(-(-vocab_size // 32), 2**32 - 1, np.uint32)
+    mask_W = np.full(-(-vocab_size // 32), 2**32 - 1, np.uint32)  # a constraint's own comes before each token
     entries: list[Any] = [
         *map(np.float32, (params.temperature, params.top_p, params.min_p)),
         *map(np.float32, (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)),
         np.int32(min(params.top_k, vocab_size)), np.uint32(seed), np.int32(prompt_length),
-        bias_token_K, bias_K, mask_W, np.bool_(limited is not None),
+        bias_token_K, bias_K, mask_W, np.bool_(params.constraint is not None),
     ]  # fmt: skip
     return RowSampling(*entries)
 

@@ -151,6 +151,18 @@ def test_a_constraint_holds_beside_others(fast, temperature):
     assert [len(its.tokens) for its in rest] == [30] * 3
 
 
+@pytest.mark.parametrize("question", ["mask", "accept"])
+def test_a_constraint_that_fails_ends_its_own_request_alone(fast, question):
+    limit, events = Even(), []
+    setattr(limit, question, lambda *_: 1 / 0)
+    fast.submit([1, 2], SamplingParams(max_tokens=10, constraint=limit), events.append)
+    assert len(fast.complete([[3]], SamplingParams(max_tokens=20))[0].tokens) == 20
+    assert is_empty(fast)
+    assert (events[-1].finish, events[-1].error) == (
+        Finish.ERROR, "its constraint raised ZeroDivisionError: division by zero",
+    )  # fmt: skip
+
+
 def test_prefixes_are_shared_with_those_of_the_same_salt_alone(fast):
     prompt = list(range(60))
 

@@ -63,6 +63,8 @@ def inputs(rows, seed=0):
 
 def batch(params, seeds=None, prompt_length=9) -> RowSampling:
     rows = [row_of(p, prompt_length, V, s) for p, s in zip(params, seeds or itertools.count(), strict=False)]
+    limits = [p.constraint and p.constraint.mask() for p in params]
+    rows = [row if limit is None else row._replace(mask_BW=limit) for row, limit in zip(rows, limits, strict=True)]
     return RowSampling(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
