@@ -45,7 +45,7 @@ class Metrics:
         lines = []
         for key, value in engine.items():
             name = f"dsv3_{key}" if key in _GAUGES else f"dsv3_{key.removesuffix('_s')}{'_seconds' * key.endswith('_s')}_total"
-            lines += [f"# TYPE {name} {'gauge' if key in _GAUGES else 'counter'}", f"{name} {value:g}"]
+            lines += [f"# TYPE {name} {'gauge' if key in _GAUGES else 'counter'}", f"{name} {value}"]
         lines.append("# TYPE dsv3_http_responses_total counter")
         lines += [f'dsv3_http_responses_total{{status="{status}"}} {n}' for status, n in sorted(self.statuses.items())]
         for name, histogram in (("first_token", self.first_token), ("request", self.duration)):
