@@ -193,6 +193,10 @@ class Layout:
     def sharding(self, spec: P) -> Sharding:
         return SingleDeviceSharding(self.device)
 
+    def place(self, shape: tuple[int, ...], *axes: str | None) -> Sharding:
+        """Where a decoder's array with these logical axes lies."""
+        return self.replicated
+
     @property
     def replicated(self) -> Sharding:
         return self.sharding(P())

@@ -27,8 +27,11 @@ class ServingLayout(OnMesh):
     def decoding(self) -> "DecodingLayout":
         return DecodingLayout(self.mesh)
 
+    def place(self, shape, *axes):
+        return self.sharding(spec(axes, shape, self._table, self.mesh))
+
     def constrain(self, x, *axes):
-        return lax.with_sharding_constraint(x, self.sharding(spec(axes, x.shape, self._table, self.mesh)))
+        return lax.with_sharding_constraint(x, self.place(x.shape, *axes))
 
     def tokenwise(self, f, *arrays):
         # XLA's partitioner would gather top_k's operand from where it finds it
@@ -59,7 +62,7 @@ class DecodingLayout(ServingLayout):
         return DECODED
 
     def axes(self, name):
-        assert name == "cache_batch", name
+        assert name in ("cache_batch", "moe_ffn"), name
         return tuple(a for a in DECODED[name] if self.mesh.shape[a] > 1)
 
     def spec(self, *names):

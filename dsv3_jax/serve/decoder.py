@@ -18,7 +18,7 @@ from dsv3_jax.model.attention import Absorbed, RopeTable
 from dsv3_jax.model.layers import Linear, linear, swiglu
 from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.moe import MoE, RoutedExperts
-from dsv3_jax.model.parameters import EMBEDDING, HEAD, is_float32
+from dsv3_jax.model.parameters import EMBEDDING, HEAD, ROUTED_EXPERTS, is_float32
 from dsv3_jax.model.rope import attention_scale, rope_table
 from dsv3_jax.model.transformer import Block, MTPModule, Transformer
 from dsv3_jax.serve.attend import PAGE, LayerPages, over_pages
@@ -26,7 +26,7 @@ from pallas_kernels import grouped_swiglu, integer_experts
 from pallas_kernels.integer_weight import IntegerWeight
 from pallas_kernels.products import dot, dot_general
 
-_EXPERT_AXES = ("experts", None, None, "moe_ffn"), ("experts", "moe_ffn", None)
+_GATE_UP_AXES = ("experts", None, "moe_ffn")
 
 
 class Tokens(NamedTuple):
@@ -56,6 +56,8 @@ class Decoder(nnx.Module):
         self.mtp = nnx.List([*model.mtp[:1]])
         for block in (*self.layers, *(module.block for module in self.mtp)):
             block.attention.absorb(model.dtype)
+            if isinstance(block.ffn, MoE):
+                _make_matrices(block.ffn, self.layout)
         for _, node in nnx.iter_graph(self):
             if isinstance(node, nnx.Variable):
                 _as_read(node, model.dtype, self.layout)
@@ -119,6 +121,21 @@ def take_apart(model: Transformer) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     return _taken_apart(graph, state)
 
 
+def abstractly_apart(model: Transformer) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """What `take_apart` would give of an abstract model on a mesh: shapes, dtypes, and where each array would lie."""
+    graph, state = jax.eval_shape(functools.partial(_taken_apart, *nnx.split(model)[:1]), nnx.split(model)[1])
+    layout = model.layout.decoding
+
+    def placed(variable: nnx.Variable) -> nnx.Variable:
+        value, axes = variable.get_value(), variable.get_metadata("logical_axes")
+        axes = ("heads", None, None) if isinstance(value, Absorbed) else axes
+        return variable.replace(
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.place(a.shape, *axes)), value)
+        )
+
+    return graph, jax.tree.map(placed, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _taken_apart(graph: nnx.GraphDef[Transformer], state: nnx.State):
     return nnx.split(Decoder(nnx.merge(graph, state)))
@@ -143,14 +160,31 @@ def _as_read(variable: nnx.Variable, dtype: jnp.dtype, layout: Layout) -> None:
         variable.set_value(layout.constrain(value, *axes))
 
 
+def _make_matrices(moe: MoE, layout: Layout) -> None:
+    """Experts' gates and what passes them side by side, for each device's part: a TPU's tiles make it a copy of both."""
+    w_gate_up_ED2M = moe.w_gate_up_ED2M.get_value()
+    if not isinstance(w_gate_up_ED2M, IntegerWeight):
+        (E, D, _, M), parts = w_gate_up_ED2M.shape, layout.shards("moe_ffn")
+        w_gate_up_EDX = w_gate_up_ED2M.reshape(E, D, 2, parts, M // parts).swapaxes(2, 3).reshape(E, D, 2 * M)
+        moe.w_gate_up_ED2M = nnx.Param(w_gate_up_EDX, logical_axes=_GATE_UP_AXES, kind=ROUTED_EXPERTS)
+
+
 def _routed(moe: MoE) -> RoutedExperts:
     weights = moe.w_gate_up_ED2M[...], moe.w_down_EMD[...]
-    integers = isinstance(weights[0], IntegerWeight)
+    down_axes = ("experts", "moe_ffn", None)
+    if isinstance(weights[0], IntegerWeight):
+        axes = ("experts", None, None, "moe_ffn"), down_axes
+        return functools.partial(moe.layout.held_experts, _held_integers, weights, axes)
+    return functools.partial(moe.layout.held_experts, _held, weights, (_GATE_UP_AXES, down_axes))
 
-    def held(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
-        return (integer_experts if integers else grouped_swiglu)(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)
 
-    return functools.partial(moe.layout.held_experts, held, weights, _EXPERT_AXES)
+def _held_integers(w_gate_up_ED2M, w_down_EMD, x_TD, expert_TK, weight_TK):
+    return integer_experts(x_TD, w_gate_up_ED2M, w_down_EMD, expert_TK, weight_TK)
+
+
+def _held(w_gate_up_EDX, w_down_EMD, x_TD, expert_TK, weight_TK):
+    E, D, _ = w_gate_up_EDX.shape
+    return grouped_swiglu(x_TD, w_gate_up_EDX.reshape(E, D, 2, -1), w_down_EMD, expert_TK, weight_TK)
 
 
 def _run(block: Block, x_BLD: Array, rope: RopeTable, pages: LayerPages, tokens: Tokens) -> tuple[Array, LayerPages]:

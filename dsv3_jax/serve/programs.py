@@ -3,6 +3,7 @@
 They are executables, not functions: a shape that was not compiled is an error, never a compilation while somebody waits.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsv3_jax.model.layout import Layout
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.attend import table_width
 from dsv3_jax.serve.decoder import Decoder, take_apart
@@ -46,6 +48,29 @@ class Shape:
     drafts: bool
 
 
+MakeDecoder = Callable[[Sequence[jax.Array]], Decoder]
+
+
+def flattened(graph: nnx.GraphDef[Decoder], state: nnx.State) -> tuple[list[Any], MakeDecoder]:
+    """A decoder's weights, and what makes it of them: a list is passed to a step more quickly than nnx's state."""
+    weights, structure = jax.tree.flatten(state)
+    return weights, lambda weights: nnx.merge(graph, jax.tree.unflatten(structure, weights))
+
+
+def lower(
+    layout: Layout, decoder: MakeDecoder, shape: Shape, weights: list[Any], pages: Any, slots: Any, settings: Any, rows: Any
+) -> jax.stages.Lowered:
+    """The step of a shape, for weights that lie where they are; arguments may be abstract. It overwrites pages and slots."""
+    programs, everywhere = Programs(decoder, shape.length, shape.drafts), layout.replicated
+    on_each = layout.sharding(layout.spec("cache_batch"))
+    lie = [w.sharding for w in weights], on_each, everywhere, everywhere, everywhere
+    if shape.decodes:
+        step = layout.jit(programs.decode, lie, (on_each, everywhere, everywhere), (1, 2))
+    else:
+        step = layout.jit(programs.fill, lie, (on_each, everywhere), (1,))
+    return step.lower(weights, pages, slots, settings, rows)
+
+
 class Device:
     """The state on the device, or on all of a mesh, and the programs that change it.
 
@@ -56,42 +81,32 @@ class Device:
         graph, state = take_apart(model)
         self._layout = layout = model.layout.decoding
         self.devices = layout.shards("cache_batch")
-        # a step is called with a list, which is taken apart more quickly than nnx's state
-        self._weights, structure = jax.tree.flatten(state)
-
-        def decoder(weights: Sequence[jax.Array]) -> Decoder:
-            return nnx.merge(graph, jax.tree.unflatten(structure, weights))
-
+        self._weights, decoder = flattened(graph, state)
         self.slots, self._width, self._history = slots, table_width(context), context + BEYOND
         vocab_size = model.config.vocab_size
         self._pages = jax.jit(lambda weights: decoder(weights).empty_pages(self.devices * pages))(self._weights)
-        self._slots, self._settings = jax.device_put(_empty_slots(slots, self._history, vocab_size), layout.replicated)
+        self._slots, self._settings = jax.device_put(empty_slots(slots, self._history, vocab_size), layout.replicated)
         self.vocab_size, self.compile_s = vocab_size, 0.0
         self._compile(decoder, shapes)
 
-    def _compile(self, decoder: Callable, shapes: list[Shape]) -> None:
+    def _compile(self, decoder: MakeDecoder, shapes: list[Shape]) -> None:
         began = time.perf_counter()
         slot, everywhere = jnp.int32(0), self._layout.replicated
         history, its = jax.tree.map(lambda a: a[0], (self._slots.token_NS, self._settings))
-        # what is compiled, which arguments it may overwrite, and where its arguments and results lie
-        wanted: dict[Any, tuple[Callable, tuple[int, ...], tuple, tuple, Any]] = {
-            "admit": (admit, (0, 1), (self._slots, self._settings, slot, history, slot, its), (everywhere,) * 6, everywhere),
-            "limit": (limit, (0,), (self._settings, slot, its.sampling.mask_BW), (everywhere,) * 3, everywhere),
+        layout, settings = self._layout, self._settings
+        admitting, limiting = (
+            layout.jit(f, (everywhere,) * n, everywhere, d) for f, n, d in ((admit, 6, (0, 1)), (limit, 3, (0,)))
+        )
+        wanted: dict[Any, Callable[[], jax.stages.Lowered]] = {
+            "admit": lambda: admitting.lower(self._slots, settings, slot, history, slot, its),
+            "limit": lambda: limiting.lower(settings, slot, its.sampling.mask_BW),
         }
-        weights_lie = [w.sharding for w in self._weights]
-        pages_lie = self._layout.sharding(self._layout.spec("cache_batch"))
         for shape in shapes:
-            programs = Programs(decoder, shape.length, shape.drafts)
-            arguments = self._weights, self._pages, self._slots, self._settings, self.rows(shape, [])[0]
-            lie = weights_lie, pages_lie, everywhere, everywhere, everywhere
-            if shape.decodes:
-                wanted[shape] = programs.decode, (1, 2), arguments, lie, (pages_lie, everywhere, everywhere)
-            else:
-                wanted[shape] = programs.fill, (1,), arguments, lie, (pages_lie, everywhere)
+            arguments = self._weights, self._pages, self._slots, settings, self.rows(shape, [])[0]
+            wanted[shape] = functools.partial(lower, layout, decoder, shape, *arguments)
 
         def compiled(key):
-            f, donated, arguments, lie, results_lie = wanted[key]
-            return key, self._layout.jit(f, lie, results_lie, donated).lower(*arguments).compile()
+            return key, wanted[key]().compile()
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self._run = dict(pool.map(compiled, wanted))
@@ -146,7 +161,7 @@ class Device:
         return chosen
 
 
-def _empty_slots(slots: int, history: int, vocab_size: int) -> tuple[Slots, Settings]:
+def empty_slots(slots: int, history: int, vocab_size: int) -> tuple[Slots, Settings]:
     N = slots + 1
     token_NS, length_N = jnp.zeros((N, history), jnp.int32), jnp.ones(N, jnp.int32)  # a last token at place 0
     row = _settings(SamplingParams(), 0, vocab_size, 0)
