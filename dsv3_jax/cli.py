@@ -341,6 +341,10 @@ def plan(
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
     workers: str | None = None,
     devices: int = 8,
+    serve: bool = False,
+    batch: int = 64,
+    context: int = 4096,
+    drafts: bool = False,
 ) -> None:
     """Compile a configuration's training step for devices that are not here: does it fit, what is sent, how fast will it be?
 
@@ -348,6 +352,8 @@ def plan(
     installs them into .venv-aot. Compiled programs are kept; the same plan again takes seconds.
 
     Example: dsv3 plan configs/v3_671b.yaml data.batch_size=512 train.grad_accum_steps=1 --topology v5p:8x8x8 tpu7x:4x4x8
+
+    Example: dsv3 plan configs/v3_671b.yaml --serve --topology v6e:8x8 --batch 64 --context 4096
 
     Args:
         config: A YAML file.
@@ -364,6 +370,10 @@ def plan(
         list_: Only print the known topologies.
         workers: MIN:MAX; only print the feasible numbers of workers between them, and the mesh of each.
         devices: Devices per worker, for --workers.
+        serve: Compile the engine's steps (decode, and prompts into the cache) in place of the training step.
+        batch: Sequences at once, for --serve.
+        context: Tokens of each sequence, for --serve.
+        drafts: Compile the step with the MTP module's drafts as well, for --serve.
     """
     checked = None if config is None else load_config(config, overrides)  # before anything heavy is imported
     if checked is not None and workers is not None:
@@ -385,6 +395,12 @@ def plan(
         return list_topologies(console)
     if config is None or not topology:
         raise UserError("plan needs CONFIG and --topology; dsv3 plan --list prints topologies")
+    if serve:
+        from dsv3_jax.plan.command import compiler_options
+        from dsv3_jax.plan.serving import Load, run_serving
+
+        load, limits = Load(batch, context, drafts), Limits(memory_gb, timeout_s)
+        return run_serving(config, overrides, topology, out, load, limits, compiler_options(xla), console)
     assume, limits = Assumptions(read_imbalance(imbalance), price), Limits(memory_gb, timeout_s)
     request = Request(config, overrides, topology, out, assume, limits, xla)
     if search:

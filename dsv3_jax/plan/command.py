@@ -2,10 +2,6 @@
 
 import json
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +20,14 @@ from dsv3_jax.files import read_json
 from dsv3_jax.plan.compile import Limits
 from dsv3_jax.plan.figures import Assumptions, Plan, plan_step
 from dsv3_jax.plan.page import page
+from dsv3_jax.plan.progress import progress
 from dsv3_jax.plan.report import compare, show
 from dsv3_jax.plan.search import explain, search
 from dsv3_jax.plan.trace import Overlap, overlaps
 from dsv3_jax.precision.platforms import HARDWARE, platforms
-from dsv3_jax.progress import make_console
 from dsv3_jax.records import number
 from dsv3_jax.yaml_reader import parse_yaml
 
-_LINE_EVERY_S = 10.0
 _LARGEST_PLAN = 2**28  # bytes of plan.json
 
 
@@ -66,24 +61,15 @@ def list_worker_counts(config: Config, workers: range, devices: int, console: Co
     console.print(table)
 
 
-@contextmanager
-def _progress(topology: str) -> Iterator[Callable[[str, float, float], None]]:
-    """Report what the compiler is doing: a status line on a terminal, a line every few seconds elsewhere.
-
-    Yields a function of the phase, seconds and the compiler's memory in GB.
-    """
-    bar, last = make_console(sys.stderr), [time.monotonic(), ""]
-    if bar.is_terminal:
-        with bar.status(f"{topology}: starting") as status:
-            yield lambda phase, s, gb: status.update(f"{topology}: {phase}, {s:.0f} s, {gb:.1f} GB")
-        return
-
-    def line(phase: str, seconds: float, gb: float) -> None:
-        if phase != last[1] or time.monotonic() - last[0] >= _LINE_EVERY_S:
-            last[:] = time.monotonic(), phase
-            print(f"{topology}: {phase}, {seconds:.0f} s, {gb:.1f} GB", file=sys.stderr, flush=True)
-
-    yield line
+def compiler_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """XLA's options by name; values as YAML reads them, because XLA expects true and not 'true'. Raises `UserError`."""
+    found = {}
+    for option in given:
+        name, sign, value = option.partition("=")
+        if not sign or not name:
+            raise UserError(f"--xla {option}: use NAME=VALUE")
+        found[name.lstrip("-")] = parse_yaml(value, f"--xla {option}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,14 +86,7 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's options by name; values as YAML reads them, because XLA expects true and not 'true'."""
-        found = {}
-        for option in self.xla:
-            name, sign, value = option.partition("=")
-            if not sign or not name:
-                raise UserError(f"--xla {option}: use NAME=VALUE")
-            found[name.lstrip("-")] = parse_yaml(value, f"--xla {option}")
-        return found
+        return compiler_options(self.xla)
 
     def __post_init__(self) -> None:
         if self.assume.price is not None and not 0 <= self.assume.price < math.inf:
@@ -117,7 +96,7 @@ class Request:
 
 
 def _compile(request: Request, config: Config, topology: str) -> Plan:
-    with _progress(topology) as say:
+    with progress(topology) as say:
         return plan_step(config, topology, request.assume, request.limits, request.options, say)
 
 

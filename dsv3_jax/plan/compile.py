@@ -1,4 +1,4 @@
-"""Compiling a training step for a mesh that is not here: in a process of its own, with limits, and cached by content."""
+"""Compiling a step for a mesh that is not here: in a process of its own, with limits, and cached by content."""
 
 import contextlib
 import gzip
@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dsv3_jax.config import Config, config_to_dict
+from dsv3_jax.config import Config, config_from_dict, config_to_dict
 from dsv3_jax.cost.links import Location
 from dsv3_jax.cost.topologies import ENVIRONMENT, Topology, parse_topology
 from dsv3_jax.data.cache import cache_root, cached
@@ -26,6 +26,7 @@ from dsv3_jax.plan.hlo import Program, parse
 
 _PACKAGES = Path(__file__).parents[2]
 _POLL_S = 0.25
+TRAINING, SERVING = "dsv3_jax.plan.worker", "dsv3_jax.plan.serving_worker"
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled training step, and what is known about it."""
+    """A compiled step, and what is known about it."""
 
     topology: Topology
     mesh: dict[str, int]  # axis sizes
     locations: list[Location]  # of the devices, in the order of the program's partitions
     memory: dict[str, int]  # memory_analysis(), in bytes per device
-    state: dict[str, int]  # bytes per device of each part of the training state
+    state: dict[str, int]  # bytes per device of each part of the state
     seconds: dict[str, float]  # of tracing and compiling
     versions: dict[str, str]
     program: Program
@@ -77,15 +78,18 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     for package in ("dsv3_jax", "pallas_kernels"):
         for path in sorted((_PACKAGES / package).rglob("*.py")):
-            if "plan" not in path.parts or path.name == "worker.py":
+            if "plan" not in path.parts or path.name.endswith("worker.py"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _key(config: Config, topology: Topology, options: dict[str, Any]) -> str:
+def _key(worker: str, request: dict[str, Any]) -> str:
     """The cache's key: a hash of all that a compiled program depends on, without the configuration's other sections."""
-    tree = {k: v for k, v in config_to_dict(config).items() if k not in ("name", "checkpoint")}
-    asked = json.dumps([tree, str(topology), options, compilers(), _source_digest()], sort_keys=True)
+    tree = {k: v for k, v in request["config"].items() if k not in ("name", "checkpoint")}
+    topology = str(parse_topology(request["topology"]))
+    asked = json.dumps(
+        [worker, request | {"config": tree, "topology": topology}, compilers(), _source_digest()], sort_keys=True
+    )
     return hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 
@@ -104,13 +108,17 @@ def compile_step(
 
     Raises `UserError` for bad input, and with the compiler's message if it fails or passes a limit.
     """
-    parsed = parse_topology(topology)
+    return compile_by(TRAINING, {"config": config_to_dict(config), "topology": topology, "options": options or {}}, limits, say)
+
+
+def compile_by(worker: str, request: dict[str, Any], limits: Limits, say: Callable[[str, float, float], None]) -> Compiled:
+    """What a worker's module makes of a request, which names a config, a topology and options; see `compile_step`."""
+    config = config_from_dict(request["config"])
 
     def build(out: Path) -> None:
-        request = {"config": config_to_dict(config), "topology": topology, "options": options or {}, "out": str(out)}
-        _run(request, limits, say)
+        _run(worker, request | {"out": str(out)}, limits, say)
 
-    root, key = cache_root(config.data) / "plans", _key(config, parsed, options or {})
+    root, key = cache_root(config.data) / "plans", _key(worker, request)
     directory = cached(root, key, build)
     try:
         return read(directory)
@@ -134,8 +142,8 @@ def _memory_gb(pid: int) -> float:
     return 0.0
 
 
-def _run(request: dict[str, Any], limits: Limits, say: Callable[[str, float, float], None]) -> None:
-    command = [compilers(), "-m", "dsv3_jax.plan.worker"]
+def _run(worker: str, request: dict[str, Any], limits: Limits, say: Callable[[str, float, float], None]) -> None:
+    command = [compilers(), "-m", worker]
     path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = Path(request["out"]) / "log.txt"
     with log.open("w") as errors:

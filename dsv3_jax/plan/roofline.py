@@ -224,6 +224,16 @@ class CostModel:
             format = f"bf16/{_TPU_PASSES.get(precision[1] if precision else '', 1)}"
         return Counter({format: flops})
 
+    def copied(self, i: Instruction, inside: Computation) -> float:
+        """Bytes that an asynchronous copy or slice reads from the device's memory and writes into it."""
+        operands = [inside.instructions[name] for name in i.operands if name in inside.instructions]
+        sources = tuple(a for o in operands for a in o.arrays)
+        first = len(sources) if i.opcode == "slice-start" else 0  # its operands come before its results, and a context after
+        results = i.arrays[first : first + len(sources)]
+        size = sum(a.bytes for a in results)
+        places = [any(a.space == 0 for a in arrays) for arrays in (sources, results)]
+        return float(size * (sum(places) if self._is_tpu else 2))
+
     def _in_memory(self, arrays: tuple[Array, ...]) -> float:
         """Bytes of those arrays that are in the device's memory, not in a TPU's VMEM."""
         return float(sum(a.bytes for a in arrays if not (self._is_tpu and a.space)))

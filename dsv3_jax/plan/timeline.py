@@ -153,14 +153,17 @@ class Player:
         ragged_fill: Share of its buffer that a ragged exchange sends.
         imbalance: Rows of the fullest device over the mean.
         rounds: The trip count of a loop (and its body) that the program does not state; None if unknown.
+        branch: Which branch a conditional takes: `max`, the longest, or `min`.
     """
 
     def __init__(
         self, program: Program, mesh: dict[str, int], links: Links, cost: CostModel, link_efficiency: float,
         ragged_fill: float, imbalance: float, rounds: Callable[[Instruction, Computation], float | None],
+        branch: Callable[..., Timeline] = max,
     ):  # fmt: skip
         self._program, self._mesh, self._links, self._cost = program, mesh, links, cost
         self._link_efficiency, self._fill, self._imbalance, self._rounds = link_efficiency, ragged_fill, imbalance, rounds
+        self._branch = branch
         self._played: dict[str, Timeline] = {}
         self._reached: set[str] = set()  # collectives
 
@@ -197,7 +200,7 @@ class Player:
         elif i.opcode == "while":
             self._loop(i, inside, stream)
         elif i.opcode == "conditional":
-            stream.add(max((self._play(b) for b in i.branches), key=lambda t: t.seconds), 1)
+            stream.add(self._branch((self._play(b) for b in i.branches), key=lambda t: t.seconds), 1)
         elif i.opcode == "call":
             stream.add(self._play(i.called("to_apply") or ""), 1)
         else:
@@ -303,8 +306,9 @@ class Player:
             played = self._play(inner.name)
             stream.line.work = stream.line.work + played.work
             return stream.occupy((kind,), played.seconds, kind)
-        operands = [inside.instructions[n] for n in i.operands if n in inside.instructions]
-        return stream.occupy((kind,), sum(o.bytes for o in operands) / self._cost.memory, kind)
+        copied = self._cost.copied(i, inside)
+        stream.line.work = stream.line.work + Work(bytes=copied)
+        return stream.occupy((kind,), copied / self._cost.memory, kind)
 
     def _end(self, i: Instruction, stream: _Stream) -> None:
         begun = stream.begun.pop(i.operands[0], None) if i.operands else None

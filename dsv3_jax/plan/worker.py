@@ -7,12 +7,14 @@ import gzip
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from dsv3_jax.config import Config, config_from_dict
+from dsv3_jax.config import Config, ParallelConfig, config_from_dict
 from dsv3_jax.cost.memory import bytes_by_part
 from dsv3_jax.cost.topologies import devices, parse_topology
 from dsv3_jax.errors import UserError
@@ -34,12 +36,7 @@ def _location(device: Any) -> list[Any]:
 def compile_step(config: Config, topology: str, options: dict[str, Any], say) -> tuple[str, dict[str, Any]]:
     """(the compiled training step's HLO text, the facts that `compile.read` expects)."""
     say("describing")
-    found = devices(parse_topology(topology))
-    mesh = make_mesh(config.parallel, found)
-    if mesh.size < len(found):
-        raise UserError(
-            f"parallel: the mesh has {mesh.size} of {topology}'s {len(found)} devices; set an axis to -1 to fill up"
-        )
+    mesh = mesh_of(config.parallel, topology)
     check(config, dict(mesh.shape))
     layout = make_layout(config.parallel, mesh)
     resolved = resolve_on(config, layout, parse_topology(topology))
@@ -54,34 +51,47 @@ def compile_step(config: Config, topology: str, options: dict[str, Any], say) ->
     say("compiling")
     compiled = lowered.compile(compiler_options=options or None)
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
     say("reading")
-    facts = {
-        "topology": topology,
-        "mesh": dict(mesh.shape),
-        "locations": [_location(d) for d in mesh.devices.flat],  # in the order of partitions
+    return compiled.as_text() or "", {
         "precision": config.precision.recipe,
         "exchange": next(iter(resolved.notes), ""),
         "seconds": {"tracing": traced, "compiling": seconds - traced},
+        "state": bytes_by_part(state),
+    } | facts_of(topology, mesh, compiled)
+
+
+def mesh_of(config: ParallelConfig, topology: str) -> Mesh:
+    """The mesh over all of a topology's devices. Raises `UserError` if some are left."""
+    found = devices(parse_topology(topology))
+    mesh = make_mesh(config, found)
+    if mesh.size < len(found):
+        raise UserError(
+            f"parallel: the mesh has {mesh.size} of {topology}'s {len(found)} devices; set an axis to -1 to fill up"
+        )
+    return mesh
+
+
+def facts_of(topology: str, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Those of any step that `compile.read` expects."""
+    memory = compiled.memory_analysis()
+    return {
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "locations": [_location(d) for d in mesh.devices.flat],  # in the order of partitions
         "memory": {
             name: getattr(memory, f"{name}_size_in_bytes")
             for name in ("argument", "output", "temp", "alias", "generated_code")
         } | {"peak": getattr(memory, "peak_memory_in_bytes", 0)},
-        "state": bytes_by_part(state),
         "versions": {"jax": jax.__version__},
     }  # fmt: skip
-    return compiled.as_text(), facts
 
 
-def main() -> None:
+def answer(compile_it: Callable[[dict[str, Any], Callable[[str], None]], tuple[str, dict[str, Any]]]) -> None:
+    """Answer the request on stdin with `compile_it`(request, say): a program's text, and the facts."""
     request = json.loads(sys.stdin.read())
     out = Path(request["out"])
-
-    def say(phase: str) -> None:
-        print(phase, flush=True)
-
     try:
-        text, facts = compile_step(config_from_dict(request["config"]), request["topology"], request["options"], say)
+        text, facts = compile_it(request, lambda phase: print(phase, flush=True))
     except UserError as error:
         (out / "error.txt").write_text(str(error))
         raise SystemExit(2) from None
@@ -91,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer(lambda r, say: compile_step(config_from_dict(r["config"]), r["topology"], r["options"], say))

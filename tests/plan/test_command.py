@@ -220,7 +220,7 @@ def test_a_damaged_compiled_program_is_made_again(tmp_path, monkeypatch):
     """What stands in the cache may be cut off: it is read, removed, and compiled once more."""
     built = []
 
-    def run(request, limits, say):
+    def run(worker, request, limits, say):
         built.append(request)
         (Path(request["out"]) / "facts.json").write_text(json.dumps({"n": len(built)}))
 
