@@ -42,7 +42,7 @@ def start(directory: Path, *args: str, **more: str) -> subprocess.Popen:
     )
 
 
-def until(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+def until(condition, process: subprocess.Popen, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
