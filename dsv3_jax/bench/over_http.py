@@ -14,6 +14,7 @@ from dsv3_jax.bench.in_process import Served
 from dsv3_jax.bench.workload import Request
 from dsv3_jax.checks import require, shortened
 from dsv3_jax.errors import UserError
+from dsv3_jax.http_api.metrics import metric_name
 from dsv3_jax.serve.core import COUNTERS
 
 _TIMEOUT_S = 600.0
@@ -64,7 +65,7 @@ class Server:
         ):
             lines = [line.split() for line in response.read().decode().splitlines() if not line.startswith("#")]
             values = {line[0]: float(line[1]) for line in lines if len(line) == 2}
-            return {name: values[_metric(name)] for name in COUNTERS}
+            return {name: values[metric_name(name)] for name in COUNTERS}
         return {}
 
     def _outcome(self, request: Request, began: float) -> Outcome:
@@ -112,8 +113,3 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         if not isinstance(chunk, dict) or "error" in chunk:
             raise ValueError(shortened(chunk))
         yield chunk
-
-
-def _metric(counter: str) -> str:
-    """A counter's name in Prometheus' manner."""
-    return f"dsv3_{counter.removesuffix('_s')}{'_seconds' * counter.endswith('_s')}_total"

@@ -26,9 +26,8 @@ from dsv3_jax.serve.request import QueueFullError, StoppedError
 
 BODY_S = 30.0  # in which a request's body must have come
 _INLINE = 4096  # bytes of a body that is prepared in less time than another thread takes to begin
-_LINGER = (
-    2**26
-)  # bytes of a body that is too large, which are read and dropped: many clients read no answer before they have sent
+# bytes of a body that is too large, which are read and dropped: many clients read no answer before they have sent
+_LINGER = 2**26
 _GONE = 499  # nginx's number for a client that went before its answer
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 

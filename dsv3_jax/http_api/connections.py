@@ -17,7 +17,7 @@ _FULL = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Of connections.
+    """What connections may take.
 
     Attributes:
         most: How many may be open; others get a 503.

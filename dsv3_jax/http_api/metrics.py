@@ -8,6 +8,13 @@ _GAUGES = {"requests_running", "requests_waiting", "slots_live", "slots", "pages
 _BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+def metric_name(key: str) -> str:
+    """What a figure of `Engine.stats` is called for Prometheus: counters have their unit and end in _total."""
+    if key in _GAUGES:
+        return f"dsv3_{key}"
+    return f"dsv3_{key.removesuffix('_s')}{'_seconds' * key.endswith('_s')}_total"
+
+
 class Histogram:
     """Seconds by `_BOUNDS`."""
 
@@ -44,7 +51,7 @@ class Metrics:
         """All figures, those of `Engine.stats` among them."""
         lines = []
         for key, value in engine.items():
-            name = f"dsv3_{key}" if key in _GAUGES else f"dsv3_{key.removesuffix('_s')}{'_seconds' * key.endswith('_s')}_total"
+            name = metric_name(key)
             lines += [f"# TYPE {name} {'gauge' if key in _GAUGES else 'counter'}", f"{name} {value}"]
         lines.append("# TYPE dsv3_http_responses_total counter")
         lines += [f'dsv3_http_responses_total{{status="{status}"}} {n}' for status, n in sorted(self.statuses.items())]

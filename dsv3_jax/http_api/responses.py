@@ -149,7 +149,7 @@ class Answer(Protocol):
 
 
 class CompletionAnswer:
-    """Of /v1/completions."""
+    """Answers of /v1/completions."""
 
     def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool):
         self._fixed = _head(f"cmpl-{secrets.token_hex(12)}", "text_completion", model)
@@ -181,7 +181,7 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """Of /v1/chat/completions."""
+    """Answers of /v1/chat/completions."""
 
     def __init__(self, model: str, vocabulary: Vocabulary, logprobs: bool):
         self._fixed = _head(f"chatcmpl-{secrets.token_hex(12)}", "chat.completion", model)

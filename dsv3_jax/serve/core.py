@@ -61,9 +61,8 @@ class Core:
             shapes = [self._exact_shape]
         else:
             shapes = [self._piece_shape(size, devices) for size in self._pieces]
-            shapes += [
-                self._shape(b, with_drafts) for b in buckets for with_drafts in {self.drafts, self.drafts and not measured}
-            ]
+            kinds = (False, True) if measured else (self.drafts,)
+            shapes += [self._shape(b, with_drafts) for b in buckets for with_drafts in kinds]
         self.device = Device(model, slots, context, pages, shapes)
         self._buckets, self.rule = buckets, None
         if measured:

@@ -176,7 +176,7 @@ def _settings(params: SamplingParams, prompt_length: int, vocab_size: int, seed:
 
 
 def bytes_a_token(model: Transformer) -> int:
-    """Of the cache, the MTP module's included."""
+    """Bytes of a token in the cache, the MTP module's included."""
     config = model.config
     layers = config.num_hidden_layers + min(config.num_nextn_predict_layers, 1)
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * model.dtype.itemsize

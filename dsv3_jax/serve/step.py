@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, packed_BX: Int[Array, "B 3+P"]) -> "Rows":
-        """Of one array, which the host sends more quickly than four."""
+        """Rows from one array, which the host sends more quickly than four."""
         return cls(packed_BX[:, 0], packed_BX[:, 1], packed_BX[:, 2], packed_BX[:, 3:])
 
 
