@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.cluster.processes import ClusterSpec, cluster_spec, free_port
 from dsv3_jax.errors import UserError
+from tests.commands import dsv3, dsv3_process
 from tests.conftest import ROOT
 
 
@@ -140,36 +141,36 @@ def test_two_processes_equal_one_device():
 def test_launch_trains_evaluates_and_resumes(micro_overrides, tmp_path):
     """`dsv3 launch` writes one run, with the metrics of one process's training, and a checkpoint that one device reads."""
 
-    def dsv3(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "dsv3_jax.cli", *args], cwd=tmp_path, text=True, capture_output=True, timeout=600,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+    def launch(*args: str) -> subprocess.CompletedProcess:
+        two = ["launch", "--processes", "2", "--devices", "2"]
+        return dsv3_process(*two, *args, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
-    overrides = [*micro_overrides, "data.batch_size=8", "parallel.fsdp=2", "parallel.expert=2"]
+    def alone(*args: str) -> subprocess.CompletedProcess:
+        return dsv3(*args, cwd=tmp_path)
+
+    micro = [*micro_overrides, "model.num_hidden_layers=2", "data.batch_size=8", "train.eval_every=9"]
     config = str(ROOT / "configs" / "tiny.yaml")
-    two = ["launch", "--processes", "2", "--devices", "2"]
-    done = dsv3(*two, "train", config, *overrides, "name=two", "train.steps=4")
+    done = launch("train", config, *micro, "parallel.fsdp=2", "parallel.expert=2", "name=two", "train.steps=4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 4/4") >= 1
     assert "4 devices in 2 process(es): fsdp 2 x expert 2" in done.stdout
     # on with one device, and on with two processes again on another mesh
-    done = dsv3("resume", "runs/two", "train.steps=5", "parallel.fsdp=1", "parallel.expert=1")
+    done = alone("resume", "runs/two", "train.steps=5", "parallel.fsdp=1", "parallel.expert=1")
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    done = dsv3(*two, "resume", "runs/two", "train.steps=6", "parallel.fsdp=4")
+    done = launch("resume", "runs/two", "train.steps=6", "parallel.fsdp=4")
     assert done.returncode == 0, done.stderr
     assert "4 devices in 2 process(es): fsdp 4" in done.stdout
-    alone = dsv3("train", config, *micro_overrides, "data.batch_size=8", "name=one")
-    assert alone.returncode == 0, alone.stderr
+    done = alone("train", config, *micro, "name=one")
+    assert done.returncode == 0, done.stderr
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("two", "one")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    evaluations = [json.loads(dsv3(*how, "eval", "runs/two").stdout.splitlines()[-1]) for how in ([], two)]
+    evaluations = [json.loads(run("eval", "runs/two").stdout.splitlines()[-1]) for run in (alone, launch)]
     assert evaluations[0]["loss"] == pytest.approx(evaluations[1]["loss"], rel=1e-5)
-    texts = [dsv3(*how, "generate", "runs/two", "--prompt", "the quick", "--max-new-tokens", "5") for how in ([], two)]
+    texts = [run("generate", "runs/two", "--prompt", "the quick", "--max-new-tokens", "5") for run in (alone, launch)]
     assert all(done.returncode == 0 for done in texts), texts[1].stderr
     assert texts[0].stdout.splitlines()[-1] == texts[1].stdout.splitlines()[-1]
     assert (tmp_path / "runs" / "two" / "sample.txt").read_text().startswith("document")

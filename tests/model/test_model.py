@@ -134,7 +134,7 @@ def test_gradients_against_finite_differences():
     """
     ids = tokens(2, 19)
     smooth = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
-    config = dataclasses.replace(MICRO, initializer_range=0.1, **smooth)
+    config = dataclasses.replace(MICRO, initializer_range=0.1, num_nextn_predict_layers=1, **smooth)
     graph, params, bias = nnx.split(make(config), nnx.Param, RouterBias)
 
     @jax.jit

@@ -190,7 +190,8 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
 @pytest.mark.slow
 def test_search_compiles_the_best_and_explains(tmp_path):
     options = ("--search", "--compile-best", "2", "--imbalance", "1.5")
-    found = plan(tmp_path, ["v5p:2x2x1"], *SMALL, options=options)
+    smaller = ["model.num_hidden_layers=2", "model.num_nextn_predict_layers=0"]
+    found = plan(tmp_path, ["v5p:2x2x1"], *SMALL, *smaller, options=options)
     assert len(found) == 2
     assert found[0]["mesh"] != found[1]["mesh"]
     assert found[0]["step"]["seconds"] <= found[1]["step"]["seconds"]

@@ -65,6 +65,17 @@ def step(config):
     return make_train_step(config)
 
 
+@pytest.fixture(scope="module")
+def made(config):
+    return new_state(config)
+
+
+@pytest.fixture
+def fresh(made):
+    """A copy of it: steps give away the state that they are given."""
+    return jax.tree.map(jnp.copy, made)
+
+
 EITHER = ("underflow", "jump")
 OUTLIERS = {
     # parameter, layer, which numbers, factor, and what may be named: switch, operand, causes
@@ -76,14 +87,14 @@ OUTLIERS = {
 
 
 @pytest.mark.parametrize("name", OUTLIERS)
-def test_a_layer_leaves_8_bits_before_anything_breaks_and_comes_back(config, step, name):
+def test_a_layer_leaves_8_bits_before_anything_breaks_and_comes_back(config, step, fresh, name):
     path, layer, at, factor, switch, operand, causes = OUTLIERS[name]
     begin, end = 2, 4
 
     def between(i, state):
         return scaled(state, path, layer, at, factor if i == begin else 1 / factor) if i in (begin, end) else state
 
-    state, found, _ = run(step, config, new_state(config), range(16), between)
+    state, found, _ = run(step, config, fresh, range(16), between)
     mine = [line for line in found if (line["switch"], line["layer"]) == (switch, layer)]
     assert [line["bits"] for line in mine] == [16, 8]
     left, returned = mine
@@ -99,17 +110,17 @@ def test_a_layer_leaves_8_bits_before_anything_breaks_and_comes_back(config, ste
         assert not [li for li in found if li["switch"] == switch and li["layer"] != layer and li.get("operand") == "weights"]
 
 
-def test_nothing_changes_without_a_cause(config, step):
+def test_nothing_changes_without_a_cause(config, step, fresh):
     """And the products in 8 bits are those of the recipe without a controller, to the bit."""
-    _, found, losses = run(step, config, new_state(config), range(4))
+    _, found, losses = run(step, config, fresh, range(4))
     assert found == []
     free = config_of([*CONTROLLED, "precision.controller=false"])
     _, _, expected = run(make_train_step(free), free, new_state(free), range(4))
     assert losses == expected
 
 
-def test_in_16_bits_the_step_is_that_of_bf16(config, step):
-    state = new_state(config)
+def test_in_16_bits_the_step_is_that_of_bf16(config, step, fresh):
+    state = fresh
     state.controller = {
         name: m._replace(eight_bit=jnp.zeros_like(m.eight_bit), calm=m.calm - 100) for name, m in state.controller.items()
     }
@@ -120,14 +131,14 @@ def test_in_16_bits_the_step_is_that_of_bf16(config, step):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)  # the same products, fused otherwise: bfloat16 rounds elsewhere
 
 
-def test_a_run_from_a_checkpoint_decides_the_same(config, step, tmp_path):
+def test_a_run_from_a_checkpoint_decides_the_same(config, step, fresh, tmp_path):
     path, layer, at, factor, *_ = OUTLIERS["one weight"]
 
     def between(i, state):
         return scaled(state, path, layer, at, factor if i == 1 else 1 / factor) if i in (1, 4) else state
 
     manager = CheckpointManager(tmp_path / "checkpoints", CheckpointConfig(keep=1))
-    state, before, _ = run(step, config, new_state(config), range(3), between)
+    state, before, _ = run(step, config, fresh, range(3), between)
     manager.save(state, {"config": {}})
     manager.wait()
     _, expected, _ = run(step, config, state, range(3, 14), between)
@@ -140,7 +151,7 @@ def test_a_run_from_a_checkpoint_decides_the_same(config, step, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mesh_decides_as_one_device_does(config, step):
+def test_a_mesh_decides_as_one_device_does(config, step, fresh):
     """About the outlier; whose gradients jump with it, and when, is a matter of rounding."""
     path, layer, at, factor, *_ = OUTLIERS["one weight"]
 
@@ -151,7 +162,7 @@ def test_a_mesh_decides_as_one_device_does(config, step):
     layout = layout_for(spread)
     with without_jax_cache():  # collectives inside a conditional: on CPU such a program that comes from the cache can hang
         _, found, _ = run(make_train_step(spread, layout), spread, new_state(spread, layout), range(2), outlier)
-    _, expected, _ = run(step, config, new_state(config), range(2), outlier)
+    _, expected, _ = run(step, config, fresh, range(2), outlier)
     (ours,), (theirs,) = ([line for line in lines if line.get("operand") == "weights"] for lines in (found, expected))
     assert ours["worst_over_limit"] == pytest.approx(theirs["worst_over_limit"], rel=1e-3)
     assert ours | {"worst_over_limit": 0} == theirs | {"worst_over_limit": 0}

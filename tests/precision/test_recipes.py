@@ -48,10 +48,13 @@ def test_a_mesh_computes_what_one_device_does_in_8_bits(monkeypatch):
     """
     monkeypatch.setitem(RECIPES, "deepseek", replace(RECIPES["deepseek"], dtype="float32"))
 
+    options = ["precision.recipe=deepseek", *SMALL]
+    made = new_state(config_of(options))
+
     def first_step(mesh: list[str]):
-        config = config_of(["precision.recipe=deepseek", *SMALL, *mesh])
+        config = config_of([*options, *mesh])
         layout = layout_for(config)
-        state = new_state(config, layout)
+        state = jax.device_put(made, jax.tree.map(lambda a: a.sharding, abstract_state(config, layout)))
         return jax.device_get(jax.jit(lambda s, b: gradients(config, layout, s, b))(state, batch_of(config, 0)))
 
     (ours, metrics, _), (theirs, expected, _) = first_step(MESHES["fsdp=2 expert=4"]), first_step([])

@@ -73,6 +73,7 @@ def test_decoding_with_64_bits_switched_on():
 def test_a_run_with_64_bits_switched_on(micro_overrides, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     config = str(ROOT / "configs" / "tiny.yaml")
-    done = dsv3_process("train", config, *micro_overrides, "precision.recipe=deepseek", "name=wide", cwd=tmp_path)
+    short = "precision.recipe=deepseek", "model.num_hidden_layers=2", "train.steps=2", "train.eval_every=2", "name=wide"
+    done = dsv3_process("train", config, *micro_overrides, *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs" / "wide" / "sample.txt").read_text()
