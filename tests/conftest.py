@@ -55,7 +55,14 @@ def pytest_configure(config):
     give_threads()
 
 
+def _minutes(item: pytest.Item) -> float:
+    """What a slow test's mark says that it takes."""
+    marker = item.get_closest_marker("slow")
+    return marker.kwargs.get("minutes", 0) if marker else 0
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=_minutes, reverse=True)  # the longest first: at the end, no worker waits for one of them
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))

@@ -119,7 +119,7 @@ def test_two_with_one_number_are_refused():
     assert all(process.returncode == 2 for process in running)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_two_processes_equal_one_device():
     meshes = ["fsdp=8", "expert=8", "data=2 pipe=2 expert=2"]
     port = free_port()
@@ -137,7 +137,7 @@ def test_two_processes_equal_one_device():
     assert results["fsdp=8"]["rows"] == 8  # of 16: each process loads its own half
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_launch_trains_evaluates_and_resumes(micro_overrides, tmp_path):
     """`dsv3 launch` writes one run, with the metrics of one process's training, and a checkpoint that one device reads."""
 

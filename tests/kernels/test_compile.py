@@ -14,7 +14,7 @@ REFUSED = {
 }  # and what the reason says
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
 def test_kernels_compile_for_their_targets():
     done = in_aot_environment("scripts/tools/compile_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]

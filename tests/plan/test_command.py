@@ -159,7 +159,7 @@ def bytes_of(p: dict, kind: str, axes: list[str]) -> float:
     return sum(row["bytes"] for row in p["communication"] if (row["kind"], row["axes"]) == (kind, axes))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_a_small_model_on_v5p_and_h100(tmp_path):
     """FLOPs by hand, memory without ZeRO-3, and what the experts' exchange sends."""
     tpu, gpu = plan(tmp_path, ["v5p:2x2x1", "h100:1x4"], *SMALL, "parallel.fsdp=2", "parallel.expert=2")
@@ -187,7 +187,7 @@ def test_a_small_model_on_v5p_and_h100(tmp_path):
     assert bytes_of(replicas, "all-reduce", ["data"]) == pytest.approx(replicas["memory"]["parameters"], rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_search_compiles_the_best_and_explains(tmp_path):
     options = ("--search", "--compile-best", "2", "--imbalance", "1.5")
     smaller = ["model.num_hidden_layers=2", "model.num_nextn_predict_layers=0"]
@@ -198,7 +198,7 @@ def test_search_compiles_the_best_and_explains(tmp_path):
     assert found[0]["assumed"]["imbalance"] == 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 def test_671b_fits_512_v5p(tmp_path):
     (p,) = plan(
         tmp_path, ["v5p:8x8x8"], "data.batch_size=512", "train.grad_accum_steps=1", config=ROOT / "configs/v3_671b.yaml"
