@@ -10,10 +10,11 @@ from jax.experimental import multihost_utils
 from dsv3_jax.cluster.processes import join
 from dsv3_jax.config import Config
 from dsv3_jax.model.layout import Layout
+from dsv3_jax.parallel.layout import layout_for
 from dsv3_jax.parallel.rows import local_rows, place
 from dsv3_jax.state.train_state import ONE_DEVICE, TrainState, abstract_state, init_state
-from dsv3_jax.training.step import gradients
-from tests.parallel.cases import MESHES, WITHOUT_MTP, batch_of, config_of, step_of
+from dsv3_jax.training.step import gradients, training_recipe
+from tests.parallel.cases import MESHES, WITHOUT_MTP, batch_of, config_of
 
 
 def on_one_device():
@@ -37,11 +38,12 @@ def spread(config: Config, layout: Layout, state: TrainState) -> TrainState:
 def compare(mesh: str, state: TrainState, expected) -> dict[str, float]:
     """Largest relative differences of loss and of any gradient tensor on this mesh."""
     config = config_of([*MESHES[mesh], WITHOUT_MTP])
-    layout, step = step_of(config)
+    layout = layout_for(config)
+    run = jax.jit(lambda state, batch: gradients(config, layout, state, batch, training_recipe(config, layout)))
     size = config.data.batch_size
     rows = local_rows(layout, size)
     batch = jax.tree.map(lambda a: a[rows], batch_of(config, 0))
-    _, grads, metrics = step(spread(config, layout, state), place(layout, batch, rows, size))
+    grads, metrics, _ = run(spread(config, layout, state), place(layout, batch, rows, size))
     grads = multihost_utils.process_allgather(grads, tiled=True)
     worst = max(
         float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(a).max())

@@ -13,20 +13,23 @@ from dsv3_jax.training.step import gradients
 from pallas_kernels import register
 from pallas_kernels.causal_attention import splash
 from pallas_kernels.linear_cross_entropy import tpu
-from tests.parallel.cases import MESHES, assert_same_gradients, batch_of, config_of, state_on
+from tests.parallel.cases import MESHES, WITHOUT_MTP, assert_same_gradients, batch_of, config_of, state_on
 
 register("causal_attention", "interpreted", functools.partial(splash.causal_attention, interpret=True))
 register("logit_statistics", "interpreted", functools.partial(tpu.logit_statistics, interpret=True))
 KERNEL = replace(RECIPES["float32"], core="interpreted")
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2 expert=2 tensor=2", pytest.param("data=2 pipe=2 expert=2", marks=pytest.mark.slow)])
-def test_kernels_on_a_mesh_equal_one_device(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "more"),
+    [("fsdp=2 expert=2 tensor=2", [WITHOUT_MTP]), pytest.param("data=2 pipe=2 expert=2", [], marks=pytest.mark.slow)],
+)
+def test_kernels_on_a_mesh_equal_one_device(mesh, more):
     """The whole model's gradients, with replicas and pipeline stages as axes of a vmap around the kernels for TPU,
     interpreted, and a sharded vocabulary. float32; sums over devices, keys and vocabulary come in another order."""
 
     def found(overrides, recipe):
-        config = config_of(["remat.policy=selective", *overrides])
+        config = config_of(["remat.policy=selective", *more, *overrides])
         layout = layout_for(config)
         run = jax.jit(lambda state, batch: gradients(config, layout, state, batch, recipe))
         return jax.device_get(run(state_on(config, layout), batch_of(config, 0)))

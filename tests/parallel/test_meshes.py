@@ -1,4 +1,4 @@
-"""A mesh computes what one device computes: loss, all gradients, loads, 20 steps of training, checkpoints.
+"""A mesh computes what one device computes: loss, all gradients, loads, 8 steps of training, checkpoints.
 
 float32; sums over devices come in another order, so losses may differ by 2e-6 and gradients by 1e-4 of a tensor's largest.
 """
