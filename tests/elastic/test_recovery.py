@@ -59,6 +59,7 @@ def checksum_of(windows: list[dict]) -> int:
     return total % 2**32
 
 
+@pytest.mark.slow(minutes=3)
 def test_a_storm_leaves_no_trace(tmp_path):
     """A kill, a stuck worker, a lost host that comes back: scripts/studies/chaos.py holds it to an undisturbed run."""
     done = subprocess.run(
@@ -116,6 +117,7 @@ def test_a_lost_driver_costs_one_command(tmp_path, corpus_dir):
     assert "ended without a word" in report.stdout
 
 
+@pytest.mark.slow(minutes=3)
 def test_ray_goes_on_without_a_node_and_takes_it_back(tmp_path, corpus_dir):
     """Nodes of a Ray cluster on this machine; one is killed, and another comes. The driver is killed too in the end."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
