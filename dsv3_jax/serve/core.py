@@ -17,6 +17,8 @@ from dsv3_jax.serve.scheduler import NOWHERE, Piece, Scheduler, Sequence
 from dsv3_jax.serve.step import DRAFT, LAST
 
 EXACT_ROWS = 32  # of the one program of an exact engine
+STEPS_AT_ONCE = 4  # that a call may take where few sequences decode: with them, the host takes as long as the device
+_FEW = 8  # sequences
 
 COUNTERS = (
     "requests_finished", "prompt_tokens", "output_tokens", "cached_tokens", "rows_live", "rows_computed", "decode_rows_live",
@@ -36,9 +38,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that was started. `index` has the place of each row's first token among the step's."""
+    """Steps that were started at once. `index` has the place of each row's first token among a step's `width`."""
 
     started: float
+    steps: int
+    width: int
     chosen: Any
     logprobs: Any
     rows: list[Row]
@@ -57,6 +61,7 @@ class Core:
         devices = model.layout.decoding.shards("cache_batch")
         buckets = [devices * each for each in row_buckets(slots // devices)]
         self._pieces = piece_sizes(min(prompt_rows, context))
+        self._few = _FEW if devices == 1 else 0
         if exact:
             shapes = [self._exact_shape]
         else:
@@ -80,9 +85,8 @@ class Core:
     def _piece_shape(self, size: int, devices: int) -> Shape:
         return Shape(False, devices, size, self.drafts)
 
-    @staticmethod
-    def _shape(sequences: int, drafts: bool) -> Shape:
-        return Shape(True, sequences, 2 if drafts else 1, drafts)
+    def _shape(self, sequences: int, drafts: bool) -> Shape:
+        return Shape(True, sequences, 2 if drafts else 1, drafts, STEPS_AT_ONCE if sequences <= self._few else 1)
 
     @property
     def busy(self) -> bool:
@@ -149,17 +153,18 @@ class Core:
             size = next(size for size in self._pieces if size >= max(piece.count for piece in pieces))
             rows = [Row(piece.sequence, piece.first, piece.count, piece) for piece in pieces]
             self._launch(self._piece_shape(size, self.device.devices), rows)
-        decoding = self._decoding()
+        steps = self.scheduler.steps_at_once(STEPS_AT_ONCE) if len(self.scheduler.running) <= self._few else 1
+        decoding = self._decoding(steps)
         if not decoding:
             return
         on_busiest = max(Counter(map(self.scheduler.device_of, decoding)).values())
         bucket = next(b for b in self._buckets if b >= on_busiest * self.device.devices)
         drafts = self.drafts and (self.rule is None or self.rule.pay(bucket))
-        self._launch(self._shape(bucket, drafts), [Row(s, LAST, 2 if drafts else 1) for s in decoding])
+        self._launch(self._shape(bucket, drafts), [Row(s, LAST, 2 if drafts else 1) for s in decoding], steps)
 
-    def _decoding(self) -> list[Sequence]:
-        """The sequences that decode in a step, with what limits their next tokens."""
-        decoding = self.scheduler.decoding(self.settle)
+    def _decoding(self, steps: int = 1) -> list[Sequence]:
+        """The sequences that decode in the next steps, with what limits their next tokens."""
+        decoding = self.scheduler.decoding(self.settle, steps)
         for sequence in decoding:
             if constraint := sequence.params.constraint:
                 mask_W = self._asked(sequence, constraint.mask)
@@ -196,56 +201,63 @@ class Core:
         for i in range(0, len(rows), EXACT_ROWS):
             self._launch(self._exact_shape, rows[i : i + EXACT_ROWS])
 
-    def _launch(self, shape: Shape, rows: list[Row]) -> None:
+    def _launch(self, shape: Shape, rows: list[Row], steps: int = 1) -> None:
         started = time.monotonic()
         arrays, places = self.device.rows(shape, [(r.sequence.slot, r.first, r.count, r.sequence.pages) for r in rows])
         chosen = None
         if shape.decodes:
-            chosen = self.device.decode(shape, arrays)
+            chosen = self.device.decode(shape, arrays, steps)
             logprobs = chosen.logprobs
         else:
             logprobs = self.device.fill(shape, arrays)
         for row in rows:
             if row.first == LAST:
-                row.sequence.in_flight += 1
-        self._flights.append(Flight(started, chosen, logprobs, rows, [b * shape.length for b in places]))
-        self._count(shape, rows)
+                row.sequence.in_flight += steps
+        width = shape.sequences * shape.length
+        self._flights.append(Flight(started, steps, width, chosen, logprobs, rows, [b * shape.length for b in places]))
+        self._count(shape, rows, steps)
 
-    def _count(self, shape: Shape, rows: list[Row]) -> None:
-        live, computed = sum(row.count for row in rows), shape.sequences * shape.length
+    def _count(self, shape: Shape, rows: list[Row], steps: int) -> None:
+        live, computed = steps * sum(row.count for row in rows), steps * shape.sequences * shape.length
         counts, scheduler = self.counts, self.scheduler
         counts["rows_live"] += live
         counts["rows_computed"] += computed
         if shape.decodes:
-            counts["steps"] += 1
+            counts["steps"] += steps
             counts["decode_rows_live"] += live
             counts["decode_rows_computed"] += computed
             if scheduler.waiting:
-                counts["slots_live_while_waiting"] += len(scheduler.running)
-                counts["slots_while_waiting"] += scheduler.slots
+                counts["slots_live_while_waiting"] += steps * len(scheduler.running)
+                counts["slots_while_waiting"] += steps * scheduler.slots
 
     # --- the tokens of a step --------------------------------------------------------------------------------------------
 
     def _land(self) -> None:
-        """Wait for the oldest step in flight, and say what came of it."""
+        """Wait for the oldest steps in flight, and say what came of them."""
         flight = self._flights.popleft()
         logprobs = None
         if any(self._wants_logprobs(row) for row in flight.rows):
             logprobs = [np.asarray(a) for a in flight.logprobs]
+            if flight.chosen is not None:
+                logprobs = [a.reshape(-1, *a.shape[2:]) for a in logprobs]
         if flight.chosen is not None:
-            next_N4 = np.asarray(flight.chosen.next_N4).tolist()
+            next_KN4 = np.asarray(flight.chosen.next_N4)[: flight.steps].tolist()
         drafted = right = 0
         for i, row in enumerate(flight.rows):
             if row.piece is not None:
                 self._filled(row, flight.index[i], logprobs)
             elif row.first == LAST:
-                places = [flight.index[i], flight.index[i] + 1]
                 slot = row.sequence.slot
                 if slot == NOWHERE:  # it has ended since
                     continue
-                *tokens, count, had_draft = next_N4[slot]
-                drafted, right = drafted + had_draft, right + count - 1
-                self._decoded(row.sequence, tokens[:count], places, logprobs)
+                found: list[tuple[int, int]] = []  # tokens, and their places among the log-probabilities
+                for k, next_N4 in enumerate(next_KN4):
+                    *tokens, count, had_draft = next_N4[slot]
+                    drafted, right = drafted + had_draft, right + count - 1
+                    place = k * flight.width + flight.index[i]
+                    found += zip(tokens[:count], (place, place + 1), strict=False)
+                row.sequence.in_flight -= flight.steps
+                self._decoded(row.sequence, found, logprobs)
         if drafted:
             self.counts["drafts"] += drafted
             self.counts["drafts_accepted"] += right
@@ -274,10 +286,9 @@ class Core:
                 self._report(sequence)
         self._end_if_only_filled(sequence)
 
-    def _decoded(self, sequence: Sequence, tokens: list[int], places: list[int], logprobs: Any) -> None:
+    def _decoded(self, sequence: Sequence, tokens: list[tuple[int, int]], logprobs: Any) -> None:
         params, finish, taken, found = sequence.params, None, [], []
-        sequence.in_flight -= 1
-        for token, place in zip(tokens, places, strict=False):
+        for token, place in tokens:
             if token in params.end_ids:
                 finish = Finish.STOP
                 break

@@ -40,12 +40,16 @@ def piece_sizes(largest: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Shape:
-    """B sequences with L neighbouring tokens, to decode or to fill into the cache; with the MTP module's part or without."""
+    """B sequences with L neighbouring tokens, to decode or to fill into the cache; with the MTP module's part or without.
+
+    One that decodes takes up to `most_steps` steps at a call.
+    """
 
     decodes: bool
     sequences: int
     length: int
     drafts: bool
+    most_steps: int = 1
 
 
 MakeDecoder = Callable[[Sequence[jax.Array]], Decoder]
@@ -61,14 +65,13 @@ def lower(
     layout: Layout, decoder: MakeDecoder, shape: Shape, weights: list[Any], pages: Any, slots: Any, settings: Any, rows: Any
 ) -> jax.stages.Lowered:
     """The step of a shape, for weights that lie where they are; arguments may be abstract. It overwrites pages and slots."""
-    programs, everywhere = Programs(decoder, shape.length, shape.drafts), layout.replicated
+    programs, everywhere = Programs(decoder, shape.length, shape.drafts, shape.most_steps), layout.replicated
     on_each = layout.sharding(layout.spec("cache_batch"))
     lie = [w.sharding for w in weights], on_each, everywhere, everywhere, everywhere
-    if shape.decodes:
-        step = layout.jit(programs.decode, lie, (on_each, everywhere, everywhere), (1, 2))
-    else:
-        step = layout.jit(programs.fill, lie, (on_each, everywhere), (1,))
-    return step.lower(weights, pages, slots, settings, rows)
+    if not shape.decodes:
+        return layout.jit(programs.fill, lie, (on_each, everywhere), (1,)).lower(weights, pages, slots, settings, rows)
+    step = layout.jit(programs.decode_steps, (*lie, everywhere), (on_each, everywhere, everywhere), (1, 2))
+    return step.lower(weights, pages, slots, settings, rows, np.int32(1))
 
 
 class Device:
@@ -140,15 +143,15 @@ class Device:
         self._settings = self._run["limit"](self._settings, np.int32(slot), mask_W)
 
     def seconds(self, shape: Shape) -> float:
-        """What a decoding step takes, the quickest of three, with tokens of nobody at different places."""
+        """What a decoding step takes, the quickest of three calls, with tokens of nobody at different places."""
         self.admit(self.slots, [(7919 * i) % self.vocab_size for i in range(self._history)], 0, SamplingParams(), 0)
         packed_BX, _ = self.rows(shape, [])
         packed_BX[:, 1], packed_BX[:, 2] = np.arange(shape.sequences) * shape.length, shape.length
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            jax.block_until_ready(self.decode(shape, packed_BX))
-            times.append(time.perf_counter() - began)
+            jax.block_until_ready(self.decode(shape, packed_BX, shape.most_steps))
+            times.append((time.perf_counter() - began) / shape.most_steps)
         self.admit(self.slots, [0], 0, SamplingParams(), 0)
         return min(times)
 
@@ -156,8 +159,10 @@ class Device:
         self._pages, logprobs = self._run[shape](self._weights, self._pages, self._slots, self._settings, rows)
         return logprobs
 
-    def decode(self, shape: Shape, rows: np.ndarray) -> Chosen:
-        self._pages, self._slots, chosen = self._run[shape](self._weights, self._pages, self._slots, self._settings, rows)
+    def decode(self, shape: Shape, rows: np.ndarray, steps: int) -> Chosen:
+        """What came of each step, [most_steps, ...]."""
+        arguments = self._weights, self._pages, self._slots, self._settings, rows, np.int32(steps)
+        self._pages, self._slots, chosen = self._run[shape](*arguments)
         return chosen
 
 

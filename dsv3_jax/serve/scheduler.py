@@ -138,23 +138,34 @@ class Scheduler:
                 self._publish(sequence, sequence.filled)
         return pieces
 
-    def decoding(self, settle: Callable[[], None]) -> list[Sequence]:
-        """The sequences that decode in a step, each with the pages for it.
+    def steps_at_once(self, most: int) -> int:
+        """How many decoding steps may be started at once, at most `most`: one where anybody waits for what comes between.
+
+        No sequence may end before the last of them by its length, and their pages must be there.
+        """
+        alone = not self.waiting and all(s.decodes and s.params.constraint is None for s in self.running)
+        if not self.running or not alone or self.free_pages < len(self.running) * -(-most * self.tokens_a_step // PAGE):
+            return 1
+        left = min(s.left - s.in_flight * (self.tokens_a_step - 1) for s in self.running)
+        return max(1, min(most, left // self.tokens_a_step))
+
+    def decoding(self, settle: Callable[[], None], steps: int = 1) -> list[Sequence]:
+        """The sequences that decode in the next `steps` steps, each with the pages for them.
 
         `settle` waits for all steps in flight; it is called before a sequence has to give up its place.
         """
         ready = [s for s in self.running if s.decodes and s.left > 0]
         for sequence in ready:
-            while sequence.decodes and not self._grow(sequence):
+            while sequence.decodes and not self._grow(sequence, steps):
                 settle()  # tokens may end sequences, and with them free pages
-                if sequence.decodes and not self._grow(sequence):
+                if sequence.decodes and not self._grow(sequence, steps):
                     neighbours = (s for s in self.running if self.device_of(s) == self.device_of(sequence))
                     self._preempt(max(neighbours, key=lambda s: s.number))
         return [s for s in ready if s.decodes and s.left > 0]
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Whether there are pages for all tokens that a sequence may have after another step."""
-        most = len(sequence.tokens) + (sequence.in_flight + 1) * self.tokens_a_step
+    def _grow(self, sequence: Sequence, steps: int) -> bool:
+        """Whether there are pages for all tokens that a sequence may have after `steps` more."""
+        most = len(sequence.tokens) + (sequence.in_flight + steps) * self.tokens_a_step
         needed, pool = -(-min(most, sequence.limit) // PAGE) - len(sequence.pages), self._pool(sequence)
         if needed > pool.available:
             return False

@@ -52,7 +52,7 @@ class Logprobs(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The next tokens of a step's slots, and what is known of the rows'."""
+    """The next tokens of a step's slots, and what is known of the rows'; of several steps with an axis for them before."""
 
     next_N4: Int[Array, "N 4"]  # a slot's next two tokens, how many of them count, and whether there was a draft
     logprobs: Logprobs
@@ -91,12 +91,13 @@ def limit(settings: Settings, slot, mask_W) -> Settings:
 class Programs:
     """The steps of sequences with `length` neighbouring tokens; with `drafts`, the MTP module's cache and drafts are kept.
 
-    `decoder` makes one of its weights.
+    `decoder` makes one of its weights. `decode_steps` takes `most_steps` at most.
     """
 
     decoder: Callable[[Sequence[Array]], Decoder]
     length: int
     drafts: bool
+    most_steps: int = 1
 
     def fill(
         self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX
@@ -110,6 +111,24 @@ class Programs:
             pages = decoder.mtp_hidden(pages, hidden_BLD, next_BL, tokens)[1]
         hidden_TD, wanted = hidden_BLD.reshape(next_BL.size, -1), settings.logprobs_N[rows.slot_B].any()
         return pages, _logprobs_if(wanted, lambda: decoder.logits(hidden_TD), next_BL.reshape(-1))
+
+    def decode_steps(
+        self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX, steps: Int[Array, ""]
+    ) -> tuple[list[LayerPages], Slots, Chosen]:
+        """`steps` times `decode`, without the host in between; what is beyond them in the result is zero."""
+        rows, K = packed_BX.shape[0] * self.length, self.most_steps
+        none = Chosen(jnp.zeros((slots.length_N.size, 4), jnp.int32), _no_logprobs(rows))
+
+        def step(i, carry):
+            pages, slots, chosen_K = carry
+            pages, slots, chosen = self.decode(weights, pages, slots, settings, packed_BX)
+            return pages, slots, jax.tree.map(lambda all_K, one: all_K.at[i].set(one), chosen_K, chosen)
+
+        if K == 1:
+            pages, slots, chosen = self.decode(weights, pages, slots, settings, packed_BX)
+            return pages, slots, jax.tree.map(lambda one: one[None], chosen)
+        nothing = jax.tree.map(lambda one: jnp.broadcast_to(one, (K, *one.shape)), none)
+        return lax.fori_loop(0, steps, step, (pages, slots, nothing))
 
     def decode(
         self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX
@@ -175,6 +194,10 @@ def _put(token_NS: Array, slot_N: Array, place_N: Array, value_N: Array) -> Arra
 
 
 def _logprobs_if(wanted: Array, logits: Callable[[], Array], token_T: Array) -> Logprobs:
-    T, K = token_T.size, MOST_ALTERNATIVES
-    nothing = Logprobs(jnp.zeros(T, jnp.float32), jnp.zeros((T, K), jnp.int32), jnp.zeros((T, K), jnp.float32))
-    return lax.cond(wanted, lambda: Logprobs(*log_probabilities(logits(), token_T, K)), lambda: nothing)
+    nothing = _no_logprobs(token_T.size)
+    return lax.cond(wanted, lambda: Logprobs(*log_probabilities(logits(), token_T, MOST_ALTERNATIVES)), lambda: nothing)
+
+
+def _no_logprobs(rows: int) -> Logprobs:
+    shape = rows, MOST_ALTERNATIVES
+    return Logprobs(jnp.zeros(rows, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))

@@ -1,6 +1,7 @@
 """The engine: the same bits whatever runs beside a request, `generate`'s texts, and nothing left behind."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 
@@ -11,6 +12,7 @@ import pytest
 
 import dsv3_jax as dsv3
 from dsv3_jax.errors import UserError
+from dsv3_jax.serve.attend import PAGE
 from dsv3_jax.serve.core import EXACT_ROWS
 from dsv3_jax.serve.engine import Engine
 from dsv3_jax.serve.request import Finish, QueueFullError, SamplingParams
@@ -98,6 +100,21 @@ def test_a_seed_gives_the_same_text_beside_others(fast):
     assert [its.tokens for its in fast.complete(prompts, params)] == alone
     unseeded = SamplingParams(max_tokens=16, temperature=1.0)
     assert fast.complete([[1, 2]], unseeded)[0].tokens != fast.complete([[1, 2]], unseeded)[0].tokens
+
+
+def test_steps_at_once_give_what_single_steps_give(fast, monkeypatch):
+    """Bit for bit, as one program takes both: texts, ends within the steps, and log-probabilities."""
+    prompts = cases.prompts(6, longest=PAGE, seed=7)  # no page of them is found again
+    params = [dataclasses.replace(its, end_ids=frozenset({7, 40})) for its in cases.params(6, most=40)]
+    calls, decode = [], fast.core.device.decode
+    monkeypatch.setattr(fast.core.device, "decode", lambda *a: calls.append(a[2]) or decode(*a))
+    at_once = [fast.complete([p], its)[0] for p, its in zip(prompts, params, strict=True)]
+    assert calls.count(4) > 5
+    monkeypatch.setattr(fast.core.scheduler, "steps_at_once", lambda most: 1)
+    calls.clear()
+    assert [fast.complete([p], its)[0] for p, its in zip(prompts, params, strict=True)] == at_once
+    assert set(calls) == {1}
+    assert {its.finish for its in at_once} == {Finish.STOP, Finish.LENGTH}
 
 
 def test_nothing_compiles_after_the_start(fast):

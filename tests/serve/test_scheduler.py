@@ -1,7 +1,9 @@
 """Slots and pages without a device: nobody shares what they may not, nothing is lost, everybody ends."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,13 @@ from dsv3_jax.serve.scheduler import NOWHERE, Scheduler, Sequence
 def sequence(number: int, prompt: list[int], max_tokens: int = 8, **fields) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, **fields)
     return Sequence(number, len(prompt), [*prompt], params, 0, "", lambda event: None)
+
+
+class NoConstraint:
+    def mask(self) -> np.ndarray | None:
+        return None
+
+    def accept(self, token: int) -> None: ...
 
 
 def test_keys_are_of_all_tokens_so_far_and_of_the_salt():
@@ -69,6 +78,34 @@ def test_pieces_share_a_budget_and_the_oldest_comes_first():
     assert [(p.sequence.number, p.first, p.count) for p in scheduler.pieces(24, 16)] == [(1, 0, 16), (2, 0, 8)]
     assert [(p.sequence.number, p.first, p.count) for p in scheduler.pieces(24, 16)] == [(1, 16, 4), (2, 8, 16)]
     assert [s.number for s in scheduler.decoding(lambda: None)] == [0, 1]
+
+
+def test_steps_at_once_go_past_no_end_and_nobody_waits_for_them():
+    scheduler = Scheduler(2, [PagePool(5)], tokens_a_step=2)
+    assert scheduler.steps_at_once(4) == 1
+    scheduler.waiting.append(one := sequence(0, [1, 2], max_tokens=20))
+    assert scheduler.steps_at_once(4) == 1
+    scheduler.admit()
+    assert scheduler.steps_at_once(4) == 1  # its prompt comes first
+    scheduler.pieces(64, 64)
+    assert scheduler.steps_at_once(4) == 4
+    one.in_flight = 4  # which may give 8 tokens, so that 12 are left
+    assert scheduler.steps_at_once(4) == 4
+    one.tokens += [1] * 5  # 7 are left
+    assert scheduler.steps_at_once(4) == 3
+    one.tokens += [1] * 6
+    assert scheduler.steps_at_once(4) == 1
+    del one.tokens[2:]
+    one.in_flight = 0
+    assert scheduler.steps_at_once(64) == 1  # they may take more pages than there are
+    assert scheduler.steps_at_once(16) == 10
+    scheduler.waiting.append(sequence(1, [1, 2]))
+    assert scheduler.steps_at_once(4) == 1
+    scheduler.waiting.clear()
+    scheduler.decoding(lambda: None, steps=10)
+    assert len(one.pages) == 2  # for 2 + 20 tokens
+    one.params = replace(one.params, constraint=NoConstraint())  # which must hear of each token before the next
+    assert scheduler.steps_at_once(4) == 1
 
 
 def test_the_youngest_gives_its_pages_back():
