@@ -10,8 +10,6 @@ Example: python scripts/bench/bench_decode_w4.py --rounds 5 --peer
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -27,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 import dsv3_jax as dsv3
+from dsv3_jax.bench.command import processor
 from dsv3_jax.checkpoint.integers import IntegerArray
 from dsv3_jax.cluster.huge_pages import use_huge_pages
 from dsv3_jax.compression.container import integer_arrays_of
@@ -106,12 +105,6 @@ def bytes_a_token(model: Transformer) -> float:
             continue
         total += 4 * value.size if name.endswith("w_kv_b_CHX") else share * value.nbytes
     return total
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def gguf_file(model: Transformer, format: str, scratch: Path) -> Path:
