@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import load_config
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.data.batches import PackedWindows, batch_windows
 from dsv3_jax.data.store import load_corpus
 from dsv3_jax.runs.directory import RunDirectory
@@ -29,9 +30,10 @@ MICRO = [
 
 
 def environ(directory: Path) -> dict[str, str]:
+    """Settings of all processes. The first attempt waits DSV3_JOIN_TIMEOUT_S for the last host, which may start late."""
     return os.environ | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "DSV3_COMPILED_DIR": str(directory / "programs"),
-        "DSV3_HEARTBEAT_S": "10", "DSV3_JOIN_TIMEOUT_S": "60",
+        "DSV3_HEARTBEAT_S": "10", "DSV3_JOIN_TIMEOUT_S": "300",
     }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 600) -> None:
         time.sleep(0.05)
 
 
-def checksum_of(windows: list[dict]) -> int:
+def checksum_of(windows: list[Batch]) -> int:
     """What the devices make of a batch, in Python's integers."""
     total = 0
     for r, window in enumerate(windows):
