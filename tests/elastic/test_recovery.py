@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -50,6 +51,13 @@ def until(condition, process: subprocess.Popen, seconds: float = 600) -> None:
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def cluster_utils(monkeypatch) -> ModuleType:
+    """Ray's, with workers of the priority of tests: Ray lowers it by 15, and whatever else the machine runs goes first."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    return pytest.importorskip("ray.cluster_utils")
 
 
 def checksum_of(windows: list[Batch]) -> int:
@@ -120,9 +128,8 @@ def test_a_lost_driver_costs_one_command(tmp_path, corpus_dir):
 
 
 @pytest.mark.slow(minutes=3)
-def test_ray_goes_on_without_a_node_and_takes_it_back(tmp_path, corpus_dir):
+def test_ray_goes_on_without_a_node_and_takes_it_back(cluster_utils, tmp_path, corpus_dir):
     """Nodes of a Ray cluster on this machine; one is killed, and another comes. The driver is killed too in the end."""
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     command = [
         "train", str(TINY), *MICRO, f"data.path={corpus_dir}/*.txt", f"data.cache_dir={tmp_path}/cache", "name=ray",
@@ -165,9 +172,8 @@ def test_ray_goes_on_without_a_node_and_takes_it_back(tmp_path, corpus_dir):
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
 
 
-def test_a_lost_head_node_costs_one_command_on_a_new_cluster(tmp_path, corpus_dir):
+def test_a_lost_head_node_costs_one_command_on_a_new_cluster(cluster_utils, tmp_path, corpus_dir):
     """Without its head node a Ray cluster ends, the supervisor and all workers with it, after a time that Ray bounds."""
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
     bound = {"gcs_rpc_server_reconnect_timeout_s": 10}
     command = [
         "train", str(TINY), *MICRO, f"data.path={corpus_dir}/*.txt", f"data.cache_dir={tmp_path}/cache", "name=head",
