@@ -26,6 +26,9 @@ COUNTERS = (
 )  # fmt: skip
 
 
+Place = tuple[int, int]  # of a token among those of steps that were started at once: its step, and where it is in it
+
+
 @dataclass(frozen=True)
 class Row:
     """The tokens of one sequence in a step: a piece of what is known (`piece`), or the last ones (None)."""
@@ -38,11 +41,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Flight:
-    """Steps that were started at once. `index` has the place of each row's first token among a step's `width`."""
+    """Steps that were started at once. `index` has the place of each row's first token among a step's."""
 
     started: float
     steps: int
-    width: int
     chosen: Any
     logprobs: Any
     rows: list[Row]
@@ -213,8 +215,7 @@ class Core:
         for row in rows:
             if row.first == LAST:
                 row.sequence.in_flight += steps
-        width = shape.sequences * shape.length
-        self._flights.append(Flight(started, steps, width, chosen, logprobs, rows, [b * shape.length for b in places]))
+        self._flights.append(Flight(started, steps, chosen, logprobs, rows, [b * shape.length for b in places]))
         self._count(shape, rows, steps)
 
     def _count(self, shape: Shape, rows: list[Row], steps: int) -> None:
@@ -238,8 +239,8 @@ class Core:
         logprobs = None
         if any(self._wants_logprobs(row) for row in flight.rows):
             logprobs = [np.asarray(a) for a in flight.logprobs]
-            if flight.chosen is not None:
-                logprobs = [a.reshape(-1, *a.shape[2:]) for a in logprobs]
+            if flight.chosen is None:
+                logprobs = [a[None] for a in logprobs]  # as if of one step
         if flight.chosen is not None:
             next_KN4 = np.asarray(flight.chosen.next_N4)[: flight.steps].tolist()
         drafted = right = 0
@@ -250,12 +251,11 @@ class Core:
                 slot = row.sequence.slot
                 if slot == NOWHERE:  # it has ended since
                     continue
-                found: list[tuple[int, int]] = []  # tokens, and their places among the log-probabilities
+                found: list[tuple[int, Place]] = []
                 for k, next_N4 in enumerate(next_KN4):
                     *tokens, count, had_draft = next_N4[slot]
                     drafted, right = drafted + had_draft, right + count - 1
-                    place = k * flight.width + flight.index[i]
-                    found += zip(tokens[:count], (place, place + 1), strict=False)
+                    found += [(token, (k, flight.index[i] + j)) for j, token in enumerate(tokens[:count])]
                 row.sequence.in_flight -= flight.steps
                 self._decoded(row.sequence, found, logprobs)
         if drafted:
@@ -280,13 +280,13 @@ class Core:
                 sequence.prompt_logprobs = [None]
             for i in range(row.count):
                 token = sequence.tokens[row.first + i + 1]
-                sequence.prompt_logprobs.append(_logprob(logprobs, index + i, token, wanted))
+                sequence.prompt_logprobs.append(_logprob(logprobs, (0, index + i), token, wanted))
             if len(sequence.prompt_logprobs) >= sequence.prompt_length:
                 del sequence.prompt_logprobs[sequence.prompt_length :]
                 self._report(sequence)
         self._end_if_only_filled(sequence)
 
-    def _decoded(self, sequence: Sequence, tokens: list[tuple[int, int]], logprobs: Any) -> None:
+    def _decoded(self, sequence: Sequence, tokens: list[tuple[int, Place]], logprobs: Any) -> None:
         params, finish, taken, found = sequence.params, None, [], []
         for token, place in tokens:
             if token in params.end_ids:
@@ -311,7 +311,7 @@ class Core:
             sequence.on_event(event)
 
 
-def _logprob(logprobs: Any, place: int, token: int, top: int) -> TokenLogprob:
-    token_T, top_TK, of_top_TK = logprobs
-    alternatives = zip(top_TK[place, :top].tolist(), of_top_TK[place, :top].tolist(), strict=True)
-    return TokenLogprob(token, float(token_T[place]), tuple(alternatives))
+def _logprob(logprobs: Any, place: Place, token: int, top: int) -> TokenLogprob:
+    token_ST, top_STK, of_top_STK = logprobs
+    alternatives = zip(top_STK[place][:top].tolist(), of_top_STK[place][:top].tolist(), strict=True)
+    return TokenLogprob(token, float(token_ST[place]), tuple(alternatives))

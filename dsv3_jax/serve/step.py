@@ -97,7 +97,7 @@ class Programs:
     decoder: Callable[[Sequence[Array]], Decoder]
     length: int
     drafts: bool
-    most_steps: int = 1
+    most_steps: int
 
     def fill(
         self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX
@@ -116,19 +116,18 @@ class Programs:
         self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX, steps: Int[Array, ""]
     ) -> tuple[list[LayerPages], Slots, Chosen]:
         """`steps` times `decode`, without the host in between; what is beyond them in the result is zero."""
-        rows, K = packed_BX.shape[0] * self.length, self.most_steps
-        none = Chosen(jnp.zeros((slots.length_N.size, 4), jnp.int32), _no_logprobs(rows))
+        K = self.most_steps
+        if K == 1:
+            pages, slots, chosen = self.decode(weights, pages, slots, settings, packed_BX)
+            return pages, slots, jax.tree.map(lambda one: one[None], chosen)
 
         def step(i, carry):
             pages, slots, chosen_K = carry
             pages, slots, chosen = self.decode(weights, pages, slots, settings, packed_BX)
             return pages, slots, jax.tree.map(lambda all_K, one: all_K.at[i].set(one), chosen_K, chosen)
 
-        if K == 1:
-            pages, slots, chosen = self.decode(weights, pages, slots, settings, packed_BX)
-            return pages, slots, jax.tree.map(lambda one: one[None], chosen)
-        nothing = jax.tree.map(lambda one: jnp.broadcast_to(one, (K, *one.shape)), none)
-        return lax.fori_loop(0, steps, step, (pages, slots, nothing))
+        none_K = Chosen(jnp.zeros((K, slots.length_N.size, 4), jnp.int32), _no_logprobs(K, packed_BX.shape[0] * self.length))
+        return lax.fori_loop(0, steps, step, (pages, slots, none_K))
 
     def decode(
         self, weights, pages: list[LayerPages], slots: Slots, settings: Settings, packed_BX
@@ -198,6 +197,6 @@ def _logprobs_if(wanted: Array, logits: Callable[[], Array], token_T: Array) -> 
     return lax.cond(wanted, lambda: Logprobs(*log_probabilities(logits(), token_T, MOST_ALTERNATIVES)), lambda: nothing)
 
 
-def _no_logprobs(rows: int) -> Logprobs:
-    shape = rows, MOST_ALTERNATIVES
-    return Logprobs(jnp.zeros(rows, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+def _no_logprobs(*shape: int) -> Logprobs:
+    of_top = *shape, MOST_ALTERNATIVES
+    return Logprobs(jnp.zeros(shape, jnp.float32), jnp.zeros(of_top, jnp.int32), jnp.zeros(of_top, jnp.float32))

@@ -120,11 +120,10 @@ def test_nothing_changes_without_a_cause(config, step, fresh):
 
 
 def test_in_16_bits_the_step_is_that_of_bf16(config, step, fresh):
-    state = fresh
-    state.controller = {
-        name: m._replace(eight_bit=jnp.zeros_like(m.eight_bit), calm=m.calm - 100) for name, m in state.controller.items()
+    fresh.controller = {
+        name: m._replace(eight_bit=jnp.zeros_like(m.eight_bit), calm=m.calm - 100) for name, m in fresh.controller.items()
     }
-    _, found, losses = run(step, config, state, range(3))
+    _, found, losses = run(step, config, fresh, range(3))
     assert found == []
     plain = config_of([*CONTROLLED, "precision.controller=false", "precision.recipe=bf16", "optim.moment_dtype=bfloat16"])
     _, _, expected = run(make_train_step(plain), plain, new_state(plain), range(3))
